@@ -1,0 +1,235 @@
+"""A campaign's folder: who may write it, what it was started with, which rounds are finished, where things lie."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from d3po_core.config import FIXED_FIELDS, CampaignConfig, changed_fields, load_config, resolve_path
+from d3po_core.errors import CampaignBusyError, D3POError
+from d3po_core.records import Record, RoundRecord, ScoreSummary
+from d3po_core.tables import atomic_path, disk_errors, partition, read_rows
+
+CAMPAIGN_FILE = "campaign.json"
+TARGET_FILE = "target.json"
+LOCK_FILE = ".lock"
+
+StageRecord = TypeVar("StageRecord", bound=Record)
+
+
+def checkpoint_path(round_number: int) -> str | None:
+    """Checkpoint folder of a round, relative to the campaign; None for round 0, the base model."""
+    return f"checkpoints/round={round_number}" if round_number else None
+
+
+def stage_path(campaign: Path, round_number: int, stage: str) -> Path:
+    """The record of a finished stage: it exists when, and only when, the stage's output is whole."""
+    return campaign / "stages" / f"round={round_number}" / f"{stage}.json"
+
+
+def finish_stage(
+    campaign: Path, round_number: int, stage: str, kind: type[StageRecord], work: Callable[[], StageRecord]
+) -> StageRecord:
+    """Do a stage's work once: a finished stage gives its record back without working.
+
+    The work must leave the same files when it is done again from any point at which it can be killed.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round.
+        stage: the stage's name.
+        kind: the record's class.
+        work: does the stage and returns its record.
+    """
+    path = stage_path(campaign, round_number, stage)
+    if path.exists():
+        return kind.model_validate_json(path.read_text())
+    started = time.perf_counter()
+    record = work()
+    record = record.model_copy(update={"seconds": time.perf_counter() - started, "finished_at": datetime.now(UTC)})
+    with atomic_path(path) as temporary:
+        temporary.write_text(record.model_dump_json(indent=1))
+    return record
+
+
+def last_finished_round(campaign: Path) -> int:
+    """Number of the last finished round; 0 when only the base is evaluated, -1 when nothing is."""
+    finished = [
+        int(path.parent.name.removeprefix("round=")) for path in (campaign / "rounds").glob("round=*/*.parquet")
+    ]
+    return max(finished, default=-1)
+
+
+def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
+    """A row of ``rounds`` as a record."""
+    stages = ("sample", "judge", "derive", "train", "evaluate", "publish")
+    score = ScoreSummary(mean=row["eval_score_mean"], low=row["eval_score_low"], high=row["eval_score_high"])
+    return RoundRecord(
+        round=round_number,
+        num_pairs=row["num_pairs"],
+        num_ties=row["num_ties"],
+        eval_scorer=row["eval_scorer"],
+        score=score,
+        checkpoint=row["checkpoint_out"],
+        mlflow_run_id=row["mlflow_run_id"],
+        stage_seconds={stage: row[f"{stage}_seconds"] for stage in stages},
+        finished_at=row["finished_at"],
+    )
+
+
+def finished_rounds(campaign: Path) -> list[RoundRecord]:
+    """All finished rounds of a campaign, in order."""
+    numbers = range(last_finished_round(campaign) + 1)
+    return [round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0]) for n in numbers]
+
+
+def campaign_id(campaign: Path) -> str:
+    """The identity of a campaign: a new one each time a campaign is started, also under an old name."""
+    return str(json.loads((campaign / CAMPAIGN_FILE).read_text())["id"])
+
+
+def open_campaign(config: CampaignConfig) -> None:
+    """Start the campaign, or make sure that the configuration still fits the one that is running.
+
+    Raises:
+        D3POError: a field changed that must stay as it was; the message names each with its old and new value.
+    """
+    path = config.folder / CAMPAIGN_FILE
+    if path.exists():
+        saved = load_config(json.loads(path.read_text())["config"], str(path))
+        changed = [c for c in changed_fields(saved, config) if c[0].startswith(FIXED_FIELDS)]
+        if changed:
+            raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
+                            "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
+        return
+    identity = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json")}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(identity, indent=1))
+
+
+def begin_round(config: CampaignConfig, round_number: int) -> None:
+    """Freeze the round's configuration, or make sure that a round that was begun is finished with its own.
+
+    Raises:
+        D3POError: the round was begun with another configuration; the message names the fields.
+    """
+    path = stage_path(config.folder, round_number, "config")
+    if path.exists():
+        saved = load_config(json.loads(path.read_text()), str(path))
+        changed = [c for c in changed_fields(saved, config) if c[0] != "train.save_every_seconds"]
+        if changed:
+            raise D3POError(
+                f"round {round_number} of campaign {config.campaign!r} was begun with {_differences(changed)}; "
+                "finish it with that, or drop what it has: d3po discard-round"
+            )
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+
+
+def _differences(changed: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in changed)
+
+
+def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
+    """Numbers of the rounds that a run has to finish.
+
+    What a run set out to do is kept on disk. The same run again (a retry) has the same goal, whatever it reached
+    before; so has another run that asks for as many rounds as an interrupted one: the same command, given again,
+    ends where the first would have ended.
+
+    Args:
+        campaign: the campaign's folder.
+        rounds: how many rounds the run was asked for, at least 1.
+        run_id: identity of the run, the same when it is retried.
+    """
+    done = last_finished_round(campaign)
+    path = campaign / TARGET_FILE
+    target = json.loads(path.read_text()) if path.exists() else None
+    resumes = target is not None and (
+        target["run_id"] == run_id or (done < target["last"] and target["rounds"] == rounds)
+    )
+    if not resumes:
+        target = {"last": max(done, 0) + rounds, "rounds": rounds}
+    target["run_id"] = run_id
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(target))
+    return list(range(done + 1, target["last"] + 1))
+
+
+@contextlib.contextmanager
+def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
+    """Hold the campaign for this process; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        CampaignBusyError: another process holds it.
+        D3POError: the folder cannot be written.
+    """
+    path = campaign / LOCK_FILE
+    with disk_errors(path):
+        campaign.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+            raise CampaignBusyError(
+                f"campaign {campaign.name!r} is being advanced by {holder}; wait for it, or use another --campaign"
+            ) from None
+        with disk_errors(path):
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} ({who})".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def discard_round(campaign: Path) -> int | None:
+    """Drop the files of the round that was begun and not finished; returns its number, None if there is none."""
+    number = last_finished_round(campaign) + 1
+    if not (campaign / "stages" / f"round={number}").exists():
+        return None
+    shutil.rmtree(campaign / "stages" / f"round={number}")
+    for folder in ("samples", "judgements", "preferences", "updates", "update_steps", "evaluations"):
+        shutil.rmtree(partition(campaign, folder, number), ignore_errors=True)
+    for folder in ("images", "trajectories", "staging", "checkpoints"):
+        for path in (campaign / folder).glob(f"*round={number}*"):
+            if path.name in (f"round={number}", f".round={number}.tmp") or path.name.startswith(f"round={number}-"):
+                shutil.rmtree(path)
+    (campaign / TARGET_FILE).unlink(missing_ok=True)
+    return number
+
+
+def check_space(config: CampaignConfig) -> None:
+    """Make sure that a round fits on the disk before anything is computed.
+
+    Raises:
+        D3POError: there is less free space than a round needs.
+    """
+    needed = round_bytes(config)
+    existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise D3POError(
+            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
+            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
+        )
+
+
+def round_bytes(config: CampaignConfig) -> int:
+    """About how many bytes a round writes: trajectories and images (one byte a channel, an upper bound for PNG)."""
+    unet = resolve_path(config.model.path) / "unet" / "config.json"
+    shape = json.loads(unet.read_text()) if unet.is_file() else {"in_channels": 4, "sample_size": 64}
+    elements = shape["in_channels"] * shape["sample_size"] ** 2
+    trajectory = (config.sample.num_steps + 1) * elements * (4 if config.sample.latent_dtype == "float32" else 2)
+    pixels = 3 * (shape["sample_size"] * 8) ** 2
+    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
+    return config.sample.images_per_round * (trajectory + pixels) + evaluation

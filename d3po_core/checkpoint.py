@@ -1,0 +1,89 @@
+"""Checkpoints: a LoRA and its optimizer's state in a folder that appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from d3po_core.errors import D3POError
+from d3po_core.policy import LORA_FILE, Policy
+from d3po_core.tables import disk_errors
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+RECORD_FILE = "checkpoint.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def lora_sha256(folder: Path) -> str:
+    """Digest of a checkpoint's LoRA file."""
+    return hashlib.sha256((folder / LORA_FILE).read_bytes()).hexdigest()
+
+
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+    """Write LoRA, optimizer state and a JSON record; ``folder`` comes into being when all of it is on disk.
+
+    Raises:
+        D3POError: the disk is full or read-only; nothing is left behind.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            policy.save_lora(temporary)
+            save_file(_optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
+            record = {**record, "lora_sha256": lora_sha256(temporary)}
+            (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    except (SafetensorError, RuntimeError) as error:
+        raise D3POError(f"cannot write {folder} ({error}); is the disk full? finished work is kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Take the LoRA, and the optimizer's state if one is given, from a checkpoint; returns its JSON record.
+
+    Raises:
+        D3POError: a file is missing or is not what was written.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
+        found = lora_sha256(folder)
+    except (OSError, json.JSONDecodeError) as error:
+        raise D3POError(f"checkpoint {folder}: cannot be read ({error}); restore it or start a new campaign") from None
+    if found != record["lora_sha256"]:
+        raise D3POError(f"checkpoint {folder}: {LORA_FILE} was changed since it was written; restore it from a copy")
+    policy.load_lora(folder)
+    if optimizer is not None:
+        _load_optimizer_state(folder / OPTIMIZER_FILE, policy, optimizer)
+    return record
+
+
+def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, parameter in policy.trainable_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return state
+
+
+def _load_optimizer_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise D3POError(
+            f"{path}: cannot be read ({error}); restore it, or set train.carry_optimizer to false"
+        ) from None
+    for name, parameter in policy.trainable_parameters():
+        moments = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
+        if moments:
+            placed = {key: value.to(parameter.device) for key, value in moments.items() if key != "step"}
+            optimizer.state[parameter] = {**placed, "step": moments["step"]}

@@ -1,0 +1,234 @@
+"""The configuration of a campaign: frozen, validated, and saved with the campaign it steers."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from d3po_core.errors import D3POError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def data_folder() -> Path:
+    """Where campaigns, MLflow's and Prefect's databases live: ``D3PO_DATA``, or ``data`` in the project."""
+    return Path(os.environ.get("D3PO_DATA") or PROJECT_ROOT / "data").resolve()
+
+
+def resolve_path(path: str) -> Path:
+    """An absolute path: relative ones are taken from the project's root, whatever the working directory."""
+    return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Which diffusion model is aligned, and through which weights."""
+
+    path: str = Field("data/shapes/model", description="Hub id, or folder of a diffusers pipeline")
+    revision: str | None = Field(None, description="Hub revision; ignored for a folder")
+    lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the trained LoRA")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; the rank when not given")
+    lora_targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Names of the UNet layers that get a LoRA"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="Mixed precision of the network's passes")
+
+
+class SampleConfig(_Section):
+    """How a round's images are made."""
+
+    prompts: str = Field("data/prompts/shapes_train.txt", description="Text file, CSV or Parquet file of prompts")
+    prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
+    groups_per_round: int = Field(32, ge=1, description="Prompts drawn a round; each gives one group of images")
+    group_size: int = Field(4, ge=2, le=64, description="Images of one prompt that start from one initial latent")
+    share_initial_latent: bool = Field(True, description="Start all members of a group from one x_T")
+    num_steps: int = Field(10, ge=2, le=1000, description="Denoising steps T")
+    guidance_scale: float = Field(1.0, ge=1.0, le=50, description="Classifier-free guidance; 1 turns it off")
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM noise; 0 would leave nothing to take a log_prob of")
+    batch_size: int = Field(64, ge=1, description="Images that pass through the network at once")
+    latent_dtype: Literal["float32", "float16"] = Field("float32", description="How trajectories are stored")
+
+    @property
+    def images_per_round(self) -> int:
+        """Images sampled for training in a round."""
+        return self.groups_per_round * self.group_size
+
+
+class JudgeConfig(_Section):
+    """Who judges, and how judgements become preferences."""
+
+    scorers: tuple[str, ...] = Field(
+        ("prompt_alignment",), min_length=1, description="Built-in scorers, or package.module:function"
+    )
+    combine: Literal["pareto", "majority"] = Field(
+        "pareto", description="Several raters: one must win for some and lose for none, or more must be for it"
+    )
+    pairs: Literal["all", "best_worst"] = Field("all", description="Pairs of a group that are used")
+
+
+class TrainConfig(_Section):
+    """How the policy learns from preferences."""
+
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm")
+    beta: float = Field(
+        100.0, gt=0, description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W"
+    )
+    reference: Literal["round_start", "base"] = Field(
+        "round_start", description="Reference policy: the round's sampler (Section 5.2) or the base (Algorithm 1)"
+    )
+    clip: Literal["one_sided", "two_sided", "none"] = Field(
+        "none", description="Clamp of the policy ratio; one_sided stops only moves already far enough"
+    )
+    clip_range: float = Field(0.1, gt=0, lt=1, description="The ratio is clamped to 1 -/+ this")
+    log_prob: Literal["mean", "sum"] = Field("mean", description="Reduction of log_prob over C, H, W")
+    timestep_weighting: Literal["equal_gradient", "none"] = Field(
+        "equal_gradient", description="Scale steps so that each moves the noise prediction equally"
+    )
+    updates_per_round: int | Literal["one_per_group"] = Field(
+        4, description="Optimizer steps a round, or one for every group that has a pair"
+    )
+    epochs: int = Field(1, ge=1, description="Passes over the round's images")
+    micro_batch: int = Field(64, ge=1, description="Image-steps that pass through the network at once")
+    carry_optimizer: bool = Field(True, description="Keep AdamW's moments from round to round")
+    save_every_seconds: float = Field(60.0, ge=0, description="How often a running round saves its progress")
+
+    @model_validator(mode="after")
+    def _updates_fill_epochs(self) -> Self:
+        updates = self.updates_per_round
+        if isinstance(updates, int) and (updates < 1 or updates % self.epochs):
+            raise ValueError(
+                f"updates_per_round is {updates} and epochs is {self.epochs}; expected a positive multiple of epochs"
+            )
+        return self
+
+
+class EvaluateConfig(_Section):
+    """The fixed held-out prompts and seeds on which every checkpoint is compared."""
+
+    prompts: str = Field("data/prompts/shapes_eval.txt", description="Text file, CSV or Parquet of held-out prompts")
+    prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
+    images_per_prompt: int = Field(8, ge=1, description="Fixed seeds a prompt")
+    max_prompts: int = Field(64, ge=1, description="Use the first so many held-out prompts")
+    scorers: tuple[str, ...] = Field((), description="Scorers to evaluate with; the judge's when empty")
+    grid_prompts: int = Field(6, ge=1, le=32, description="Prompts shown in the image grid")
+
+
+class CampaignConfig(_Section):
+    """Everything that steers a campaign of D3PO rounds."""
+
+    campaign: str = Field("shapes", description="Name of the series of rounds; its folder in runs_dir")
+    runs_dir: str | None = Field(None, description="Where campaigns are kept; runs in the data folder when not given")
+    seed: int = Field(0, ge=0, lt=2**31, description="All randomness of the campaign follows from it")
+    model: ModelConfig = ModelConfig()
+    sample: SampleConfig = SampleConfig()
+    judge: JudgeConfig = JudgeConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.campaign):
+            raise ValueError(
+                f"campaign is {self.campaign!r}; expected up to 64 letters, digits, '_', '-' or '.', "
+                "starting with a letter or digit, since it names a folder"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The campaign's folder."""
+        runs = resolve_path(self.runs_dir) if self.runs_dir else data_folder() / "runs"
+        return runs / self.campaign
+
+    @property
+    def evaluation_scorers(self) -> tuple[str, ...]:
+        """Scorers of the held-out images."""
+        return self.evaluate.scorers or self.judge.scorers
+
+    def sha256(self) -> str:
+        """Digest of the resolved configuration, the same for equal configurations."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Fields that decide what a campaign's numbers mean: its rounds are comparable only while they stay as they were.
+FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.lora", "evaluate", "sample.num_steps",
+                "sample.guidance_scale", "sample.eta")  # fmt: skip
+
+PUBLISHED: dict[str, Any] = {
+    "sample": {"group_size": 2},
+    "judge": {"pairs": "all"},
+    "train": {
+        "beta": 0.1,
+        "learning_rate": 3e-5,
+        "reference": "base",
+        "clip": "two_sided",
+        "clip_range": 0.1,
+        "log_prob": "mean",
+        "timestep_weighting": "none",
+        "updates_per_round": "one_per_group",
+    },
+}
+
+
+def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
+    """Validate configuration values.
+
+    Args:
+        values: nested mapping; a key that is not a field is an error that names the nearest field.
+        source: where the values came from, for the message.
+
+    Raises:
+        D3POError: one line that lists every wrong field.
+    """
+    try:
+        return CampaignConfig.model_validate(values)
+    except ValidationError as error:
+        raise D3POError(f"{source}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
+
+
+def _explain(problem: Any) -> str:
+    import difflib
+
+    path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int)) or "config"
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{path} is {problem['input']!r}: {message}" if problem["type"] != "value_error" else message
+    section: Any = CampaignConfig
+    for part in problem["loc"][:-1]:
+        section = section.model_fields[str(part)].annotation
+    near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(section.model_fields)}"
+    return f"{path} is not a field; {hint}"
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Nested mapping in which the override's leaves win."""
+    merged = dict(base)
+    for key, value in override.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, Any, Any]]:
+    """Dotted names of the fields that differ, with old and new value."""
+
+    def leaves(value: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
+
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    return [(name, before[name], after[name]) for name in before if before[name] != after[name]]

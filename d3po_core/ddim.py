@@ -1,0 +1,129 @@
+"""The DDIM step as a Gaussian policy: its mean, its standard deviation and the log_prob of what was sampled.
+
+Source: D3PO, arXiv 2311.13231, Eq. 2 (denoising as a policy); DDIM, arXiv 2010.02502, Eq. 12 and 16 (the step).
+Agrees with diffusers' ``DDIMScheduler.step`` for every prediction type and any eta > 0.
+
+Tensor names carry their shape: B rows, T steps (index 0 is the noisiest), C H W latent channels, height, width.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import DDIMScheduler
+
+from d3po_core.errors import D3POError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Coefficients of the T denoising steps; all tensors are ``[T]``.
+
+    The clean image is estimated as ``x0_latent * x_t + x0_output * output`` and the noise as
+    ``noise_latent * x_t + noise_output * output``; the step's mean is ``mean_x0 * x0 + mean_noise * noise``.
+    """
+
+    timesteps_T: torch.Tensor
+    sigma_T: torch.Tensor
+    x0_latent_T: torch.Tensor
+    x0_output_T: torch.Tensor
+    noise_latent_T: torch.Tensor
+    noise_output_T: torch.Tensor
+    mean_x0_T: torch.Tensor
+    mean_noise_T: torch.Tensor
+    clip_x0: float | None
+
+    def to(self, device: torch.device) -> "Schedule":
+        """The same schedule on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Schedule(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+    @property
+    def trainable_T(self) -> torch.Tensor:
+        """Which steps are random (bool): a step with sigma 0 has no density and is never trained on."""
+        return self.sigma_T > 0
+
+    def step_weights(self, weighting: str) -> torch.Tensor:
+        """Weight of each step's log-ratio ``[T]``, with mean 1 over the trainable steps and 0 elsewhere.
+
+        On-policy, the gradient of log_prob with respect to the network's output scales as c_t / sigma_t, c_t being
+        the output's coefficient in the mean; ``equal_gradient`` divides that out, ``none`` leaves it.
+        """
+        trainable_T = self.trainable_T
+        if weighting == "none":
+            return trainable_T.float()
+        slope_T = self.mean_x0_T * self.x0_output_T + self.mean_noise_T * self.noise_output_T
+        weight_T = torch.where(trainable_T, self.sigma_T / slope_T.abs(), 0.0)
+        return weight_T / weight_T[trainable_T].mean()
+
+
+def make_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float) -> Schedule:
+    """The steps that ``scheduler`` would take, with coefficients computed in float64 and kept in float32.
+
+    Raises:
+        D3POError: the scheduler thresholds dynamically, which has no Gaussian density, or eta is not above 0.
+    """
+    if scheduler.config.thresholding:
+        raise D3POError(
+            "the model's scheduler has thresholding=true, which D3PO cannot take log_probs of; set it false"
+        )
+    if eta <= 0:
+        raise D3POError(f"eta is {eta}; expected above 0, since a deterministic step has no log_prob")
+    scheduler.set_timesteps(num_steps)
+    timesteps_T = scheduler.timesteps.cpu().long()
+    alphas = scheduler.alphas_cumprod.double()
+    previous_T = timesteps_T - scheduler.config.num_train_timesteps // num_steps
+    alpha_T = alphas[timesteps_T]
+    final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64)
+    alpha_prev_T = torch.where(previous_T >= 0, alphas[previous_T.clamp(min=0)], final)
+    variance_T = (1 - alpha_prev_T) / (1 - alpha_T) * (1 - alpha_T / alpha_prev_T)
+    sigma_T = eta * variance_T.clamp(min=0).sqrt()
+    signal_T, noise_T = alpha_T.sqrt(), (1 - alpha_T).sqrt()
+    zero_T, one_T = torch.zeros_like(alpha_T), torch.ones_like(alpha_T)
+    estimates = {
+        "epsilon": (1 / signal_T, -noise_T / signal_T, zero_T, one_T),
+        "sample": (zero_T, one_T, 1 / noise_T, -signal_T / noise_T),
+        "v_prediction": (signal_T, -noise_T, noise_T, signal_T),
+    }
+    mean_noise_T = (1 - alpha_prev_T - sigma_T**2).clamp(min=0).sqrt()
+    coefficients = (sigma_T, *estimates[scheduler.config.prediction_type], alpha_prev_T.sqrt(), mean_noise_T)
+    clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
+    return Schedule(timesteps_T, *(c.float() for c in coefficients), clip)
+
+
+def step_mean(
+    schedule: Schedule, step_B: torch.Tensor, latent_BCHW: torch.Tensor, output_BCHW: torch.Tensor
+) -> torch.Tensor:
+    """Mean of p(x_{t-1} | x_t, c) for rows at their own steps.
+
+    Args:
+        schedule: the steps, on the latents' device.
+        step_B: index of each row's step, 0 to T-1.
+        latent_BCHW: x_t.
+        output_BCHW: the network's output, of the scheduler's prediction type.
+
+    Returns:
+        ``[B, C, H, W]`` in float32. Source: DDIM, Eq. 12.
+    """
+
+    def rows(values_T: torch.Tensor) -> torch.Tensor:
+        return values_T[step_B][:, None, None, None]
+
+    latent_BCHW, output_BCHW = latent_BCHW.float(), output_BCHW.float()
+    x0_BCHW = rows(schedule.x0_latent_T) * latent_BCHW + rows(schedule.x0_output_T) * output_BCHW
+    if schedule.clip_x0 is not None:
+        x0_BCHW = x0_BCHW.clamp(-schedule.clip_x0, schedule.clip_x0)
+    noise_BCHW = rows(schedule.noise_latent_T) * latent_BCHW + rows(schedule.noise_output_T) * output_BCHW
+    return rows(schedule.mean_x0_T) * x0_BCHW + rows(schedule.mean_noise_T) * noise_BCHW
+
+
+def log_prob(value_BCHW: torch.Tensor, mean_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """Gaussian log density of x_{t-1}, *averaged* over C, H, W: nats per element, ``[B]`` in float32.
+
+    The paper's log_prob is the sum; multiply by C*H*W to get it. Rows with sigma 0 give 0.
+    """
+    sigma_B111 = sigma_B[:, None, None, None]
+    safe = sigma_B111.where(sigma_B111 > 0, 1.0)
+    z_BCHW = (value_BCHW.float() - mean_BCHW) / safe
+    density_BCHW = -0.5 * z_BCHW**2 - safe.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(sigma_B > 0, density_BCHW.mean(dim=(1, 2, 3)), 0.0)

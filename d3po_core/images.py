@@ -1,0 +1,31 @@
+"""Image files: lossless PNG, and sheets of many images for people to look at."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from d3po_core.tables import atomic_path
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Write a uint8 ``[height, width, 3]`` image losslessly, whole or not at all."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
+
+
+def load_png(path: Path) -> np.ndarray:
+    """Read an image as uint8 ``[height, width, 3]``."""
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:
+    """Lay images out row by row, each shrunk or enlarged to fit a cell of the given pixels, with a thin gap."""
+    rows = math.ceil(len(images) / columns)
+    gap = 4
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), "white")
+    for index, array in enumerate(images):
+        tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.LANCZOS)
+        canvas.paste(tile, (gap + index % columns * (cell + gap), gap + index // columns * (cell + gap)))
+    return canvas

@@ -1,0 +1,106 @@
+"""Sampling of trajectories with exact log_probs.
+
+Every latent is rounded to its stored dtype before it is scored and before the next step starts from it, so that the
+log_prob of a stored trajectory, computed again, is the one that was stored.
+
+Tensor names carry their shape: B images, T steps, C H W latent channels, height, width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from d3po_core.ddim import Schedule, log_prob, step_mean
+from d3po_core.policy import Policy
+from d3po_core.seeds import gaussian
+
+
+@dataclass(frozen=True)
+class ImageSeed:
+    """What one image is made from: its prompt, the seed of x_T, and the seed of the noise of its T steps."""
+
+    prompt: str
+    initial_seed: int
+    noise_seed: int
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Sampled trajectories on the CPU.
+
+    Attributes:
+        latents_BTCHW: x_T ... x_0 in the stored dtype, ``[B, T+1, C, H, W]``.
+        log_probs_BT: log_prob of each step in nats per element, float32; 0 where sigma is 0.
+    """
+
+    latents_BTCHW: torch.Tensor
+    log_probs_BT: torch.Tensor
+
+
+@torch.no_grad()
+def sample_trajectories(
+    policy: Policy,
+    schedule: Schedule,
+    seeds: list[ImageSeed],
+    guidance_scale: float,
+    latent_dtype: torch.dtype,
+    on_step: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """Denoise a batch of images with the policy.
+
+    Args:
+        policy: the current policy.
+        schedule: the T steps, on the policy's device.
+        seeds: one entry an image; images with equal ``initial_seed`` start from one x_T.
+        guidance_scale: classifier-free guidance, 1 for none.
+        latent_dtype: dtype in which latents are stored, float32 or float16.
+        on_step: called with the number of images after each step.
+    """
+    count, num_steps = len(seeds), len(schedule.timesteps_T)
+    shape = policy.latent_shape
+    conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
+    initial = torch.stack([gaussian(seed.initial_seed, *shape) for seed in seeds])
+    noise_BTCHW = torch.stack([gaussian(seed.noise_seed, num_steps, *shape) for seed in seeds])
+    latent = initial.to(latent_dtype).to(policy.device, torch.float32)
+    latents, log_probs = [latent.to(latent_dtype).cpu()], []
+    for step in range(num_steps):
+        step_B = torch.full((count,), step, device=policy.device)
+        output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
+        mean = step_mean(schedule, step_B, latent, output)
+        sigma_B = schedule.sigma_T[step_B]
+        noise = noise_BTCHW[:, step].to(policy.device)
+        stored = (mean + sigma_B[:, None, None, None] * noise).to(latent_dtype)
+        latent = stored.float()
+        log_probs.append(log_prob(latent, mean, sigma_B).cpu())
+        latents.append(stored.cpu())
+        if on_step:
+            on_step(count)
+    return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+
+
+def replay_log_probs(
+    policy: Policy,
+    schedule: Schedule,
+    prompts: list[str],
+    latent_BCHW: torch.Tensor,
+    next_BCHW: torch.Tensor,
+    step_B: torch.Tensor,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """log_prob ``[B]`` of stored steps under the policy as it is now, with gradient if one is being recorded.
+
+    Args:
+        policy: the policy to score with.
+        schedule: the T steps, on the policy's device.
+        prompts: B prompts.
+        latent_BCHW: stored x_t.
+        next_BCHW: stored x_{t-1}.
+        step_B: index of each row's step.
+        guidance_scale: the guidance that the trajectory was sampled with.
+    """
+    latent, following = (x.to(policy.device, torch.float32) for x in (latent_BCHW, next_BCHW))
+    step_B = step_B.to(policy.device)
+    conditioning = policy.encode(prompts, guidance_scale)
+    output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
+    return log_prob(following, step_mean(schedule, step_B, latent, output), schedule.sigma_T[step_B])

@@ -1,0 +1,190 @@
+"""The store: Parquet tables with explicit schemas, written atomically, read through DuckDB."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from d3po_core.errors import D3POError
+
+SCHEMA_VERSION = 1
+
+
+def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
+    fields = [pa.field(n, *(t if isinstance(t, tuple) else (t, False))) for n, t in columns.items()]
+    return pa.schema(fields, metadata={"d3po.schema_version": str(SCHEMA_VERSION)})
+
+
+# Times are UTC without a zone: DuckDB reads zoned ones only with an extension that it would have to download.
+_text, _int, _real, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us")
+SCHEMAS: dict[str, pa.Schema] = {
+    "samples": _schema(
+        sample_id=_text, group_id=_text, member=_int, prompt=_text, split=_text, seed=_int, image_path=_text,
+        trajectory_path=_text, trajectory_row=_int, checkpoint=(_text, True),
+    ),
+    "judgements": _schema(
+        rater=_text, rater_kind=_text, kind=_text, sample_id=_text, other_id=(_text, True), value=_real,
+        judged_at=_time, source=_text,
+    ),
+    "preferences": _schema(
+        pair_id=_text, group_id=_text, winner_id=_text, loser_id=_text, weight=_real, num_raters=_int, agreement=_real,
+    ),
+    "updates": _schema(
+        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin=_real, pair_accuracy=_real, kl=_real,
+        clip_fraction=_real, grad_norm=_real, seconds=_real, finished_at=_time,
+    ),
+    "update_steps": _schema(
+        update=_int, step=_int, timestep=_int, margin=_real, pair_accuracy=_real, kl=_real, clip_fraction=_real,
+    ),
+    "evaluations": _schema(
+        sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
+    ),
+    "rounds": _schema(
+        checkpoint_in=(_text, True), checkpoint_out=(_text, True), lora_sha256=(_text, True), num_samples=_int,
+        num_pairs=_int, num_ties=_int, eval_scorer=_text, eval_score_mean=_real, eval_score_low=_real,
+        eval_score_high=_real, loss_mean=(_real, True), clip_fraction=(_real, True), pair_accuracy=(_real, True),
+        mlflow_run_id=(_text, True), config_sha256=_text, git_commit=(_text, True), sample_seconds=_real,
+        judge_seconds=_real, derive_seconds=_real, train_seconds=_real, evaluate_seconds=_real, publish_seconds=_real,
+        finished_at=_time,
+    ),
+}  # fmt: skip
+
+# Closed sets and ranges that a schema cannot say.
+ALLOWED = {
+    ("samples", "split"): ("train", "eval"),
+    ("judgements", "rater_kind"): ("proxy", "human"),
+    ("judgements", "kind"): ("score", "rating", "choice", "rank"),
+}
+RANGES = {("preferences", "weight"): (0.0, 1.0), ("preferences", "agreement"): (0.0, 1.0)}
+
+
+def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as an Arrow table of the named table's schema.
+
+    Raises:
+        D3POError: a row lacks a column, has one too many, or a value of the wrong type.
+    """
+    schema = SCHEMAS[table]
+    for index, row in enumerate(rows):
+        if row.keys() != set(schema.names):
+            missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
+            raise D3POError(f"{table} row {index}: missing columns {sorted(missing)}, unknown columns {sorted(extra)}")
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise D3POError(f"{table}: a value does not fit the schema ({error})") from None
+
+
+def check_table(table: str, data: pa.Table) -> None:
+    """Hold a table against its schema: names, types, nulls, closed sets, ranges.
+
+    Raises:
+        D3POError: the first thing that does not hold.
+    """
+    schema = SCHEMAS[table]
+    if data.schema.names != schema.names or data.schema.types != schema.types:
+        raise D3POError(f"{table}: columns are {data.schema.to_string()}; expected {schema.to_string()}")
+    for field in schema:
+        column = data[field.name]
+        if column.null_count and not field.nullable:
+            raise D3POError(f"{table}.{field.name}: {column.null_count} values are missing; expected none")
+        if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(column.drop_null()))).as_py():
+            raise D3POError(f"{table}.{field.name}: holds numbers that are not finite")
+        allowed = ALLOWED.get((table, field.name))
+        if allowed and set(pc.unique(column).to_pylist()) - set(allowed):
+            raise D3POError(
+                f"{table}.{field.name}: holds {pc.unique(column).to_pylist()}; expected {', '.join(allowed)}"
+            )
+        bounds = RANGES.get((table, field.name))
+        if bounds and len(column):
+            low, high = pc.min(column).as_py(), pc.max(column).as_py()
+            if low <= bounds[0] or high > bounds[1]:
+                raise D3POError(
+                    f"{table}.{field.name}: is {low} to {high}; expected above {bounds[0]}, at most {bounds[1]}"
+                )
+
+
+def partition(campaign: Path, table: str, round_number: int) -> Path:
+    """Folder of a table's files of one round."""
+    return campaign / table / f"round={round_number}"
+
+
+def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, name: str = "part") -> Path:
+    """Check a table and write it as one file of a round, whole or not at all; an older file of that name is replaced.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        D3POError: the data breaks the schema, or the disk is full or read-only.
+    """
+    check_table(table, data)
+    data = data.cast(SCHEMAS[table])
+    path = partition(campaign, table, round_number) / f"{name}.parquet"
+    with atomic_path(path) as temporary:
+        pq.write_table(data, temporary, compression="zstd")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes it when the block ends well, and vanishes when it does not."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line what to do when the disk is full or cannot be written.
+
+    Raises:
+        D3POError: in place of the OSError; other OSErrors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise D3POError(
+                f"disk full while writing {path}; free some space and run again, finished work is kept"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise D3POError(
+                f"cannot write {path} ({error.strerror}); make its folder writable, or set runs_dir"
+            ) from None
+        raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of one Parquet file (never its folder's hive columns)."""
+    return pq.ParquetFile(path).read().to_pylist()
+
+
+def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
+    connection = duckdb.connect(":memory:")
+    for table, schema in SCHEMAS.items():
+        files = campaign / table / "round=*" / "*.parquet"
+        if any((campaign / table).glob("round=*/*.parquet")):
+            source = str(files).replace("'", "''")
+            connection.execute(
+                f"CREATE VIEW {table} AS SELECT * FROM "
+                f"read_parquet('{source}', hive_partitioning=true, hive_types={{'round': BIGINT}}, union_by_name=true)"
+            )
+        else:
+            empty = schema.append(pa.field("round", pa.int64())).empty_table()
+            connection.register(f"_{table}", empty)
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM _{table}")
+    return connection

@@ -1,0 +1,274 @@
+"""The command ``d3po``: run rounds, look at what came out, ask the tables, start and end the local servers."""
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder, load_config, merge
+from d3po_core.errors import D3POError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
+CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    status: int | str | None = 0
+    try:
+        app()
+    except SystemExit as end:
+        status = end.code
+    except D3POError as error:
+        print(f"d3po: {error}", file=sys.stderr)
+        status = 2
+    _leave(status if isinstance(status, int) else 1)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process after its exit handlers, without tearing the interpreter down.
+
+    Prefect's event loops are daemon threads: they live through the teardown, in which duckdb 2.0 then prints a hundred
+    lines about leaked types.
+    """
+    threading._shutdown()  # as the interpreter would: first the threads' last words, then the handlers
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@app.command()
+def run(
+    deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to add")] = 1,
+    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's when not given")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: train.learning_rate=1e-3; may be repeated")
+    ] = None,
+) -> None:
+    """Advance a campaign here and now; needs no server."""
+    config = deployment_config(deployment, campaign, setting or [])
+    _use_local_prefect()  # before anything imports prefect, which reads its settings once
+    with _loading("loading torch, diffusers and prefect"):
+        from flows.round import d3po
+        from tasks.publishing import check_campaign
+
+        check_campaign(config)
+    state = d3po(config, rounds, return_state=True)
+    if not state.is_completed():
+        raise D3POError(state.message or f"the run ended as {state.name}")
+    show_campaign(config)
+
+
+@app.command()
+def rounds(campaign: CampaignOption = "shapes") -> None:
+    """Print the table of a campaign's rounds and where its files are."""
+    show_campaign(_existing(campaign))
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help='For example "SELECT * FROM rounds"')],
+    campaign: CampaignOption = "shapes",
+    format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,  # type: ignore[attr-defined]
+    output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
+) -> None:
+    """Ask SQL over all rounds: samples, judgements, preferences, updates, update_steps, evaluations, rounds."""
+    import duckdb
+
+    from d3po_core.tables import connect
+
+    config = _existing(campaign)
+    with connect(config.folder) as connection:
+        try:
+            relation = connection.sql(sql)
+        except duckdb.Error as error:
+            raise D3POError(f"query: {' '.join(str(error).split())}") from None
+        if relation is None:
+            raise D3POError("query: the statement gives no rows; expected a SELECT")
+        _write(relation, format.value, output)
+
+
+@app.command()
+def discard_round(campaign: CampaignOption = "shapes") -> None:
+    """Drop what the campaign's unfinished round left, so that it can begin anew; finished rounds stay."""
+    from d3po_core.campaign import campaign_lock
+    from d3po_core.campaign import discard_round as discard
+
+    folder = _existing(campaign).folder
+    with campaign_lock(folder, who="discard-round"):
+        number = discard(folder)
+    print(f"campaign {campaign}: " + ("no unfinished round" if number is None else f"round {number} dropped"))
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server")] = 5000,
+) -> None:
+    """Start Prefect server, worker and MLflow on 127.0.0.1, and register the deployments."""
+    from flows import servers
+
+    print("\n".join(servers.up(prefect_port, mlflow_port)))
+
+
+@app.command()
+def down() -> None:
+    """End what ``d3po up`` started."""
+    from flows import servers
+
+    print("\n".join(servers.down()))
+
+
+@app.command()
+def status() -> None:
+    """Say which servers run."""
+    from flows import servers
+
+    print("\n".join(servers.status()))
+
+
+def deployment_config(deployment: str, campaign: str | None, settings: list[str]) -> CampaignConfig:
+    """Configuration of a deployment of prefect.yaml, with changes.
+
+    Raises:
+        D3POError: no such deployment, or a setting that is not a field or does not fit it.
+    """
+    deployments = {d["name"]: d for d in yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]}
+    if deployment not in deployments:
+        raise D3POError(f"deployment {deployment!r} is not in prefect.yaml; it has {', '.join(deployments)}")
+    values: dict[str, Any] = (deployments[deployment].get("parameters") or {}).get("config") or {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not name:
+            raise D3POError(f"--set {setting!r}: expected field=value, such as train.learning_rate=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    if campaign:
+        values = merge(values, {"campaign": campaign})
+    return load_config(values, f"deployment {deployment!r}")
+
+
+def show_campaign(config: CampaignConfig) -> None:
+    """Print the rounds so far, where everything is, and what to type next."""
+    from d3po_core.campaign import finished_rounds
+
+    records = finished_rounds(config.folder)
+    if not records:
+        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: d3po run round")
+    table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
+    stages = ("sample", "judge", "train", "evaluate", "publish")
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in records:
+        score, seconds = record.score, record.stage_seconds
+        table.add_row(
+            str(record.round) if record.round else "base",
+            f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]",
+            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
+        )  # fmt: skip
+    console = Console()
+    console = console if console.is_terminal else Console(width=110)
+    console.print(table)
+    first, last = records[0], records[-1]
+    folder = _short(config.folder)
+    lines = (
+        f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
+        f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
+        f"tables      {folder}/<table>/round=*/*.parquet",
+        f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
+        f"MLflow      {_short(data_folder())}/mlflow  (make up opens it on http://127.0.0.1:5000)",
+        "",
+        "next:",
+        f"  d3po run round --campaign {config.campaign} --rounds 3",
+        f"  d3po query --campaign {config.campaign} "
+        '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
+        "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
+    )
+    print("\n".join(lines))
+
+
+def _write(relation: Any, format: str, output: Path | None) -> None:
+    if format == "parquet":
+        if output is None:
+            raise D3POError("query: parquet is not for terminals; add --output FILE.parquet")
+        relation.write_parquet(str(output))
+        return
+    if format == "csv":
+        text = relation.to_df().to_csv(index=False)
+    elif format == "json":
+        text = relation.to_df().to_json(orient="records", date_format="iso", lines=True)
+    else:
+        table = Table()
+        for column in relation.columns:
+            table.add_column(column)
+        for row in relation.fetchall():
+            table.add_row(*("" if value is None else str(value) for value in row))
+        with output.open("w") if output else contextlib.nullcontext(sys.stdout) as stream:
+            Console(file=stream, width=None if stream.isatty() else 240).print(table)
+        return
+    if output:
+        output.write_text(text)
+    else:
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def _existing(campaign: str) -> CampaignConfig:
+    import json
+
+    from d3po_core.campaign import CAMPAIGN_FILE
+
+    folder = CampaignConfig(campaign=campaign).folder
+    if not (folder / CAMPAIGN_FILE).exists():
+        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
+        raise D3POError(f"campaign {campaign!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}")
+    return load_config(json.loads((folder / CAMPAIGN_FILE).read_text())["config"], str(folder / CAMPAIGN_FILE))
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _use_local_prefect() -> None:
+    """Use the server of ``d3po up`` if it runs, else a temporary one of this process over the same database."""
+    from d3po_core.tables import disk_errors
+    from flows.servers import QUIET, prefect_url
+
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL", "INFO")
+    if "PREFECT_API_URL" in os.environ:
+        return
+    home = data_folder() / "prefect"
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+    url = prefect_url()
+    if url:
+        os.environ["PREFECT_API_URL"] = url
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    with Console(stderr=True).status(what):
+        yield

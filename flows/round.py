@@ -1,0 +1,49 @@
+"""The flow ``d3po``: sample, judge, derive, train, evaluate, publish; N rounds, each from the last checkpoint."""
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+
+from d3po_core.campaign import campaign_lock
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+from tasks.evaluating import evaluate_checkpoint
+from tasks.judging import derive_pairs, judge_images
+from tasks.publishing import begin, check_campaign, plan_rounds, publish_round
+from tasks.sampling import sample_images
+from tasks.training import train_policy
+
+
+@flow(name="d3po", flow_run_name="{config.campaign}", persist_result=False, validate_parameters=True)
+def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  # noqa: B008 (frozen)
+    """Advance a campaign by some rounds, from its last finished one; with none it starts one.
+
+    A run that was killed and is retried, or the same command given again, ends where the first would have ended.
+
+    Args:
+        config: the campaign's configuration.
+        rounds: how many rounds to add.
+    """
+    logger = get_run_logger()
+    try:
+        check_campaign(config)
+        with campaign_lock(config.folder, who=f"flow run {flow_run.name}"):
+            numbers = plan_rounds(config, rounds, run_id=str(flow_run.id))
+            for number in numbers:
+                begin(config, number)
+                if number > 0:  # round 0 is the base model: only evaluated
+                    sample_images(config, number)
+                    judge_images(config, number)
+                    derive_pairs(config, number)
+                    train_policy(config, number)
+                evaluate_checkpoint(config, number)
+                finished = publish_round(config, number)
+                logger.info(
+                    "round %d: held-out %s %.3f [%.3f, %.3f], %d pairs, %d ties",
+                    number, finished.eval_scorer, finished.score.mean, finished.score.low, finished.score.high,
+                    finished.num_pairs, finished.num_ties,
+                )  # fmt: skip
+    except D3POError as error:
+        # The user's to mend: one line, no traceback.
+        return Failed(message=str(error))
+    return Completed(message=f"campaign {config.campaign}: rounds {numbers or 'none'} finished")

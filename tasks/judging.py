@@ -1,0 +1,72 @@
+"""Judge and derive: scores of every image, then preferences by SQL."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow.parquet as pq
+from prefect import task
+
+from d3po_core.campaign import finish_stage
+from d3po_core.config import CampaignConfig
+from d3po_core.images import load_png
+from d3po_core.preferences import derive_preferences
+from d3po_core.records import DeriveRecord, JudgeRecord
+from d3po_core.scorers import load_scorer
+from d3po_core.tables import connect, partition, table_from_rows, write_table
+from tasks import tracking
+from tasks.stage import STAGE_OPTIONS, progress
+
+SCORE_BATCH = 256
+
+
+@task(name="judge", **STAGE_OPTIONS)
+def judge_images(config: CampaignConfig, round_number: int) -> JudgeRecord:
+    """Score every image of the round with the configured proxy scorers."""
+    record = finish_stage(config.folder, round_number, "judge", JudgeRecord, lambda: _judge(config, round_number))
+    tracking.deliver(config)
+    return record
+
+
+@task(name="derive", **STAGE_OPTIONS)
+def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
+    """Turn the round's judgements into preferences."""
+    record = finish_stage(config.folder, round_number, "derive", DeriveRecord, lambda: _derive(config, round_number))
+    tracking.deliver(config)
+    return record
+
+
+def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
+    samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
+    scorers = {name: load_scorer(name) for name in config.judge.scorers}
+    scores: dict[str, list[float]] = {name: [] for name in scorers}
+    with progress(f"round {round_number} judge", len(samples), "image") as bar:
+        for start in range(0, len(samples), SCORE_BATCH):
+            batch = samples[start : start + SCORE_BATCH]
+            images = np.stack([load_png(config.folder / sample["image_path"]) for sample in batch])
+            for name, scorer in scorers.items():
+                scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
+            bar.update(len(batch))
+    now = datetime.now(UTC)
+    rows = [
+        {
+            "rater": name, "rater_kind": "proxy", "kind": "score", "sample_id": sample["sample_id"], "other_id": None,
+            "value": score, "judged_at": now, "source": "proxy",
+        }
+        for name in scorers
+        for sample, score in zip(samples, scores[name], strict=True)
+    ]  # fmt: skip
+    write_table(config.folder, "judgements", round_number, table_from_rows("judgements", rows), name="proxy")
+    means = {name: float(np.mean(values)) for name, values in scores.items()}
+    return JudgeRecord(num_judgements=len(rows), mean_scores=means)
+
+
+def _derive(config: CampaignConfig, round_number: int) -> DeriveRecord:
+    with connect(config.folder) as connection:
+        derived = derive_preferences(connection, round_number, config.judge.combine, config.judge.pairs)
+    write_table(config.folder, "preferences", round_number, derived.table)
+    agreement = derived.table["agreement"].to_numpy()
+    return DeriveRecord(
+        num_pairs=len(derived.table),
+        num_ties=derived.num_ties,
+        mean_agreement=float(agreement.mean()) if len(agreement) else None,
+    )

@@ -1,0 +1,132 @@
+"""Begin and publish: what stands at the two ends of a round."""
+
+import subprocess
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import task
+
+from d3po_core.campaign import (
+    begin_round,
+    check_space,
+    checkpoint_path,
+    finish_stage,
+    open_campaign,
+    round_record,
+    rounds_to_do,
+)  # fmt: skip
+from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.errors import D3POError
+from d3po_core.policy import check_model
+from d3po_core.prompts import check_held_out, load_prompts
+from d3po_core.records import (
+    DeriveRecord,
+    EvaluateRecord,
+    JudgeRecord,
+    RoundRecord,
+    SampleRecord,
+    TrainRecord,
+)  # fmt: skip
+from d3po_core.scorers import load_scorer
+from d3po_core.tables import partition, read_rows, table_from_rows, write_table
+from tasks import tracking
+from tasks.stage import STAGE_OPTIONS
+
+
+def check_campaign(config: CampaignConfig) -> None:
+    """Find out what would stop the campaign before anything is loaded or computed.
+
+    Raises:
+        D3POError: one line on what is wrong and what to do.
+    """
+    check_model(config.model)
+    training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
+    held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
+    check_held_out(training, held_out)
+    for scorer in {*config.judge.scorers, *config.evaluation_scorers}:
+        load_scorer(scorer)
+    check_space(config)
+
+
+def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
+    """Open the campaign and say which rounds this run finishes; the caller holds the campaign's lock.
+
+    Raises:
+        D3POError: the configuration does not fit the campaign.
+    """
+    open_campaign(config)
+    numbers = rounds_to_do(config.folder, rounds, run_id)
+    if numbers:
+        begin_round(config, numbers[0])
+    tracking.deliver(config)
+    return numbers
+
+
+@task(name="publish", **STAGE_OPTIONS)
+def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
+    """Write the round's row, which makes it finished, and close its MLflow run."""
+    path = partition(config.folder, "rounds", round_number) / "part.parquet"
+    if not path.exists():
+        write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
+    tracking.deliver(config)
+    return round_record(round_number, read_rows(path)[0])
+
+
+def begin(config: CampaignConfig, round_number: int) -> None:
+    """Freeze the configuration that the round is made with."""
+    begin_round(config, round_number)
+
+
+def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    folder = config.folder
+
+    def record(stage: str, kind: Any) -> Any:
+        # Every stage is finished when a round is published: this only reads.
+        return finish_stage(folder, round_number, stage, kind, _unfinished)
+
+    evaluated: EvaluateRecord = record("evaluate", EvaluateRecord)
+    scorer = config.evaluation_scorers[0]
+    row: dict[str, Any] = dict.fromkeys(("loss_mean", "clip_fraction", "pair_accuracy", "lora_sha256"))
+    row |= {"num_samples": 0, "num_pairs": 0, "num_ties": 0}
+    row |= {f"{stage}_seconds": 0.0 for stage in ("sample", "judge", "derive", "train")}
+    if round_number > 0:
+        sampled: SampleRecord = record("sample", SampleRecord)
+        judged: JudgeRecord = record("judge", JudgeRecord)
+        derived: DeriveRecord = record("derive", DeriveRecord)
+        trained: TrainRecord = record("train", TrainRecord)
+        row |= {
+            "num_samples": sampled.num_samples, "num_pairs": derived.num_pairs, "num_ties": derived.num_ties,
+            "loss_mean": trained.loss, "clip_fraction": trained.clip_fraction, "lora_sha256": trained.lora_sha256,
+            "pair_accuracy": trained.pair_accuracy, "sample_seconds": sampled.seconds, "judge_seconds": judged.seconds,
+            "derive_seconds": derived.seconds, "train_seconds": trained.seconds,
+        }  # fmt: skip
+    return row | {
+        "checkpoint_in": checkpoint_path(max(round_number - 1, 0)),
+        "checkpoint_out": checkpoint_path(round_number),
+        "eval_scorer": scorer,
+        "eval_score_mean": evaluated.scores[scorer].mean,
+        "eval_score_low": evaluated.scores[scorer].low,
+        "eval_score_high": evaluated.scores[scorer].high,
+        "evaluate_seconds": evaluated.seconds,
+        "mlflow_run_id": tracking.known_run_id(config, round_number),
+        "config_sha256": config.sha256(),
+        "git_commit": _git_commit(),
+        "publish_seconds": time.perf_counter() - started,
+        "finished_at": datetime.now(UTC),
+    }
+
+
+def _unfinished() -> Any:
+    raise D3POError("a stage of this round is not finished; run the round again")
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,85 @@
+"""What the stages of a round share: the loaded policy, progress bars, the GPU's turn, and how a failure is told."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from prefect.concurrency.sync import concurrency
+from tqdm import tqdm
+
+from d3po_core.campaign import checkpoint_path
+from d3po_core.checkpoint import load_checkpoint
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+from d3po_core.policy import Policy, load_policy
+
+GPU_LIMIT = "gpu"
+GPU_LEASE_SECONDS = 60
+
+# Nothing is cached by Prefect: a stage that is finished is known by its record on disk, also to another run.
+STAGE_OPTIONS: dict[str, Any] = {
+    "persist_result": False,
+    "retries": 1,
+    "retry_delay_seconds": 5,
+    "retry_condition_fn": lambda task, run, state: not _is_users_to_mend(state),
+}
+
+_loaded: dict[str, Policy] = {}
+
+
+def _is_users_to_mend(state: Any) -> bool:
+    try:
+        state.result()
+    except D3POError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def loaded_policy(config: CampaignConfig) -> Policy:
+    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds."""
+    key = f"{config.model.model_dump_json()} {config.seed}"
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_policy(config.model, config.seed)
+    return _loaded[key]
+
+
+def policy_at(config: CampaignConfig, round_number: int) -> Policy:
+    """The loaded policy with the LoRA of a round's checkpoint; round 0 is the base model.
+
+    The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
+    resumed round then computes with the same numbers as one that was not killed.
+    """
+    policy = loaded_policy(config)
+    checkpoint = checkpoint_path(round_number)
+    if checkpoint is None:
+        policy.reset_lora()
+    else:
+        load_checkpoint(config.folder / checkpoint, policy, optimizer=None)
+    return policy
+
+
+@contextlib.contextmanager
+def gpu_turn(device_type: str) -> Iterator[None]:
+    """On a GPU, wait for the global concurrency limit ``gpu``; a killed process's turn ends with its lease.
+
+    A server without that limit (the temporary one of ``d3po run``) lets everybody go at once.
+    """
+    if device_type != "cuda":
+        yield
+        return
+    with concurrency(GPU_LIMIT, occupy=1, lease_duration=GPU_LEASE_SECONDS, strict=False):
+        yield
+
+
+# Its monitor thread outlives the interpreter's shutdown, in which duckdb then complains of leaks.
+tqdm.monitor_interval = 0
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[tqdm]:
+    """A progress bar with rate and time left, on terminals only."""
+    with tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True, disable=None) as bar:
+        yield bar
