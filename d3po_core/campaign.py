@@ -192,6 +192,13 @@ def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
         os.close(handle)
 
 
+def sweep_leftovers(campaign: Path, round_number: int) -> None:
+    """Remove the half-written files that a killed run left in a round; the caller holds the campaign's lock."""
+    for pattern in (".*.tmp", f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp"):
+        for path in campaign.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def discard_round(campaign: Path) -> int | None:
     """Drop the files of the round that was begun and not finished; returns its number, None if there is none."""
     number = last_finished_round(campaign) + 1

@@ -135,6 +135,7 @@ class Policy:
         StableDiffusionPipeline.save_lora_weights(
             folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata, weight_name=LORA_FILE
         )
+        _sort_metadata(folder / LORA_FILE)
         return folder / LORA_FILE
 
     def load_lora(self, folder: Path) -> None:
@@ -156,6 +157,17 @@ class Policy:
                 f"checkpoint {folder}: its LoRA has other layers or another rank than model.lora_* asks for"
             )
         set_peft_model_state_dict(self._pipeline.unet, state)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a safetensors file's metadata one order: the library writes it in a random one, and equal weights differ."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size, "a header with its keys in another order is as long as before"
+    path.write_bytes(content[:8] + text + content[8 + size :])
 
 
 class Conditioning:

@@ -249,7 +249,7 @@ def _short(path: Path) -> str:
 def _use_local_prefect() -> None:
     """Use the server of ``d3po up`` if it runs, else a temporary one of this process over the same database."""
     from d3po_core.tables import disk_errors
-    from flows.servers import QUIET, prefect_url
+    from flows.servers import QUIET, end_orphans, prefect_url
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -263,6 +263,7 @@ def _use_local_prefect() -> None:
         home.mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+    end_orphans()
     url = prefect_url()
     if url:
         os.environ["PREFECT_API_URL"] = url

@@ -4,12 +4,12 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from d3po_core.campaign import campaign_lock
+from d3po_core.campaign import begin_round, campaign_lock
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from tasks.evaluating import evaluate_checkpoint
 from tasks.judging import derive_pairs, judge_images
-from tasks.publishing import begin, check_campaign, plan_rounds, publish_round
+from tasks.publishing import check_campaign, plan_rounds, publish_round
 from tasks.sampling import sample_images
 from tasks.training import train_policy
 
@@ -30,7 +30,7 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
         with campaign_lock(config.folder, who=f"flow run {flow_run.name}"):
             numbers = plan_rounds(config, rounds, run_id=str(flow_run.id))
             for number in numbers:
-                begin(config, number)
+                begin_round(config, number)
                 if number > 0:  # round 0 is the base model: only evaluated
                     sample_images(config, number)
                     judge_images(config, number)

@@ -29,6 +29,7 @@ NAMES = ("prefect", "mlflow", "worker")
 POOL = PROFILE = "d3po"
 WORKER = "d3po-worker"
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect in the process of a flow run
+RUN_OWNER = "D3PO_RUN_OWNER"  # set by us in the process of a d3po run, and so in its temporary server
 START_SECONDS = 120.0
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
 QUIET = {
@@ -111,6 +112,25 @@ def status() -> list[str]:
         lines.append(f"{name}: {what}, log {_file(name + '.log')}")
     lines.append(f"Prefect profile: {_active_profile()}")
     return lines if all(_process(state, name) for name in NAMES) else [*lines, "type next: d3po up"]
+
+
+def end_orphans() -> None:
+    """End temporary Prefect servers of this data folder whose ``d3po run`` was killed; mark those to come as ours."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            owner = environment.get(RUN_OWNER)
+            if owner and environment.get("PREFECT_HOME") == os.environ.get("PREFECT_HOME") and not _lives(owner):
+                _end([process])
+    own = psutil.Process()
+    os.environ[RUN_OWNER] = f"{own.pid} {own.create_time()}"
+
+
+def _lives(owner: str) -> bool:
+    pid, created = owner.split()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return abs(psutil.Process(int(pid)).create_time() - float(created)) < 1
+    return False
 
 
 def prefect_url() -> str | None:

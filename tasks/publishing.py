@@ -8,14 +8,14 @@ from typing import Any
 from prefect import task
 
 from d3po_core.campaign import (
-    begin_round,
     check_space,
     checkpoint_path,
     finish_stage,
     open_campaign,
     round_record,
     rounds_to_do,
-)  # fmt: skip
+    sweep_leftovers,
+)
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.policy import check_model
@@ -58,7 +58,7 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     open_campaign(config)
     numbers = rounds_to_do(config.folder, rounds, run_id)
     if numbers:
-        begin_round(config, numbers[0])
+        sweep_leftovers(config.folder, numbers[0])
     tracking.deliver(config)
     return numbers
 
@@ -71,11 +71,6 @@ def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
     tracking.deliver(config)
     return round_record(round_number, read_rows(path)[0])
-
-
-def begin(config: CampaignConfig, round_number: int) -> None:
-    """Freeze the configuration that the round is made with."""
-    begin_round(config, round_number)
 
 
 def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+# Each command sets up what it needs and is safe to repeat.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ROUNDS ?= 16
+.PHONY: demo test lint bench up down
+
+# The whole pinned install; made again when the pins change.
+.venv/ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready
+	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: .venv/ready
+	$(BIN)/python tests/benchmarks/speed.py
+	$(BIN)/python tests/benchmarks/duckdb_pairs.py
+	$(BIN)/python tests/benchmarks/overhead.py
+
+up: .venv/ready
+	$(BIN)/d3po up
+
+down: .venv/ready
+	$(BIN)/d3po down

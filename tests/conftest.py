@@ -1,0 +1,50 @@
+"""What the whole suite shares: two threads, repeatable property tests, and the embedded model loaded once."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import settings
+
+from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.policy import Policy, load_policy
+from tests.core.drawing import stir_lora
+
+torch.set_num_threads(2)
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def base_pipeline() -> StableDiffusionPipeline:
+    """The embedded model as diffusers alone sees it; no test may change it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        resolve_path(ModelConfig().path), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def loaded_policy() -> Policy:
+    return load_policy(ModelConfig(device="cpu", lora_rank=4), seed=0)
+
+
+@pytest.fixture
+def policy(loaded_policy: Policy) -> Iterator[Policy]:
+    """The embedded model on the CPU with a fresh LoRA of rank 4; loaded once, put back before and after each test."""
+    loaded_policy.reset_lora()
+    for _, parameter in loaded_policy.trainable_parameters():
+        parameter.grad = None
+    yield loaded_policy
+    loaded_policy.reset_lora()
+
+
+@pytest.fixture
+def stirred(policy: Policy) -> Policy:
+    """The policy with a LoRA that changes its output."""
+    stir_lora(policy, seed=1)
+    return policy

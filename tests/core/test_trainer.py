@@ -1,0 +1,459 @@
+"""Training of a round against a plain implementation: one pair, one step, two forwards at a time."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+
+from d3po_core.checkpoint import load_checkpoint, save_checkpoint
+from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
+from d3po_core.ddim import Schedule, make_schedule
+from d3po_core.errors import NonFiniteLossError
+from d3po_core.policy import Policy, load_policy
+from d3po_core.preferences import derive_preferences
+from d3po_core.rollout import sample_trajectories
+from d3po_core.tables import connect, table_from_rows, write_table
+from d3po_core.trainer import PairedGroup, TrainingSet, Update, make_optimizer, plan_updates, train_updates
+from tests.core.drawing import image_seed, stir_lora
+
+NUM_STEPS = 3
+PROMPTS = ("a red circle on a gray background", "a blue cross on a white background")
+# Two groups: three members with a tie between the last two, and two members; weights differ.
+GROUPS = [
+    PairedGroup(images=(0, 1, 2), pairs=((0, 1, 1.0), (2, 0, 0.5))),
+    PairedGroup(images=(3, 4), pairs=((4, 3, 0.75),)),
+]
+IMAGE_PROMPTS = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 2
+
+
+def training_set(policy: Policy, schedule: Schedule, guidance: float = 1.0) -> TrainingSet:
+    """Images sampled by the policy as it is."""
+    seeds = [image_seed(prompt, member) for member, prompt in enumerate(IMAGE_PROMPTS)]
+    drawn = sample_trajectories(policy, schedule, seeds, guidance, torch.float32)
+    return TrainingSet(IMAGE_PROMPTS, drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"updates_per_round": 1, "max_grad_norm": 1e9, "micro_batch": 6} | changes))
+
+
+def lora_gradient(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in policy.trainable_parameters()}
+
+
+def lora_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def one_update(
+    policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance: float = 1.0
+) -> tuple[Update, dict[str, torch.Tensor]]:
+    """An update whose optimizer moves nothing, and the gradient that it left."""
+    optimizer = torch.optim.SGD([parameter for _, parameter in policy.trainable_parameters()], lr=0.0)
+    (update,) = train_updates(policy, optimizer, schedule, data, config, guidance, seed=5)
+    return update, lora_gradient(policy)
+
+
+@dataclass(frozen=True)
+class PlainD3PO:
+    """Eq. 14 on one pair and step at a time, through diffusers' scheduler and pipeline; nothing shared with ours."""
+
+    policy: Policy
+    base: StableDiffusionPipeline
+    data: TrainingSet
+    config: TrainConfig
+    guidance: float
+
+    def __post_init__(self) -> None:
+        self.scheduler.set_timesteps(NUM_STEPS)
+
+    @property
+    def scheduler(self) -> DDIMScheduler:
+        return self.base.scheduler
+
+    def sigma(self, t: int) -> float:
+        return float(self.scheduler._get_variance(t, t - 1000 // NUM_STEPS)) ** 0.5
+
+    def log_prob(self, network: torch.nn.Module, image: int, step: int) -> torch.Tensor:
+        latent, following = self.data.latents_NTCHW[image, step][None], self.data.latents_NTCHW[image, step + 1][None]
+        t = int(self.scheduler.timesteps[step])
+        text, empty = self.base.encode_prompt(self.data.prompts[image], "cpu", 1, do_classifier_free_guidance=True)
+        output = network(latent, t, text).sample
+        if self.guidance != 1:
+            without = network(latent, t, empty).sample
+            output = without + self.guidance * (output - without)
+        noise = torch.zeros_like(latent)
+        mean = self.scheduler.step(output, t, latent, eta=1.0, variance_noise=noise).prev_sample
+        density = torch.distributions.Normal(mean.double(), self.sigma(t)).log_prob(following.double())
+        return density.sum() if self.config.log_prob == "sum" else density.mean()
+
+    def step_weight(self, step: int) -> float:
+        if self.config.timestep_weighting == "none":
+            return 1.0
+        inverse_slopes = []
+        for t in self.scheduler.timesteps.tolist():
+            alphas = self.scheduler.alphas_cumprod.double()
+            a, before = float(alphas[t]), float(alphas[max(t - 1000 // NUM_STEPS, 0)])
+            c = math.sqrt(1 - before - self.sigma(t) ** 2) - math.sqrt(before * (1 - a) / a)
+            inverse_slopes.append(self.sigma(t) / abs(c))
+        return inverse_slopes[step] / (sum(inverse_slopes) / NUM_STEPS)
+
+    def reference(self, image: int, step: int) -> float:
+        if self.config.reference == "base":
+            with torch.no_grad():
+                return float(self.log_prob(self.base.unet, image, step))
+        elements = self.data.latents_NTCHW[0, 0].numel() if self.config.log_prob == "sum" else 1
+        return float(self.data.log_probs_NT[image, step]) * elements
+
+    def gradient(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """Mean loss over pairs and steps, and its gradient."""
+        for _, parameter in self.policy.trainable_parameters():
+            parameter.grad = None
+        pairs = [pair for group in self.data.groups for pair in group.pairs]
+        total, c = 0.0, self.config.clip_range
+        for (winner, loser, weight), step in itertools.product(pairs, range(NUM_STEPS)):
+            log_ratio = [
+                self.step_weight(step) * (self.log_prob(self.policy.network, image, step) - self.reference(image, step))
+                for image in (winner, loser)
+            ]
+            if self.config.clip == "two_sided":
+                log_ratio = [ratio.exp().clamp(1 - c, 1 + c).log() for ratio in log_ratio]
+            elif self.config.clip == "one_sided":
+                log_ratio = [log_ratio[0].exp().clamp(max=1 + c).log(), log_ratio[1].exp().clamp(min=1 - c).log()]
+            sigmoid = 1 / (1 + torch.exp(-self.config.beta * (log_ratio[0] - log_ratio[1])))
+            loss = -weight * torch.log(sigmoid) / (len(pairs) * NUM_STEPS)
+            loss.backward()
+            total += float(loss)
+        return total, lora_gradient(self.policy)
+
+
+def assert_gradients_agree(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], tolerance: float) -> None:
+    scale = torch.cat([gradient.flatten() for gradient in plain.values()]).norm()
+    error = torch.cat([(ours[name] - plain[name]).flatten() for name in plain]).norm()
+    assert scale > 0
+    assert error <= tolerance * scale
+
+
+@pytest.mark.parametrize("reference", ["round_start", "base"])
+@pytest.mark.parametrize("log_prob", ["mean", "sum"])
+@pytest.mark.parametrize("weighting", ["none", "equal_gradient"])
+def test_gradient_of_an_update_equals_that_of_plain_d3po(
+    policy: Policy, base_pipeline: StableDiffusionPipeline, reference: str, log_prob: str, weighting: str
+) -> None:
+    stir_lora(policy, seed=1)
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule)
+    stir_lora(policy, seed=2)  # off-policy: every ratio differs from 1
+    beta = 50.0 if log_prob == "mean" else 0.2
+    config = settings(
+        reference=reference, log_prob=log_prob, timestep_weighting=weighting, beta=beta, clip="none"
+    )  # fmt: skip
+    loss, plain = PlainD3PO(policy, base_pipeline, data, config, 1.0).gradient()
+    update, ours = one_update(policy, schedule, data, config)
+    assert update.loss == pytest.approx(loss, rel=1e-3)
+    assert_gradients_agree(ours, plain, 2e-3)
+
+
+@pytest.mark.parametrize(("clip", "guidance"), [("one_sided", 1.0), ("two_sided", 1.0), ("none", 3.0)])
+def test_gradient_with_clip_and_guidance_equals_that_of_plain_d3po(
+    policy: Policy, base_pipeline: StableDiffusionPipeline, clip: str, guidance: float
+) -> None:
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule, guidance)
+    stir_lora(policy, seed=2, size=0.01)
+    config = settings(clip=clip, clip_range=0.002, beta=50.0)
+    loss, plain = PlainD3PO(policy, base_pipeline, data, config, guidance).gradient()
+    update, ours = one_update(policy, schedule, data, config, guidance)
+    assert update.loss == pytest.approx(loss, rel=1e-3)
+    if clip != "none":
+        assert 0 < update.clip_fraction < 1
+    assert_gradients_agree(ours, plain, 2e-3)
+
+
+def test_gradient_does_not_depend_on_the_micro_batch(stirred: Policy) -> None:
+    schedule = stirred.schedule(NUM_STEPS, 1.0)
+    data = training_set(stirred, schedule)
+    stir_lora(stirred, seed=2)
+    whole_update, whole = one_update(stirred, schedule, data, settings(micro_batch=1000, beta=50.0))
+    for micro_batch in (1, 4, 7):
+        update, split = one_update(stirred, schedule, data, settings(micro_batch=micro_batch, beta=50.0))
+        assert_gradients_agree(split, whole, 1e-3)
+        assert update.loss == pytest.approx(whole_update.loss, rel=1e-5)
+        assert update.kl == pytest.approx(whole_update.kl, rel=1e-3, abs=1e-9)
+
+
+def test_first_update_on_policy_has_ratio_one(stirred: Policy) -> None:
+    schedule = stirred.schedule(NUM_STEPS, 1.0)
+    # One group a micro-batch and the same sampling batch: replay is exact up to the batch's rounding.
+    update, _ = one_update(stirred, schedule, training_set(stirred, schedule), settings(beta=1.0))
+    mean_weight = sum(weight for group in GROUPS for *_, weight in group.pairs) / 3
+    assert update.loss == pytest.approx(math.log(2) * mean_weight, abs=1e-4)
+    assert update.margin == pytest.approx(0, abs=1e-4)
+    assert update.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_metrics_are_those_of_the_pairs_and_steps(stirred: Policy) -> None:
+    schedule = stirred.schedule(NUM_STEPS, 1.0)
+    data = training_set(stirred, schedule)
+    # With the policy at the sampler and a made-up reference every log-ratio is known.
+    ratio_NT = 0.1 * torch.randn(5, NUM_STEPS, generator=torch.Generator().manual_seed(3))
+    data = replace(data, log_probs_NT=data.log_probs_NT - ratio_NT)
+    update, _ = one_update(
+        stirred, schedule, data, settings(timestep_weighting="none", clip="two_sided", clip_range=0.1)
+    )
+    pairs = [pair for group in GROUPS for pair in group.pairs]
+    margins = torch.stack([ratio_NT[winner] - ratio_NT[loser] for winner, loser, _ in pairs])
+    outside = (ratio_NT.exp() - 1).abs() > 0.1
+    assert update.num_pairs == 3
+    assert update.margin == pytest.approx(margins.mean().item(), abs=1e-4)
+    assert update.pair_accuracy == pytest.approx((margins > 0).float().mean().item(), abs=1e-6)
+    assert update.kl == pytest.approx((ratio_NT.exp() - 1 - ratio_NT).mean().item(), abs=1e-4)
+    ends = torch.tensor([[winner, loser] for winner, loser, _ in pairs])
+    assert update.clip_fraction == pytest.approx(outside[ends].float().mean().item(), abs=1e-6)
+    assert [row["timestep"] for row in update.per_step] == schedule.timesteps_T.tolist()
+    for step, row in enumerate(update.per_step):
+        assert row["step"] == step
+        assert row["margin"] == pytest.approx(margins[:, step].mean().item(), abs=1e-4)
+        assert row["clip_fraction"] == pytest.approx(outside[ends, step].float().mean().item(), abs=1e-6)
+
+
+class Passes:
+    """Counts what goes through the policy's network: rows and timesteps, with the LoRA on or off."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.timesteps, self.without_lora = policy, [], 0
+        self.hook = policy.network.register_forward_pre_hook(self._count)
+
+    def _count(self, network: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        layer = next(module for module in network.modules() if isinstance(module, BaseTunerLayer))
+        if layer.disable_adapters:
+            self.without_lora += len(arguments[0])
+        else:
+            self.timesteps += arguments[1].tolist()
+
+
+@pytest.fixture
+def passes(policy: Policy) -> Iterator[Passes]:
+    counted = Passes(policy)
+    yield counted
+    counted.hook.remove()
+
+
+@pytest.mark.parametrize(("reference", "without_lora"), [("round_start", 0), ("base", 5 * NUM_STEPS)])
+def test_one_policy_pass_an_image_and_step_serves_all_pairs(
+    policy: Policy, passes: Passes, reference: str, without_lora: int
+) -> None:
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule)
+    all_pairs = tuple((a, b, 1.0) for a, b in itertools.combinations(range(3), 2))
+    data = replace(data, groups=[PairedGroup((0, 1, 2), all_pairs), GROUPS[1]])
+    passes.timesteps.clear()
+    one_update(policy, schedule, data, settings(reference=reference))
+    assert sorted(passes.timesteps) == sorted(schedule.timesteps_T.tolist() * 5)
+    assert passes.without_lora == without_lora
+
+
+def test_steps_without_noise_are_never_trained_on(policy: Policy, passes: Passes) -> None:
+    scheduler = DDIMScheduler.from_config(policy._pipeline.scheduler.config, set_alpha_to_one=True)
+    schedule = make_schedule(scheduler, NUM_STEPS, 1.0)
+    assert schedule.trainable_T.tolist() == [True, True, False]
+    data = training_set(policy, schedule)
+    passes.timesteps.clear()
+    for weighting in ("none", "equal_gradient"):
+        update, gradient = one_update(policy, schedule, data, settings(timestep_weighting=weighting))
+        assert [row["step"] for row in update.per_step] == [0, 1]
+        assert all(torch.isfinite(value).all() for value in gradient.values())
+        mean_weight = sum(weight for group in GROUPS for *_, weight in group.pairs) / 3
+        assert update.loss == pytest.approx(math.log(2) * mean_weight, abs=1e-3)
+    assert set(passes.timesteps) == set(schedule.timesteps_T[:2].tolist())
+
+
+def test_ties_never_reach_training(policy: Policy, passes: Passes, tmp_path: Path) -> None:
+    from tasks.training import load_training_set
+
+    config = CampaignConfig(campaign="ties", runs_dir=str(tmp_path), sample={"group_size": 2})
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    drawn = training_set(policy, schedule)
+    # Groups of two: a decided one, a tie, a decided one whose rater changed their mind into a tie, a decided one.
+    scores = {"g0": [1.0, 0.0], "g1": [0.5, 0.5], "g2": [0.0, 1.0], "g3": [0.0, 1.0]}
+    shard = "trajectories/round=1/shard-0000.safetensors"
+    (config.folder / shard).parent.mkdir(parents=True)
+    eight = torch.arange(8) % 5
+    latents, log_probs = drawn.latents_NTCHW[eight].clone(), drawn.log_probs_NT[eight].clone()
+    save_file({"latents": latents, "log_probs": log_probs}, config.folder / shard)
+    samples, judgements = [], []
+    for row, (group, member) in enumerate(itertools.product(scores, range(2))):
+        sample_id = f"{group}-m{member}"
+        samples.append(
+            {
+                "sample_id": sample_id, "group_id": group, "member": member, "prompt": PROMPTS[0], "split": "train",
+                "seed": row, "image_path": "", "trajectory_path": shard, "trajectory_row": row, "checkpoint": None,
+            }
+        )  # fmt: skip
+        said = [scores[group][member]] + ([0.25] if group == "g2" else [])
+        judgements += [
+            {
+                "rater": "r", "rater_kind": "human", "kind": "rating", "sample_id": sample_id, "other_id": None,
+                "value": value, "judged_at": datetime(2024, 1, 1 + day), "source": "csv",
+            }
+            for day, value in enumerate(said)
+        ]  # fmt: skip
+    write_table(config.folder, "samples", 1, table_from_rows("samples", samples))
+    write_table(config.folder, "judgements", 1, table_from_rows("judgements", judgements))
+    with connect(config.folder) as connection:
+        derived = derive_preferences(connection, 1, "pareto", "all")
+    assert derived.num_ties == 2
+    write_table(config.folder, "preferences", 1, derived.table)
+    data = load_training_set(config, 1)
+    assert data.groups == [PairedGroup((0, 1), ((0, 1, 1.0),)), PairedGroup((2, 3), ((3, 2, 1.0),))]
+    assert torch.equal(data.latents_NTCHW, latents[[0, 1, 6, 7]])
+    assert torch.equal(data.log_probs_NT, log_probs[[0, 1, 6, 7]])
+    passes.timesteps.clear()
+    one_update(policy, schedule, data, settings())
+    assert len(passes.timesteps) == 4 * NUM_STEPS
+
+
+def test_nothing_to_train_on_changes_nothing(policy: Policy) -> None:
+    before = lora_weights(policy)
+    empty = TrainingSet([], torch.empty(0), torch.empty(0), [])
+    for reference in ("round_start", "base"):
+        config = settings(reference=reference, updates_per_round=4)
+        schedule = policy.schedule(NUM_STEPS, 1.0)
+        assert list(train_updates(policy, make_optimizer(policy, config), schedule, empty, config, 1.0, 0)) == []
+    assert same(lora_weights(policy), before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_loss_stops_and_leaves_weights_and_optimizer_unchanged(stirred: Policy, bad: float) -> None:
+    schedule = stirred.schedule(NUM_STEPS, 1.0)
+    data = training_set(stirred, schedule)
+    config = settings(updates_per_round="one_per_group", max_grad_norm=1.0)
+    optimizer = make_optimizer(stirred, config)
+    list(train_updates(stirred, optimizer, schedule, data, config, 1.0, seed=5))
+    before = lora_weights(stirred)
+    moments = {id(p): state["exp_avg"].clone() for p, state in optimizer.state.items()}
+    damaged = data.log_probs_NT.clone()
+    damaged[:, 1] = bad
+    with pytest.raises(NonFiniteLossError, match=r"update 0: loss .*learning_rate") as caught:
+        list(train_updates(stirred, optimizer, schedule, replace(data, log_probs_NT=damaged), config, 1.0, seed=5))
+    assert "\n" not in str(caught.value)
+    assert same(lora_weights(stirred), before)
+    assert all(torch.equal(state["exp_avg"], moments[id(p)]) for p, state in optimizer.state.items())
+
+
+def test_gradient_is_clipped_to_its_norm(stirred: Policy) -> None:
+    schedule = stirred.schedule(NUM_STEPS, 1.0)
+    data = training_set(stirred, schedule)
+    update, free = one_update(stirred, schedule, data, settings())
+    norm = torch.cat([value.flatten() for value in free.values()]).norm().item()
+    assert update.grad_norm == pytest.approx(norm, rel=1e-4)
+    _, clipped = one_update(stirred, schedule, data, settings(max_grad_norm=norm / 10))
+    assert torch.cat([v.flatten() for v in clipped.values()]).norm().item() == pytest.approx(norm / 10, rel=1e-3)
+
+
+FOUR = {"updates_per_round": 4, "epochs": 2, "learning_rate": 1e-2, "max_grad_norm": 1.0}
+
+
+def fresh_policy() -> Policy:
+    return load_policy(ModelConfig(device="cpu", lora_rank=4), seed=0)
+
+
+def test_resumed_training_equals_uninterrupted_bit_for_bit(policy: Policy, tmp_path: Path) -> None:
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule)
+    config = settings(**FOUR)
+    optimizer = make_optimizer(policy, config)
+    straight = list(train_updates(policy, optimizer, schedule, data, config, 1.0, seed=5))
+    assert len(straight) == 4
+    expected, expected_state = lora_weights(policy), optimizer.state_dict()["state"]
+
+    policy.reset_lora()
+    optimizer = make_optimizer(policy, config)
+    first = list(itertools.islice(train_updates(policy, optimizer, schedule, data, config, 1.0, seed=5), 2))
+    assert not same(lora_weights(policy), expected)
+    save_checkpoint(tmp_path / "half", policy, optimizer, {"updates": 2})
+
+    other = fresh_policy()
+    optimizer = make_optimizer(other, config)
+    record = load_checkpoint(tmp_path / "half", other, optimizer)
+    assert record["updates"] == 2
+    second = list(train_updates(other, optimizer, schedule, data, config, 1.0, seed=5, first_update=2))
+    assert same(lora_weights(other), expected)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[key], expected_state[index][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+    without_time = [replace(update, seconds=0) for update in first + second]
+    assert without_time == [replace(update, seconds=0) for update in straight]
+
+
+def test_optimizer_state_carries_over_rounds_and_reset_differs(policy: Policy, tmp_path: Path) -> None:
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule)
+    config = settings(**{**FOUR, "updates_per_round": 2, "epochs": 1})
+    optimizer = make_optimizer(policy, config)
+    for seed in (1, 2):
+        if seed == 2:
+            save_checkpoint(tmp_path / "round=1", policy, optimizer, {})
+        list(train_updates(policy, optimizer, schedule, data, config, 1.0, seed))
+    expected = lora_weights(policy)
+    results = {}
+    for carried in (True, False):
+        optimizer = make_optimizer(policy, config)
+        load_checkpoint(tmp_path / "round=1", policy, optimizer if carried else None)
+        list(train_updates(policy, optimizer, schedule, data, config, 1.0, seed=2))
+        results[carried] = lora_weights(policy)
+    assert same(results[True], expected)
+    assert not same(results[False], expected)
+
+
+def test_training_prefers_winners(policy: Policy) -> None:
+    schedule = policy.schedule(NUM_STEPS, 1.0)
+    data = training_set(policy, schedule)
+    config = settings(updates_per_round=12, epochs=12, learning_rate=3e-3, max_grad_norm=1.0, beta=100.0)
+    updates = list(train_updates(policy, make_optimizer(policy, config), schedule, data, config, 1.0, seed=5))
+    assert updates[-1].loss < updates[0].loss
+    assert updates[-1].margin > 0
+    assert updates[-1].pair_accuracy > 0.8
+    assert updates[-1].kl > 0
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(1, 4),
+    st.one_of(st.just("one_per_group"), st.integers(1, 12)),
+    st.integers(0, 2**62),
+)
+def test_plan_has_every_group_once_an_epoch(num_groups: int, epochs: int, per_epoch: int | str, seed: int) -> None:
+    updates = per_epoch * epochs if isinstance(per_epoch, int) else per_epoch
+    plan = plan_updates(num_groups, TrainConfig(updates_per_round=updates, epochs=epochs), seed)
+    expected = num_groups if per_epoch == "one_per_group" else min(per_epoch, num_groups)
+    assert len(plan) == expected * epochs
+    assert [epoch for epoch, _ in plan] == sorted(epoch for epoch, _ in plan)
+    for epoch in range(epochs):
+        parts = [groups for e, groups in plan if e == epoch]
+        assert sorted(group for groups in parts for group in groups) == list(range(num_groups))
+        assert all(parts)
+        assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert plan == plan_updates(num_groups, TrainConfig(updates_per_round=updates, epochs=epochs), seed)
+
+
+def test_order_of_groups_changes_with_epoch_and_seed() -> None:
+    config = TrainConfig(updates_per_round="one_per_group", epochs=2)
+    plan = plan_updates(20, config, 0)
+    first, second = ([groups for epoch, groups in plan if epoch == e] for e in (0, 1))
+    assert first != second
+    assert plan != plan_updates(20, config, 1)

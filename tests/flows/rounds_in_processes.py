@@ -1,0 +1,32 @@
+"""Runs the flow in processes of their own that can be killed at an exact point. Not a test by itself."""
+
+import os
+import signal
+from typing import Any
+
+
+def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: bool) -> None:
+    """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it.
+
+    Every file that a campaign keeps comes into being by ``os.replace``: these are all the points at which what a killed
+    run leaves behind can differ.
+    """
+    from d3po_core.config import load_config
+    from flows.round import d3po
+
+    commits = 0
+    replace = os.replace
+
+    def counted(source: Any, target: Any) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == kill_at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if commits == kill_at and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted  # type: ignore[assignment]
+    state = d3po(load_config(values, "test"), rounds, return_state=True)
+    print(f"{commits} commits; {state.message}", flush=True)
+    os._exit(0 if state.is_completed() else 3)

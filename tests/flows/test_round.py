@@ -1,0 +1,247 @@
+"""The flow d3po on real parts: a Prefect server, the embedded model, DuckDB and MLflow."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from mlflow import MlflowClient
+
+from d3po_core.campaign import campaign_lock, finished_rounds
+from d3po_core.config import PROJECT_ROOT
+from d3po_core.images import load_png
+from d3po_core.tables import connect
+from tests.flows.test_kill import SMALL
+
+NAME = "small"
+D3PO = str(Path(sys.executable).with_name("d3po"))
+
+
+def command(data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``d3po`` as a user would, from another folder, on the tests' data."""
+    environment = os.environ | {"D3PO_DATA": str(data)}
+    return subprocess.run([D3PO, *arguments], cwd=data, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def campaign(run_rounds: Callable[..., int], data: Path) -> Path:
+    """A campaign of two rounds, run one after the other."""
+    values = {**SMALL, "campaign": NAME}
+    assert run_rounds(values, 1) == 0
+    assert run_rounds(values, 1) == 0
+    return data / "runs" / NAME
+
+
+@pytest.fixture(scope="module")
+def mlflow_runs(campaign: Path, data: Path) -> list[Any]:
+    client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("d3po")
+    runs = client.search_runs([experiment.experiment_id], f"tags.`d3po.campaign` = '{NAME}'")
+    return sorted(runs, key=lambda run: run.info.run_name)
+
+
+def test_second_run_continues_from_the_last_finished_round(campaign: Path) -> None:
+    assert [record.round for record in finished_rounds(campaign)] == [0, 1, 2]
+    with connect(campaign) as connection:
+        rows = connection.sql("SELECT round, checkpoint_in, checkpoint_out FROM rounds ORDER BY round").fetchall()
+    assert rows == [
+        (0, None, None),
+        (1, None, "checkpoints/round=1"),
+        (2, "checkpoints/round=1", "checkpoints/round=2"),
+    ]
+
+
+def test_every_table_has_the_rows_of_its_round(campaign: Path) -> None:
+    with connect(campaign) as connection:
+        count = {t: connection.sql(f"SELECT count(*) FROM {t} WHERE round = 2").fetchone()[0] for t in
+                 ("samples", "judgements", "evaluations", "preferences", "rounds", "updates")}  # fmt: skip
+        beaten = connection.sql(
+            """SELECT count(*) FROM preferences p
+               JOIN judgements w ON w.sample_id = p.winner_id JOIN judgements l ON l.sample_id = p.loser_id
+               WHERE w.value <= l.value"""
+        ).fetchone()[0]
+        groups = connection.sql(
+            "SELECT count(*) FROM preferences p JOIN samples a ON a.sample_id = p.winner_id "
+            "JOIN samples b ON b.sample_id = p.loser_id WHERE a.group_id != b.group_id OR a.prompt != b.prompt"
+        ).fetchone()[0]
+    assert count["samples"] == count["judgements"] == 16
+    assert count["evaluations"] == 4
+    assert count["rounds"] == 1
+    assert count["updates"] <= 2
+    assert count["preferences"] > 0
+    assert beaten == 0
+    assert groups == 0
+
+
+def test_held_out_prompts_are_never_trained_on(campaign: Path) -> None:
+    with connect(campaign) as connection:
+        both = connection.sql("SELECT prompt FROM samples INTERSECT SELECT prompt FROM evaluations").fetchall()
+    assert both == []
+
+
+def test_mlflow_has_a_parent_run_and_a_finished_child_a_round(mlflow_runs: list[Any]) -> None:
+    parent, *children = mlflow_runs
+    assert parent.info.run_name == f"campaign {NAME}"
+    assert [child.info.run_name for child in children] == [f"{NAME} base", f"{NAME} round 001", f"{NAME} round 002"]
+    for child in children:
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.info.status == "FINISHED"
+        assert child.data.params["train.beta"] == "300.0"
+        assert "held_out/prompt_alignment" in child.data.metrics
+        assert "seconds/evaluate" in child.data.metrics
+
+
+def test_mlflow_holds_metrics_artifacts_and_lineage_of_a_round(
+    campaign: Path, data: Path, mlflow_runs: list[Any]
+) -> None:
+    client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
+    child = mlflow_runs[-1]
+    names = {artifact.path for artifact in client.list_artifacts(child.info.run_id)}
+    assert names >= {"pytorch_lora_weights.safetensors", "contact_sheet.png", "grid.png", "config.json"}
+    with connect(campaign) as connection:
+        updates = connection.sql('SELECT "update", loss FROM updates WHERE round = 2 ORDER BY 1').fetchall()
+    history = client.get_metric_history(child.info.run_id, "update/loss")
+    assert sorted((m.step, m.value) for m in history) == pytest.approx(updates)
+    inputs = {
+        i.dataset.name: json.loads(i.dataset.source)["uri"]
+        for i in client.get_run(child.info.run_id).inputs.dataset_inputs
+    }
+    assert set(inputs) == {"samples/part", "judgements/proxy", "preferences/part", "evaluations/part"}
+    assert all(Path(uri).is_file() for uri in inputs.values())
+    curve = client.get_metric_history(mlflow_runs[0].info.run_id, "held_out/prompt_alignment")
+    assert sorted(metric.step for metric in curve) == [0, 1, 2]
+    slider = [a.path for a in client.list_artifacts(mlflow_runs[0].info.run_id, "images") if a.path.endswith(".png")]
+    assert len(slider) == 3
+
+
+def test_lora_from_mlflow_gives_the_evaluated_images(campaign: Path, data: Path, mlflow_runs: list[Any]) -> None:
+    """A plain diffusers pipeline with the logged LoRA draws the held-out image again, from its row alone."""
+    client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
+    folder = client.download_artifacts(mlflow_runs[-1].info.run_id, "pytorch_lora_weights.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(PROJECT_ROOT / "data/shapes/model").to(torch.float32)
+    pipeline.load_lora_weights(Path(folder).parent, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    with connect(campaign) as connection:
+        prompt, seed, image_path = connection.sql(
+            "SELECT prompt, seed, image_path FROM evaluations WHERE round = 2 ORDER BY sample_id LIMIT 1"
+        ).fetchone()
+    from d3po_core.evaluate import evaluation_seeds
+    from d3po_core.seeds import gaussian
+
+    image_seed = next(s for s in evaluation_seeds([prompt], 1, 0) if s.noise_seed == seed)
+    noise = iter(gaussian(seed, 10, 4, 8, 8))
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    step = scheduler.step
+    scheduler.step = lambda output, t, latent, **_: step(  # type: ignore[method-assign]
+        output, t, latent, eta=1.0, variance_noise=next(noise)[None], return_dict=False
+    )
+    pipeline.scheduler = scheduler
+    drawn = pipeline(
+        prompt, num_inference_steps=10, guidance_scale=1.0, latents=gaussian(image_seed.initial_seed, 1, 4, 8, 8),
+        output_type="np",
+    ).images[0]  # fmt: skip
+    stored = load_png(campaign / image_path)
+    assert np.abs((drawn * 255).round() - stored).max() <= 1
+
+
+def test_second_run_of_a_busy_campaign_is_refused_in_one_line(campaign: Path, run_rounds: Callable[..., int],
+                                                              capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    with campaign_lock(campaign, who="a test"):
+        assert run_rounds({**SMALL, "campaign": NAME}, 1) == 3
+    assert f"campaign '{NAME}' is being advanced by process {os.getpid()} (a test)" in capfd.readouterr().out
+    assert len(finished_rounds(campaign)) == 3
+
+
+def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
+    run_rounds: Callable[..., int], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processes' environment is that of the server they were forked from; the address goes in by the path.
+    folder = data / "mlflow"
+    aside = data / "mlflow-aside"
+    values = {**SMALL, "campaign": "unheard"}
+    folder.rename(aside)
+    folder.write_text("in the way of the store")
+    try:
+        assert run_rounds(values, 1) == 0
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+    assert [record.mlflow_run_id for record in finished_rounds(data / "runs" / "unheard")] == [None, None]
+    assert run_rounds(values, 1) == 0
+    client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("d3po")
+    runs = client.search_runs([experiment.experiment_id], "tags.`d3po.campaign` = 'unheard'")
+    assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(
+        ("campaign unheard", "unheard base", "unheard round 001", "unheard round 002"), "FINISHED"
+    )
+    assert all("held_out/prompt_alignment" in run.data.metrics for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'learning_rate'?"),
+        (("--set", "train.beta=-1"), "train.beta is -1: Input should be greater than 0"),
+        (("--set", "sample.prompts=missing.txt"), "sample.prompts 'missing.txt': no such file"),
+        (("--set", "model.path=data/prompts"), "model_index.json is missing; expected a diffusers pipeline folder"),
+        (("--set", "judge.scorers=[beauty]"), "scorer 'beauty' is not known; expected one of jpeg_compressibility"),
+        (("--set", "sample.groups_per_round=100000000"), "free some space, set runs_dir to another disk"),
+        (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), "54 prompts are in sample.prompts and in"),
+        (("--campaign", NAME, "--set", "model.lora_rank=4"), "was started with model.lora_rank = 16 (now 4)"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_what_to_do(
+    arguments: tuple[str, ...], expected: str, campaign: Path, data: Path, prefect_server: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before = sorted(campaign.rglob("*"))
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server["PREFECT_API_URL"])
+    done = command(
+        data, "run", "round", *arguments, "--set", "evaluate={images_per_prompt: 1, max_prompts: 4, grid_prompts: 2}"
+    )
+    if "evaluate.prompts" in str(arguments):
+        done = command(data, "run", "round", *arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("d3po: ")]) == 1
+    assert sorted(campaign.rglob("*")) == before
+
+
+def test_query_prints_csv_json_and_parquet(campaign: Path, data: Path) -> None:
+    sql = "SELECT round, count(*) AS n FROM evaluations GROUP BY round ORDER BY round"
+    assert command(data, "query", sql, "--campaign", NAME, "--format", "csv").stdout == "round,n\n0,4\n1,4\n2,4\n"
+    lines = command(data, "query", sql, "--campaign", NAME, "--format", "json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == [{"round": n, "n": 4} for n in range(3)]
+    done = command(data, "query", sql, "--campaign", NAME, "--format", "parquet", "--output", str(data / "q.parquet"))
+    assert done.returncode == 0
+    import pyarrow.parquet as pq
+
+    assert pq.ParquetFile(data / "q.parquet").read().to_pylist() == [{"round": n, "n": 4} for n in range(3)]
+    assert "round" in command(data, "query", sql, "--campaign", NAME).stdout
+    wrong = command(data, "query", "SELECT * FROM nothing", "--campaign", NAME)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("d3po: query: Catalog Error")
+
+
+def test_run_without_a_server_of_the_users_finishes_a_round(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"D3PO_DATA": str(tmp_path)}
+    settings = ("sample.groups_per_round=4", "evaluate.images_per_prompt=1", "evaluate.max_prompts=4")
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    started = time.time()
+    done = subprocess.run(
+        [D3PO, "run", "round", "--campaign", "alone", *arguments], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "held-out score" in done.stdout
+    assert [record.round for record in finished_rounds(tmp_path / "runs" / "alone")] == [0, 1]
+    assert (tmp_path / "runs" / "alone" / "rounds" / "round=1" / "part.parquet").stat().st_mtime >= started
