@@ -103,8 +103,14 @@ def open_campaign(config: CampaignConfig) -> None:
     """
     path = config.folder / CAMPAIGN_FILE
     if path.exists():
-        saved = load_config(json.loads(path.read_text())["config"], str(path))
+        try:
+            saved = load_config(json.loads(path.read_text())["config"], str(path))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise D3POError(f"{path}: cannot be read ({error!r}); restore it or start a new campaign") from None
         changed = [c for c in changed_fields(saved, config) if c[0].startswith(FIXED_FIELDS)]
+        scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
+        if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
+            changed.append(("judge.scorers, which also evaluate,", *scorers))
         if changed:
             raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
                             "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
@@ -152,12 +158,12 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
     """
     done = last_finished_round(campaign)
     path = campaign / TARGET_FILE
-    target = json.loads(path.read_text()) if path.exists() else None
-    resumes = target is not None and (
-        target["run_id"] == run_id or (done < target["last"] and target["rounds"] == rounds)
-    )
-    if not resumes:
-        target = {"last": max(done, 0) + rounds, "rounds": rounds}
+    target: dict[str, Any] = {"last": max(done, 0) + rounds, "rounds": rounds}
+    if path.exists():
+        before = json.loads(path.read_text())
+        same_command = done < before["last"] and before["rounds"] == rounds
+        if before["run_id"] == run_id or same_command:
+            target = before
     target["run_id"] = run_id
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(target))

@@ -42,8 +42,6 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
-    except (SafetensorError, RuntimeError) as error:
-        raise D3POError(f"cannot write {folder} ({error}); is the disk full? finished work is kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,9 +55,9 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     try:
         record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
         found = lora_sha256(folder)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise D3POError(f"checkpoint {folder}: cannot be read ({error}); restore it or start a new campaign") from None
-    if found != record["lora_sha256"]:
+    if not isinstance(record, dict) or found != record.get("lora_sha256"):
         raise D3POError(f"checkpoint {folder}: {LORA_FILE} was changed since it was written; restore it from a copy")
     policy.load_lora(folder)
     if optimizer is not None:

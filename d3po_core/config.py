@@ -166,7 +166,7 @@ class CampaignConfig(_Section):
 FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.lora", "evaluate", "sample.num_steps",
                 "sample.guidance_scale", "sample.eta")  # fmt: skip
 
-# The published code's choices. Its learning rate, 3e-5 for Stable Diffusion, is not among them: it depends on the model.
+# The published code's choices. Not its learning rate, 3e-5 for Stable Diffusion: that depends on the model.
 PUBLISHED: dict[str, Any] = {
     "sample": {"group_size": 2},
     "judge": {"pairs": "all"},
@@ -201,7 +201,10 @@ def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
 def _explain(problem: Any) -> str:
     import difflib
 
-    path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int)) or "config"
+    # A field of several types has a problem for each: their names are no part of the field's.
+    kinds = ("int", "literal[")
+    parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+    path = ".".join(part for part in parts if not part.startswith(kinds)) or "config"
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{path} is {problem['input']!r}: {message}" if problem["type"] != "value_error" else message

@@ -7,7 +7,7 @@ Tensor names carry their shape: B rows, T steps (index 0 is the noisiest), C H W
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from diffusers import DDIMScheduler
@@ -35,8 +35,8 @@ class Schedule:
 
     def to(self, device: torch.device) -> "Schedule":
         """The same schedule on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Schedule(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        tensors = [field.name for field in fields(self) if field.name != "clip_x0"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
     @property
     def trainable_T(self) -> torch.Tensor:
@@ -69,8 +69,17 @@ def make_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float) -> Sched
         )
     if eta <= 0:
         raise D3POError(f"eta is {eta}; expected above 0, since a deterministic step has no log_prob")
-    scheduler.set_timesteps(num_steps)
+    trained = scheduler.config.num_train_timesteps
+    try:
+        scheduler.set_timesteps(num_steps)
+    except ValueError:
+        raise D3POError(f"num_steps is {num_steps}; the model was trained with {trained} timesteps") from None
     timesteps_T = scheduler.timesteps.cpu().long()
+    if int(timesteps_T.max()) >= trained:
+        raise D3POError(
+            f"num_steps {num_steps} with the scheduler's steps_offset asks for timestep {int(timesteps_T.max())} of "
+            f"{trained}; take fewer steps"
+        )
     alphas = scheduler.alphas_cumprod.double()
     previous_T = timesteps_T - scheduler.config.num_train_timesteps // num_steps
     alpha_T = alphas[timesteps_T]
@@ -86,9 +95,18 @@ def make_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float) -> Sched
         "v_prediction": (signal_T, -noise_T, noise_T, signal_T),
     }
     mean_noise_T = (1 - alpha_prev_T - sigma_T**2).clamp(min=0).sqrt()
-    coefficients = (sigma_T, *estimates[scheduler.config.prediction_type], alpha_prev_T.sqrt(), mean_noise_T)
-    clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-    return Schedule(timesteps_T, *(c.float() for c in coefficients), clip)
+    x0_latent_T, x0_output_T, noise_latent_T, noise_output_T = estimates[scheduler.config.prediction_type]
+    return Schedule(
+        timesteps_T=timesteps_T,
+        sigma_T=sigma_T.float(),
+        x0_latent_T=x0_latent_T.float(),
+        x0_output_T=x0_output_T.float(),
+        noise_latent_T=noise_latent_T.float(),
+        noise_output_T=noise_output_T.float(),
+        mean_x0_T=alpha_prev_T.sqrt().float(),
+        mean_noise_T=mean_noise_T.float(),
+        clip_x0=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
+    )
 
 
 def step_mean(

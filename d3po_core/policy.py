@@ -196,6 +196,7 @@ def load_policy(config: ModelConfig, seed: int) -> Policy:
         pipeline = StableDiffusionPipeline.from_pretrained(
             local if local.is_dir() else config.path,
             revision=config.revision,
+            dtype=torch.float32,  # parts that are stored in half precision are computed in single
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
@@ -227,16 +228,18 @@ def check_model(config: ModelConfig) -> None:
     if not index.is_file():
         raise D3POError(f"model.path {config.path!r}: {index.name} is missing; expected a diffusers pipeline folder")
     try:
-        family = json.loads(index.read_text()).get("_class_name")
-    except json.JSONDecodeError as error:
+        content = json.loads(index.read_text())
+        family = content.get("_class_name") if isinstance(content, dict) else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise D3POError(
             f"model.path {config.path!r}: {index.name} is not JSON ({error}); copy the folder again"
         ) from None
     if family != "StableDiffusionPipeline":
         raise D3POError(f"model.path {config.path!r}: is a {family}; expected a StableDiffusionPipeline")
-    for part in ("unet", "vae", "text_encoder"):
-        if not list((folder / part).glob("*.safetensors")):
+    parts = dict.fromkeys(("unet", "vae", "text_encoder"), "*.safetensors") | {"tokenizer": "*.json"}
+    for part, pattern in parts.items():
+        if not list((folder / part).glob(pattern)):
             raise D3POError(
-                f"model.path {config.path!r}: {part}/*.safetensors is missing; expected a whole pipeline folder, "
+                f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, "
                 "written by pipe.save_pretrained"
             )

@@ -28,7 +28,7 @@ def load_prompts(path: str, column: str, field: str) -> list[str]:
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     try:
         found = readers.get(file.suffix.lower(), _read_text)(file, column, field)
-    except (UnicodeDecodeError, OSError) as error:
+    except (UnicodeDecodeError, OSError, csv.Error) as error:
         raise D3POError(f"{field} {path!r}: cannot be read ({error}); expected UTF-8 text, CSV or Parquet") from None
     prompts = list(dict.fromkeys(p.strip() for p in found if p and p.strip()))
     if not prompts:
@@ -54,6 +54,8 @@ def _read_parquet(file: Path, column: str, field: str) -> list[str]:
     try:
         _require_column(column, pq.read_schema(file).names, file, field)
         values = pq.read_table(file, columns=[column]).column(0)
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
     except pa.ArrowInvalid as error:
         raise D3POError(f"{field} {file}: is not a Parquet file ({error})") from None
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

@@ -79,8 +79,9 @@ def load_scorer(name: str) -> Scorer:
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise D3POError(f"scorer {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from None
+    except Exception as error:  # the user's module may raise anything while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise D3POError(f"scorer {name!r} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise D3POError(
             f"scorer {name!r} is a {type(function).__name__}; expected a function (images, prompts) -> scores"

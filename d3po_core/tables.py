@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from d3po_core.errors import D3POError
 
@@ -76,9 +78,14 @@ def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
         if row.keys() != set(schema.names):
             missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
             raise D3POError(f"{table} row {index}: missing columns {sorted(missing)}, unknown columns {sorted(extra)}")
+    whole = [field.name for field in schema if pa.types.is_integer(field.type)]
+    for index, row in enumerate(rows):  # Arrow would cut 1.5 to 1 without a word
+        for name in whole:
+            if isinstance(row[name], float):
+                raise D3POError(f"{table} row {index}: {name} is {row[name]} and does not fit the schema; expected int")
     try:
         return pa.Table.from_pylist(rows, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise D3POError(f"{table}: a value does not fit the schema ({error})") from None
 
 
@@ -90,7 +97,8 @@ def check_table(table: str, data: pa.Table) -> None:
     """
     schema = SCHEMAS[table]
     if data.schema.names != schema.names or data.schema.types != schema.types:
-        raise D3POError(f"{table}: columns are {data.schema.to_string()}; expected {schema.to_string()}")
+        found, expected = (", ".join(f"{f.name} {f.type}" for f in s) for s in (data.schema, schema))
+        raise D3POError(f"{table}: columns are {found}; expected {expected}")
     for field in schema:
         column = data[field.name]
         if column.null_count and not field.nullable:
@@ -155,16 +163,22 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise _disk_full(path) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise D3POError(
-                f"disk full while writing {path}; free some space and run again, finished work is kept"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise _disk_full(path) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise D3POError(
                 f"cannot write {path} ({error.strerror}); make its folder writable, or set runs_dir"
             ) from None
         raise
+
+
+def _disk_full(path: Path) -> D3POError:
+    return D3POError(f"disk full while writing {path}; free some space and run again, finished work is kept")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -176,12 +190,14 @@ def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
     connection = duckdb.connect(":memory:")
     for table, schema in SCHEMAS.items():
-        files = campaign / table / "round=*" / "*.parquet"
+        folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
+        source = f"{folder}/round=*/*.parquet"
         if any((campaign / table).glob("round=*/*.parquet")):
-            source = str(files).replace("'", "''")
+            # The round is that of the file's own folder, whatever key=value names lie above it.
             connection.execute(
-                f"CREATE VIEW {table} AS SELECT * FROM "
-                f"read_parquet('{source}', hive_partitioning=true, hive_types={{'round': BIGINT}}, union_by_name=true)"
+                f"CREATE VIEW {table} AS SELECT * EXCLUDE (filename), "
+                "CAST(regexp_extract(filename, 'round=([0-9]+)[/\\\\][^/\\\\]*$', 1) AS BIGINT) AS round "
+                f"FROM read_parquet('{source}', hive_partitioning=false, filename=true, union_by_name=true)"
             )
         else:
             empty = schema.append(pa.field("round", pa.int64())).empty_table()

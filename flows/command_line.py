@@ -42,7 +42,8 @@ def _leave(status: int) -> NoReturn:
     Prefect's event loops are daemon threads: they live through the teardown, in which duckdb 2.0 then prints a hundred
     lines about leaked types.
     """
-    threading._shutdown()  # as the interpreter would: first the threads' last words, then the handlers
+    # As the interpreter would: first the last words of threads, then the handlers.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,7 +83,7 @@ def rounds(campaign: CampaignOption = "shapes") -> None:
 def query(
     sql: Annotated[str, typer.Argument(help='For example "SELECT * FROM rounds"')],
     campaign: CampaignOption = "shapes",
-    format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,  # type: ignore[attr-defined]
+    format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
 ) -> None:
     """Ask SQL over all rounds: samples, judgements, preferences, updates, update_steps, evaluations, rounds."""

@@ -64,6 +64,10 @@ def main() -> None:
         requires_safety_checker=False,
     ).to(dtype=torch.float16)
     pipeline.save_pretrained(args.out)
+    # Half precision is for the disk only: transformers would load the text encoder in the dtype that its file names,
+    # diffusers the rest in float32, and the two do not mix.
+    text_config = args.out / "text_encoder" / "config.json"
+    text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     report(args.out, device)
 
 

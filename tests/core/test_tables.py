@@ -129,7 +129,7 @@ def test_bounds_that_are_just_kept_are_accepted(tmp_path: Path) -> None:
     ids=["missing", "extra", "narrow float", "narrow int", "order"],
 )
 def test_table_of_another_schema_is_refused(tmp_path: Path, change: Any) -> None:
-    with pytest.raises(D3POError, match="preferences: columns are (?s:.*)expected") as caught:
+    with pytest.raises(D3POError, match=r"preferences: columns are (?s:.*)expected") as caught:
         write_table(tmp_path, "preferences", 1, change(one("preferences")))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.rglob("*.parquet")) == []

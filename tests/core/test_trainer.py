@@ -22,7 +22,7 @@ from d3po_core.ddim import Schedule, make_schedule
 from d3po_core.errors import NonFiniteLossError
 from d3po_core.policy import Policy, load_policy
 from d3po_core.preferences import derive_preferences
-from d3po_core.rollout import sample_trajectories
+from d3po_core.rollout import replay_log_probs, sample_trajectories
 from d3po_core.tables import connect, table_from_rows, write_table
 from d3po_core.trainer import PairedGroup, TrainingSet, Update, make_optimizer, plan_updates, train_updates
 from tests.core.drawing import image_seed, stir_lora
@@ -281,6 +281,21 @@ def test_steps_without_noise_are_never_trained_on(policy: Policy, passes: Passes
         mean_weight = sum(weight for group in GROUPS for *_, weight in group.pairs) / 3
         assert update.loss == pytest.approx(math.log(2) * mean_weight, abs=1e-3)
     assert set(passes.timesteps) == set(schedule.timesteps_T[:2].tolist())
+    # The mean is over the two steps that are trained on: each pair at each of them is a sixth of the loss.
+    beta, pairs = settings().beta, [pair for group in GROUPS for pair in group.pairs]
+    losses = []
+    for (winner, loser, weight), step in itertools.product(pairs, range(2)):
+        now, following = data.latents_NTCHW[[winner, loser], step], data.latents_NTCHW[[winner, loser], step + 1]
+        prompts = [data.prompts[winner]] * 2
+        scored = replay_log_probs(policy, schedule, prompts, now, following, torch.full((2,), step), 1.0)
+        ratio_w, ratio_l = scored - data.log_probs_NT[[winner, loser], step]
+        losses.append(-weight * torch.log(torch.sigmoid(beta * (ratio_w - ratio_l))))
+    for _, parameter in policy.trainable_parameters():
+        parameter.grad = None
+    (torch.stack(losses).sum() / 6).backward()
+    plain = lora_gradient(policy)
+    _, ours = one_update(policy, schedule, data, settings(timestep_weighting="none"))
+    assert_gradients_agree(ours, plain, 2e-3)
 
 
 def test_ties_never_reach_training(policy: Policy, passes: Passes, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real servers on free ports, in a temporary data folder and with a home of their own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from d3po_core.campaign import finished_rounds
 from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
 from d3po_core.errors import D3POError
 from flows import servers
@@ -127,6 +129,44 @@ def test_nightly_schedule_creates_runs(ports: dict[str, int]) -> None:
 
 def test_one_run_at_a_time_holds_the_gpu(ports: dict[str, int]) -> None:
     assert get(ports, "/v2/concurrency_limits/gpu")["limit"] == 1
+
+
+def flow_process(run_id: str) -> psutil.Process | None:
+    """The process in which a worker runs a flow run."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == run_id and "prefect.engine" in " ".join(
+                process.cmdline()
+            ):
+                return process
+    return None
+
+
+def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int], home: Path) -> None:
+    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    config = {"campaign": "nightly", "sample": {"groups_per_round": 4}, "evaluate": {"images_per_prompt": 1}}
+    parameters = ["-p", "rounds=1", "-p", f"config={json.dumps(config)}"]
+    subprocess.run(
+        [*prefect, "deployment", "run", "d3po/round", *parameters], cwd=home, check=True, capture_output=True
+    )
+    listed = {"flow_runs": {"name": {"any_": ["nightly"]}}}
+    campaign = home / "data" / "runs" / "nightly"
+    assert eventually(lambda: (campaign / "stages" / "round=1" / "sample.json").exists(), 180)
+    (run,) = eventually(lambda: post(ports, "/flow_runs/filter", listed))
+    process = flow_process(run["id"])
+    assert process, "the run ended before it could be killed"
+    process.kill()
+    assert eventually(lambda: get(ports, f"/flow_runs/{run['id']}")["state_type"] == "CRASHED")
+    assert not (campaign / "rounds" / "round=1").exists()
+    sampled = (campaign / "stages" / "round=1" / "sample.json").read_bytes()
+    subprocess.run([*prefect, "flow-run", "retry", run["id"]], cwd=home, check=True, capture_output=True)
+    assert eventually(lambda: get(ports, f"/flow_runs/{run['id']}")["state_type"] == "COMPLETED", 180)
+    assert [record.round for record in finished_rounds(campaign)] == [0, 1]
+    assert (campaign / "stages" / "round=1" / "sample.json").read_bytes() == sampled, "a finished stage ran again"
+    # The MLflow server shows what the worker wrote straight to the store.
+    url, child = f"http://127.0.0.1:{ports['mlflow']}", finished_rounds(campaign)[1].mlflow_run_id
+    grid = httpx.get(f"{url}/get-artifact", params={"path": "grid.png", "run_uuid": child}, timeout=30)
+    assert grid.content == (campaign / "images" / "round=1" / "grid.png").read_bytes()
 
 
 def test_mlflow_keeps_runs_and_artifacts_in_the_data_folder(ports: dict[str, int], home: Path) -> None:

@@ -1,0 +1,180 @@
+"""The configuration: what is refused and how it is said, and what identifies it."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d3po_core.config import (
+    PROJECT_ROOT,
+    PUBLISHED,
+    CampaignConfig,
+    changed_fields,
+    data_folder,
+    load_config,
+    merge,
+    resolve_path,
+)
+from d3po_core.errors import D3POError
+
+
+def explain(values: Any) -> str:
+    with pytest.raises(D3POError) as caught:
+        load_config(values, "my.yaml")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "nearest"),
+    [
+        ({"campain": "x"}, "campain", "campaign"),
+        ({"train": {"learning_rat": 1e-3}}, "train.learning_rat", "learning_rate"),
+        ({"sample": {"guidence_scale": 3}}, "sample.guidence_scale", "guidance_scale"),
+        ({"judge": {"scorer": ["brightness"]}}, "judge.scorer", "scorers"),
+        ({"trian": {}}, "trian", "train"),
+    ],
+)
+def test_unknown_field_is_named_with_the_nearest(values: dict[str, Any], name: str, nearest: str) -> None:
+    message = explain(values)
+    assert message.startswith(f"my.yaml: {name} is not a field")
+    assert f"did you mean '{nearest}'?" in message
+
+
+def test_unknown_field_without_a_neighbour_lists_the_fields() -> None:
+    message = explain({"judge": {"zzz": 1}})
+    assert all(field in message for field in ("judge.zzz", "scorers", "combine", "pairs"))
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "found"),
+    [
+        ({"sample": {"group_size": 1}}, "sample.group_size", "1"),
+        ({"sample": {"eta": 0}}, "sample.eta", "0"),
+        ({"sample": {"eta": 1.5}}, "sample.eta", "1.5"),
+        ({"sample": {"guidance_scale": 0.5}}, "sample.guidance_scale", "0.5"),
+        ({"sample": {"num_steps": "ten"}}, "sample.num_steps", "'ten'"),
+        ({"sample": {"latent_dtype": "bfloat16"}}, "sample.latent_dtype", "'bfloat16'"),
+        ({"train": {"beta": 0}}, "train.beta", "0"),
+        ({"train": {"beta": float("inf")}}, "train.beta", "inf"),
+        ({"train": {"clip": "both"}}, "train.clip", "'both'"),
+        ({"train": {"clip_range": 1}}, "train.clip_range", "1"),
+        ({"train": {"adam_betas": [0.9]}}, "train.adam_betas", "[0.9]"),
+        ({"judge": {"scorers": []}}, "judge.scorers", "[]"),
+        ({"seed": -1}, "seed", "-1"),
+        ({"sample": 5}, "sample", "5"),
+        ({"campaign": "../up"}, "campaign", "'../up'"),
+        ({"campaign": ""}, "campaign", "''"),
+    ],
+)
+def test_value_out_of_bounds_is_named_with_what_was_found(values: dict[str, Any], name: str, found: str) -> None:
+    message = explain(values)
+    assert f"{name} is {found}" in message
+
+
+def test_all_wrong_fields_are_listed_at_once() -> None:
+    message = explain({"seed": -1, "train": {"beta": -2, "betta": 1}, "sample": {"group_size": 0}})
+    assert all(name in message for name in ("seed", "train.beta is -2", "train.betta", "sample.group_size"))
+
+
+@pytest.mark.parametrize("values", [None, [], "text", 3])
+def test_configuration_that_is_no_mapping_is_a_one_line_error(values: Any) -> None:
+    assert explain(values).startswith("my.yaml: config is")
+
+
+@pytest.mark.parametrize(("updates", "epochs"), [(3, 2), (0, 1), (-4, 2)])
+def test_updates_must_fill_epochs(updates: int, epochs: int) -> None:
+    message = explain({"train": {"updates_per_round": updates, "epochs": epochs}})
+    assert f"updates_per_round is {updates}" in message
+    assert "positive multiple of epochs" in message
+
+
+def test_word_that_is_no_number_of_updates_names_the_field_itself() -> None:
+    message = explain({"train": {"updates_per_round": "many"}})
+    assert "train.updates_per_round is 'many'" in message
+
+
+def test_configuration_cannot_be_changed_after_it_was_checked() -> None:
+    config = CampaignConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.beta = 1.0  # type: ignore[misc]
+
+
+def test_digest_is_the_same_in_any_order_and_any_process() -> None:
+    first = load_config({"seed": 3, "train": {"beta": 2.0, "epochs": 2}}, "a")
+    second = load_config({"train": {"epochs": 2, "beta": 2}, "seed": 3}, "b")
+    assert first.sha256() == second.sha256()
+    code = (
+        "from d3po_core.config import load_config;"
+        "print(load_config({'seed': 3, 'train': {'beta': 2.0, 'epochs': 2}}, 'c').sha256())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
+    assert other.stdout.strip() == first.sha256()
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(1e-6, 1e6))
+def test_digest_survives_json_and_differs_for_every_change(seed: int, beta: float) -> None:
+    config = load_config({"seed": seed, "train": {"beta": beta}}, "a")
+    assert CampaignConfig.model_validate_json(config.model_dump_json()).sha256() == config.sha256()
+    other = load_config({"seed": seed, "train": {"beta": beta * 2}}, "b")
+    assert other.sha256() != config.sha256()
+    assert changed_fields(config, other) == [("train.beta", beta, beta * 2)]
+
+
+def test_merge_lets_the_overriding_leaves_win() -> None:
+    base = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+    assert merge(base, {"b": {"d": {"e": 4}, "f": 5}}) == {"a": 1, "b": {"c": 2, "d": {"e": 4}, "f": 5}}
+    assert base == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+    assert merge(base, {"b": 7}) == {"a": 1, "b": 7}
+
+
+def test_published_preset_is_valid_and_turns_every_switch() -> None:
+    train = load_config(PUBLISHED, "PUBLISHED").train
+    assert (train.reference, train.clip, train.clip_range) == ("base", "two_sided", 0.1)
+    assert (train.log_prob, train.timestep_weighting, train.updates_per_round) == ("mean", "none", "one_per_group")
+    assert train.beta == 0.1
+
+
+def test_published_deployment_has_the_switches_of_the_preset() -> None:
+    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    (published,) = (deployment for deployment in deployments if deployment["name"] == "published")
+    values = published["parameters"]["config"]
+    deployed = load_config(values, "prefect.yaml")
+    for section, switches in PUBLISHED.items():
+        for name, value in switches.items():
+            assert getattr(getattr(deployed, section), name) == value, f"{section}.{name}"
+            assert values[section][name] == value, f"{section}.{name} is not said in prefect.yaml"
+
+
+def test_every_deployment_is_a_valid_configuration() -> None:
+    for deployment in yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]:
+        load_config(deployment["parameters"].get("config", {}), deployment["name"])
+
+
+def test_relative_paths_start_at_the_project_and_not_at_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("data/prompts") == PROJECT_ROOT / "data" / "prompts"
+    assert resolve_path(str(tmp_path)) == tmp_path.resolve()
+    assert CampaignConfig(runs_dir=str(tmp_path), campaign="a").folder == tmp_path.resolve() / "a"
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "elsewhere"))
+    assert data_folder() == (tmp_path / "elsewhere").resolve()
+    assert CampaignConfig(campaign="b").folder == (tmp_path / "elsewhere" / "runs" / "b").resolve()
+
+
+def test_evaluation_uses_the_judges_scorers_unless_told() -> None:
+    assert load_config({"judge": {"scorers": ["brightness"]}}, "a").evaluation_scorers == ("brightness",)
+    told = {"judge": {"scorers": ["brightness"]}, "evaluate": {"scorers": ["prompt_alignment"]}}
+    assert load_config(told, "b").evaluation_scorers == ("prompt_alignment",)
+
+
+def test_every_field_has_a_description() -> None:
+    config = CampaignConfig()
+    for name in ("model", "sample", "judge", "train", "evaluate"):
+        section = getattr(config, name)
+        assert all(field.description for field in type(section).model_fields.values())
