@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -121,6 +122,27 @@ class Policy:
             yield
         finally:
             self._pipeline.unet.enable_adapters()
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within this context the LoRA is added into the base weights: the same function, up to rounding, and faster.
+
+        Only in full precision: rounding merged weights to half precision would move log_probs by more than training
+        does. The base weights themselves come back afterwards, not a difference that drifts.
+        """
+        if self.config.precision != "no":
+            yield
+            return
+        layers = [m for m in self._pipeline.unet.modules() if isinstance(m, LoraLayer)]
+        originals = [layer.get_base_layer().weight.data for layer in layers]
+        try:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original + layer.get_delta_weight("default")
+            with self.base():
+                yield
+        finally:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original
 
     def reset_lora(self) -> None:
         """Put the LoRA back to its seeded start, where it changes nothing."""

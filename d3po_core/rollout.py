@@ -1,7 +1,8 @@
 """Sampling of trajectories with exact log_probs.
 
 Every latent is rounded to its stored dtype before it is scored and before the next step starts from it, so that the
-log_prob of a stored trajectory, computed again, is the one that was stored.
+log_prob of a stored trajectory, computed again, is the one that was stored: exactly when it is computed in that way,
+within float rounding when training computes it with other batches and with the LoRA apart from the base weights.
 
 Tensor names carry their shape: B images, T steps, C H W latent channels, height, width.
 """
@@ -64,18 +65,19 @@ def sample_trajectories(
     noise_BTCHW = torch.stack([gaussian(seed.noise_seed, num_steps, *shape) for seed in seeds])
     latent = initial.to(latent_dtype).to(policy.device, torch.float32)
     latents, log_probs = [latent.to(latent_dtype).cpu()], []
-    for step in range(num_steps):
-        step_B = torch.full((count,), step, device=policy.device)
-        output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
-        mean = step_mean(schedule, step_B, latent, output)
-        sigma_B = schedule.sigma_T[step_B]
-        noise = noise_BTCHW[:, step].to(policy.device)
-        stored = (mean + sigma_B[:, None, None, None] * noise).to(latent_dtype)
-        latent = stored.float()
-        log_probs.append(log_prob(latent, mean, sigma_B).cpu())
-        latents.append(stored.cpu())
-        if on_step:
-            on_step(count)
+    with policy.merged():
+        for step in range(num_steps):
+            step_B = torch.full((count,), step, device=policy.device)
+            output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
+            mean = step_mean(schedule, step_B, latent, output)
+            sigma_B = schedule.sigma_T[step_B]
+            noise = noise_BTCHW[:, step].to(policy.device)
+            stored = (mean + sigma_B[:, None, None, None] * noise).to(latent_dtype)
+            latent = stored.float()
+            log_probs.append(log_prob(latent, mean, sigma_B).cpu())
+            latents.append(stored.cpu())
+            if on_step:
+                on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
 
 

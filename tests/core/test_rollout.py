@@ -113,7 +113,12 @@ def test_replayed_log_prob_equals_stored_at_the_same_batch(
     assert drawn.latents_BTCHW.dtype == dtype
     assert drawn.log_probs_BT.dtype == torch.float32
     for step in range(NUM_STEPS):
-        assert torch.equal(replay(stirred, SEEDS, drawn, step, guidance), drawn.log_probs_BT[:, step])
+        with stirred.merged():
+            assert torch.equal(replay(stirred, SEEDS, drawn, step, guidance), drawn.log_probs_BT[:, step])
+        # As training computes it, with the LoRA apart from the base weights.
+        torch.testing.assert_close(
+            replay(stirred, SEEDS, drawn, step, guidance), drawn.log_probs_BT[:, step], atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,3 +250,12 @@ def test_embeddings_equal_the_pipelines(policy: Policy, base_pipeline: StableDif
 def test_defaults_of_the_model_are_the_embedded_one(policy: Policy) -> None:
     assert policy.latent_shape == (4, 8, 8)
     assert ModelConfig().path == "data/shapes/model"
+
+
+def test_merging_the_lora_leaves_every_weight_as_it_was(stirred: Policy) -> None:
+    unet = stirred._pipeline.unet
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with stirred.merged():
+        assert any(not torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert all(parameter.requires_grad for _, parameter in stirred.trainable_parameters())
