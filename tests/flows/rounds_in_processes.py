@@ -11,7 +11,7 @@ def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: 
     Every file that a campaign keeps comes into being by ``os.replace``: these are all the points at which what a killed
     run leaves behind can differ.
     """
-    from d3po_core.config import load_config
+    from d3po_core.config import data_folder, load_config
     from flows.round import d3po
 
     commits = 0
@@ -29,4 +29,5 @@ def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: 
     os.replace = counted  # type: ignore[assignment]
     state = d3po(load_config(values, "test"), rounds, return_state=True)
     print(f"{commits} commits; {state.message}", flush=True)
+    (data_folder() / f"{values['campaign']}.commits").write_text(str(commits))
     os._exit(0 if state.is_completed() else 3)
