@@ -28,6 +28,6 @@ def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: 
 
     os.replace = counted  # type: ignore[assignment]
     state = d3po(load_config(values, "test"), rounds, return_state=True)
-    print(f"{commits} commits; {state.message}", flush=True)
     (data_folder() / f"{values['campaign']}.commits").write_text(str(commits))
+    (data_folder() / f"{values['campaign']}.message").write_text(str(state.message))
     os._exit(0 if state.is_completed() else 3)
