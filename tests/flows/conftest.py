@@ -1,4 +1,7 @@
-"""A Prefect server of the tests' own, and processes that run rounds on it and can be killed."""
+"""A Prefect server of the tests' own, and processes that run rounds on it and can be killed.
+
+One for the whole session: the process that the others are forked from keeps the environment it was started in.
+"""
 
 import multiprocessing
 import os
@@ -21,7 +24,7 @@ QUIET = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment in which Prefect and the data folder are the tests' own, with a real server running."""
     folder = tmp_path_factory.mktemp("prefect")
@@ -53,7 +56,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         server.wait(30)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run_rounds(prefect_server: dict[str, str]) -> Iterator[Callable[..., int]]:
     """Run the flow in a process of its own; gives its exit code, negative for the signal that ended it."""
     before = {name: os.environ.get(name) for name in prefect_server}
@@ -75,7 +78,7 @@ def run_rounds(prefect_server: dict[str, str]) -> Iterator[Callable[..., int]]:
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(prefect_server: dict[str, str]) -> Path:
     """The data folder of the tests' campaigns."""
     return Path(prefect_server["D3PO_DATA"])
