@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d3po_core.config import FIXED_FIELDS, CampaignConfig, changed_fields, load_config, resolve_path
+from d3po_core.config import FIXED_FIELDS, CampaignConfig, changed_fields, data_folder, load_config, resolve_path
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
 from d3po_core.tables import atomic_path, disk_errors, partition, read_rows
@@ -50,7 +50,7 @@ def finish_stage(
     """
     path = stage_path(campaign, round_number, stage)
     if path.exists():
-        return kind.model_validate_json(path.read_text())
+        return read_record(campaign, round_number, stage, kind)
     started = time.perf_counter()
     record = work()
     record = record.model_copy(update={"seconds": time.perf_counter() - started, "finished_at": datetime.now(UTC)})
@@ -59,18 +59,27 @@ def finish_stage(
     return record
 
 
+def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageRecord]) -> StageRecord:
+    """The record that a finished stage left."""
+    return kind.model_validate_json(stage_path(campaign, round_number, stage).read_text())
+
+
 def start_of(campaign: Path, round_number: int) -> int:
     """The round whose checkpoint a round starts from: the one before, unless the guard went back to another."""
-    path = stage_path(campaign, round_number - 1, "guard")
-    return GuardRecord.model_validate_json(path.read_text()).go_on_from if path.exists() else round_number - 1
+    before = round_number - 1
+    if not stage_path(campaign, before, "guard").exists():
+        return before
+    return read_record(campaign, before, "guard", GuardRecord).go_on_from
+
+
+def finished_numbers(campaign: Path) -> list[int]:
+    """Numbers of the finished rounds, in order: those that have a row in ``rounds``; 0 is the base."""
+    return sorted(int(path.parent.name.removeprefix("round=")) for path in campaign.glob("rounds/round=*/*.parquet"))
 
 
 def last_finished_round(campaign: Path) -> int:
     """Number of the last finished round; 0 when only the base is evaluated, -1 when nothing is."""
-    finished = [
-        int(path.parent.name.removeprefix("round=")) for path in (campaign / "rounds").glob("round=*/*.parquet")
-    ]
-    return max(finished, default=-1)
+    return max(finished_numbers(campaign), default=-1)
 
 
 def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
@@ -94,8 +103,10 @@ def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
 
 def finished_rounds(campaign: Path) -> list[RoundRecord]:
     """All finished rounds of a campaign, in order."""
-    numbers = range(last_finished_round(campaign) + 1)
-    return [round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0]) for n in numbers]
+    return [
+        round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0])
+        for n in finished_numbers(campaign)
+    ]
 
 
 def campaign_named(name: str) -> CampaignConfig:
@@ -109,8 +120,29 @@ def campaign_named(name: str) -> CampaignConfig:
         known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
         raise D3POError(f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}")
     saved = load_config(json.loads((folder / CAMPAIGN_FILE).read_text())["config"], str(folder / CAMPAIGN_FILE))
-    # Where it lies now: a campaign's folder may have been moved or copied.
-    return saved.model_copy(update={"campaign": name, "runs_dir": None})
+    return _lying_in(saved, folder)
+
+
+def round_config(campaign: Path, round_number: int) -> CampaignConfig:
+    """The configuration that a round was begun with; its ``folder`` is where the campaign lies now.
+
+    Raises:
+        D3POError: it is missing or cannot be read.
+    """
+    path = stage_path(campaign, round_number, "config")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise D3POError(
+            f"{path}: cannot be read ({error}); restore it, the round cannot be made again without"
+        ) from None
+    return _lying_in(load_config(values, str(path)), campaign)
+
+
+def _lying_in(config: CampaignConfig, folder: Path) -> CampaignConfig:
+    """The configuration of a campaign whose folder may have been moved or copied since it was saved."""
+    usual = folder.parent.resolve() == data_folder() / "runs"
+    return config.model_copy(update={"campaign": folder.name, "runs_dir": None if usual else str(folder.parent)})
 
 
 def campaign_id(campaign: Path) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.spatial.distance import pdist
 from scipy.stats import bootstrap, norm, t
 
+from d3po_core.campaign import finished_numbers
 from d3po_core.errors import D3POError
 from d3po_core.images import load_png
 from d3po_core.records import ScoreSummary
@@ -187,7 +188,7 @@ def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
     for row, (folder, number) in enumerate(checkpoints):
         if row not in evaluated:
             raise D3POError(f"round {number} of campaign {folder.name!r} has no evaluation; finished rounds: "
-                            f"{', '.join(map(str, finished(folder))) or 'none'}")  # fmt: skip
+                            f"{', '.join(map(str, finished_numbers(folder))) or 'none'}")  # fmt: skip
     if not len(found["row"]):
         names = ", ".join(f"{folder.name}:{number}" for folder, number in checkpoints)
         raise D3POError(
@@ -234,19 +235,13 @@ def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb
     into.unregister("scores")
 
 
-def finished(folder: Path) -> list[int]:
-    """Numbers of a campaign's finished rounds, in order; 0 is the base."""
-    with connect(folder) as connection:
-        return [number for (number,) in connection.sql("SELECT DISTINCT round FROM rounds ORDER BY 1").fetchall()]
-
-
 def round_named(folder: Path, name: str) -> int:
     """The round that a name means: ``base``, ``latest``, ``champion`` or a number.
 
     Raises:
         D3POError: no finished round is called so.
     """
-    rounds = finished(folder)
+    rounds = finished_numbers(folder)
     if name == "champion" and rounds:
         with connect(folder) as connection:
             recorded = connection.sql("SELECT arg_max(champion, round) FROM rounds").fetchall()[0][0]

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from d3po_core.campaign import checkpoint_path, stage_path
+from d3po_core.campaign import checkpoint_path, read_record, round_config
 from d3po_core.cards import card, hub_model, new_folder, public_config
 from d3po_core.checkpoint import lora_sha256
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.lookup import finished_round, round_config
+from d3po_core.lookup import finished_round
 from d3po_core.policy import LORA_FILE
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import partition, read_rows
@@ -79,7 +79,7 @@ def _card(campaign: Path, config: CampaignConfig, number: int, row: dict[str, An
 
 def _scores(campaign: Path, number: int) -> str:
     """Rows of a Markdown table: every held-out score of base and round, with its interval."""
-    records = [EvaluateRecord.model_validate_json(stage_path(campaign, n, "evaluate").read_text()) for n in (0, number)]
+    records = [read_record(campaign, n, "evaluate", EvaluateRecord) for n in (0, number)]
     lines = [f"| held-out score, {records[1].num_images} images | base model | with this LoRA |", "|---|---|---|"]
     for scorer in records[1].scores:
         cells = [f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in (record.scores[scorer] for record in records)]

@@ -1,6 +1,5 @@
 """Find campaigns, rounds and images by name; what is not there is an error of one line that says what is."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +7,10 @@ from typing import Any
 
 import duckdb
 
-from d3po_core.campaign import stage_path
-from d3po_core.config import CampaignConfig, changed_fields, load_config
+from d3po_core.campaign import finished_numbers, round_config
+from d3po_core.config import CampaignConfig, changed_fields
 from d3po_core.errors import D3POError
 from d3po_core.views import connect_views
-
-
-def round_numbers(campaign: Path) -> list[int]:
-    """Numbers of the finished rounds, in order: those that have a row in ``rounds``."""
-    return sorted(int(path.parent.name.removeprefix("round=")) for path in campaign.glob("rounds/round=*/part.parquet"))
 
 
 def finished_round(campaign: Path, round_number: int | None, trained: bool = False) -> int:
@@ -30,7 +24,7 @@ def finished_round(campaign: Path, round_number: int | None, trained: bool = Fal
     Raises:
         D3POError: that round is not finished; the message says which are.
     """
-    numbers = [number for number in round_numbers(campaign) if number > 0 or not trained]
+    numbers = [number for number in finished_numbers(campaign) if number > 0 or not trained]
     wanted = round_number if round_number is not None else max(numbers, default=None)
     if wanted not in numbers:
         there = f"there are {numbers[0]} to {numbers[-1]}" if numbers else "there is none yet"
@@ -40,22 +34,6 @@ def finished_round(campaign: Path, round_number: int | None, trained: bool = Fal
         raise D3POError(f"campaign {campaign.name!r}: {what}{base}; {there}")
     assert wanted is not None
     return wanted
-
-
-def round_config(campaign: Path, round_number: int) -> CampaignConfig:
-    """The configuration that a round was begun with; its ``folder`` is where the campaign lay then.
-
-    Raises:
-        D3POError: it is missing or cannot be read.
-    """
-    path = stage_path(campaign, round_number, "config")
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise D3POError(
-            f"{path}: cannot be read ({error}); restore it, the round cannot be made again without"
-        ) from None
-    return load_config(values, str(path))
 
 
 @dataclass(frozen=True)

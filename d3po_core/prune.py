@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from d3po_core.campaign import finished_numbers
 from d3po_core.errors import D3POError
-from d3po_core.lookup import round_numbers
 from d3po_core.tables import SCHEMAS, disk_errors
 
 DROPPED = ("trajectories", "staging")
@@ -55,7 +55,7 @@ def plan_prune(campaign: Path, keep_rounds: int = 0) -> PrunePlan:
     """
     if keep_rounds < 0:
         raise D3POError(f"--keep-rounds is {keep_rounds}; expected 0 or more")
-    finished = round_numbers(campaign)
+    finished = finished_numbers(campaign)
     rounds = finished[: max(0, len(finished) - keep_rounds)]
     names = {f"round={number}" for number in rounds}
     sizes = dict(sorted(_sizes(campaign)))

@@ -5,7 +5,6 @@ held at least two images against each other.
 """
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from d3po_core.campaign import stage_path
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.journal import FILE_PREFIX, JOURNAL_FILE, Journal, read_entries, sampling_of
 from d3po_core.tables import partition, read_rows
@@ -32,12 +31,6 @@ def waiting_round(campaign: Path) -> int | None:
     sampled = [int(path.parent.name.removeprefix("round=")) for path in campaign.glob("stages/round=*/sample.json")]
     latest = max(sampled, default=None)
     return None if latest is None or stage_path(campaign, latest, "derive").exists() else latest
-
-
-def round_config(campaign: Path, round_number: int) -> CampaignConfig:
-    """The configuration with which a round was begun."""
-    path = stage_path(campaign, round_number, "config")
-    return load_config(json.loads(path.read_text()), str(path))
 
 
 def groups_for_people(config: CampaignConfig, round_number: int) -> list[str]:

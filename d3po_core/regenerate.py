@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from d3po_core.campaign import checkpoint_path
+from d3po_core.campaign import checkpoint_path, round_config
 from d3po_core.checkpoint import RECORD_FILE, computed_on, load_round
-from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.evaluate import evaluation_seeds
 from d3po_core.images import load_png, png_bytes
-from d3po_core.lookup import find_image, round_config
+from d3po_core.lookup import find_image
 from d3po_core.policy import Policy
 from d3po_core.rollout import ImageSeed, Trajectories, draw_images, member_seed
 from d3po_core.tables import connect, partition, read_rows
@@ -173,7 +172,7 @@ def held_out_batches(campaign: Path, round_number: int) -> list[Batch]:
     Raises:
         D3POError: a stored seed is not the one that the image's place in the evaluation gives.
     """
-    config: CampaignConfig = round_config(campaign, round_number)
+    config = round_config(campaign, round_number)
     rows = read_rows(partition(campaign, "evaluations", round_number) / "part.parquet")
     rows = list({row["sample_id"]: row for row in rows}.values())  # a row a scorer
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from d3po_core.campaign import checkpoint_path
+from d3po_core.campaign import checkpoint_path, round_config
 from d3po_core.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round, lora_sha256
 from d3po_core.errors import D3POError, NonFiniteLossError
-from d3po_core.lookup import round_config
 from d3po_core.policy import LORA_FILE, Policy
 from d3po_core.regenerate import checkpoint_round, largest_difference, made_on, redraw, training_batches
 from d3po_core.tables import partition, read_rows

@@ -131,7 +131,7 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
     """The model of a round's configuration, on as many threads as asked for or recorded."""
     import torch
 
-    from d3po_core.lookup import round_config
+    from d3po_core.campaign import round_config
     from d3po_core.policy import load_policy
     from d3po_core.regenerate import made_on
 

@@ -2,8 +2,8 @@
 
 from prefect import get_run_logger, task
 
-from d3po_core.campaign import finish_stage, stage_path
-from d3po_core.comparison import Comparison, champions, compare_scores, read_held_out
+from d3po_core.campaign import finish_stage, read_record, stage_path
+from d3po_core.comparison import Comparison, champions, compare_scores, read_held_out, round_named
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.guard import findings_of
@@ -30,10 +30,9 @@ def require_trust(config: CampaignConfig, last_finished: int) -> None:
     Raises:
         D3POError: the last round was stopped and the policy is still to stop.
     """
-    path = stage_path(config.folder, last_finished, "guard")
-    if config.guard.policy != "stop" or not path.exists():
+    if config.guard.policy != "stop" or not stage_path(config.folder, last_finished, "guard").exists():
         return
-    record = GuardRecord.model_validate_json(path.read_text())
+    record = read_record(config.folder, last_finished, "guard", GuardRecord)
     if record.verdict == "stopped":
         raise D3POError(
             f"the guard stopped campaign {config.campaign!r} in round {last_finished} ({'; '.join(record.findings)}); "
@@ -44,7 +43,7 @@ def require_trust(config: CampaignConfig, last_finished: int) -> None:
 def _guard(config: CampaignConfig, round_number: int) -> GuardRecord:
     if round_number == 0:
         return GuardRecord(verdict="ok", findings=[], go_on_from=0, champion=0, win_rates={})
-    champion = _champion_before(config, round_number)
+    champion = round_named(config.folder, "champion")  # of the rounds before: this one is not finished yet
     references = {"base": 0, "before": round_number - 1, "champion": champion}
     numbers = list(dict.fromkeys([*references.values(), round_number]))
     held_out = read_held_out([(config.folder, number) for number in numbers])
@@ -56,9 +55,9 @@ def _guard(config: CampaignConfig, round_number: int) -> GuardRecord:
 
     findings = findings_of(
         config.guard,
-        TrainRecord.model_validate_json(stage_path(config.folder, round_number, "train").read_text()),
-        _evaluated(config, round_number),
-        _evaluated(config, 0),
+        read_record(config.folder, round_number, "train", TrainRecord),
+        read_record(config.folder, round_number, "evaluate", EvaluateRecord),
+        read_record(config.folder, 0, "evaluate", EvaluateRecord),
         {name: against(champion, name) for name in held_out.scores},
     )
     verdict = VERDICTS[config.guard.policy] if findings else "ok"
@@ -73,16 +72,3 @@ def _guard(config: CampaignConfig, round_number: int) -> GuardRecord:
         champion=champion,
         win_rates={name: against(number).win_rate for name, number in references.items()},
     )
-
-
-def _champion_before(config: CampaignConfig, round_number: int) -> int:
-    path = stage_path(config.folder, round_number - 1, "guard")
-    if path.exists():
-        return GuardRecord.model_validate_json(path.read_text()).champion
-    # The rounds before had no guard: the scores alone say which was best.
-    held_out = read_held_out([(config.folder, number) for number in range(round_number)])
-    return champions(held_out.scores[config.evaluation_scorers[0]], held_out.prompts)[-1]
-
-
-def _evaluated(config: CampaignConfig, round_number: int) -> EvaluateRecord:
-    return EvaluateRecord.model_validate_json(stage_path(config.folder, round_number, "evaluate").read_text())

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from prefect import task
 
 from d3po_core.agreement import earlier_gold
-from d3po_core.campaign import finish_stage, stage_path
+from d3po_core.campaign import finish_stage, read_record
 from d3po_core.config import CampaignConfig
 from d3po_core.images import load_png
 from d3po_core.information import dissimilarity
@@ -75,8 +75,7 @@ def _proxies_decide(config: CampaignConfig, round_number: int) -> bool:
     """Whether proxies decide the groups that no person judged: with labeller 'human' only if the deadline said so."""
     if config.judge.labeller != "human":
         return True
-    label = LabelRecord.model_validate_json(stage_path(config.folder, round_number, "label").read_text())
-    return label.ended == "proxy"
+    return read_record(config.folder, round_number, "label", LabelRecord).ended == "proxy"
 
 
 def _derive(config: CampaignConfig, round_number: int) -> DeriveRecord:

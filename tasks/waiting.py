@@ -25,11 +25,11 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import State
 from pydantic import Field
 
-from d3po_core.campaign import finish_stage, stage_path
+from d3po_core.campaign import finish_stage, round_config, stage_path
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.journal import export_judgements
-from d3po_core.questions import label_progress, round_config
+from d3po_core.questions import label_progress
 from d3po_core.records import LabelRecord
 from d3po_core.tables import atomic_path
 from d3po_core.tally import Progress

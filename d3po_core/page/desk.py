@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from d3po_core.campaign import round_config
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.journal import FILE_PREFIX, Journal, Submission, sampling_of
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.queue import Queue, shown_order
-from d3po_core.questions import MODES, load_deck, round_config, waiting_round
+from d3po_core.questions import MODES, load_deck, waiting_round
 from d3po_core.tables import partition
 from d3po_core.tally import SKIPPED, Deck, Progress, Question, Tally, answer_problem
 

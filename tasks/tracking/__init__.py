@@ -7,9 +7,8 @@ was not delivered yet. A server that is down costs a warning, never a round. Del
 import logging
 from pathlib import Path
 
-from d3po_core.campaign import stage_path
+from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
-from d3po_core.questions import round_config
 from tasks.tracking.stages import LOGGERS
 from tasks.tracking.store import mlflow_client, round_run_id, tracking_uri
 
@@ -41,11 +40,10 @@ def deliver(config: CampaignConfig) -> None:
 
 
 def _config_of(config: CampaignConfig, round_number: int) -> CampaignConfig:
-    """The configuration that a round was begun with, in the folder where the campaign lies now."""
+    """The configuration that a round was begun with; ``runs_dir`` as the run gave it, which MLflow shows."""
     if not stage_path(config.folder, round_number, "config").exists():
         return config
-    then = round_config(config.folder, round_number)
-    return then.model_copy(update={"campaign": config.campaign, "runs_dir": config.runs_dir})
+    return round_config(config.folder, round_number).model_copy(update={"runs_dir": config.runs_dir})
 
 
 def known_run_id(config: CampaignConfig, round_number: int) -> str | None:

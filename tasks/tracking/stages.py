@@ -8,7 +8,7 @@ from shutil import copyfile
 from typing import Any
 
 from d3po_core.agreement import round_metrics
-from d3po_core.campaign import campaign_id, stage_path, start_of
+from d3po_core.campaign import campaign_id, read_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
 from d3po_core.policy import LORA_FILE
 from d3po_core.records import (
@@ -35,12 +35,8 @@ from tasks.tracking.store import (
 )
 
 
-def _record(config: CampaignConfig, round_number: int, stage: str, kind: Any) -> Any:
-    return kind.model_validate_json(stage_path(config.folder, round_number, stage).read_text())
-
-
 def _log_sample(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: SampleRecord = _record(config, round_number, "sample", SampleRecord)
+    record = read_record(config.folder, round_number, "sample", SampleRecord)
     values = {"sample/images": record.num_samples, "sample/images_per_second": record.num_samples / record.seconds}
     log_both(client, config, round_number, run_id, record.finished_at, {**values, "seconds/sample": record.seconds})
     client.log_artifact(run_id, str(config.folder / record.contact_sheet))
@@ -49,14 +45,14 @@ def _log_sample(client: Client, config: CampaignConfig, round_number: int, run_i
 
 
 def _log_judge(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: JudgeRecord = _record(config, round_number, "judge", JudgeRecord)
+    record = read_record(config.folder, round_number, "judge", JudgeRecord)
     values = {f"judge/{scorer}": mean for scorer, mean in record.mean_scores.items()}
     log_both(client, config, round_number, run_id, record.finished_at, {**values, "seconds/judge": record.seconds})
     log_lineage(client, config, round_number, run_id, "judgements")
 
 
 def _log_label(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: LabelRecord = _record(config, round_number, "label", LabelRecord)
+    record = read_record(config.folder, round_number, "label", LabelRecord)
     values: dict[str, float | None] = {
         "label/groups": record.groups_done,
         "label/judgements": record.num_judgements,
@@ -71,7 +67,7 @@ def _log_label(client: Client, config: CampaignConfig, round_number: int, run_id
 
 
 def _log_derive(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: DeriveRecord = _record(config, round_number, "derive", DeriveRecord)
+    record = read_record(config.folder, round_number, "derive", DeriveRecord)
     values = {
         "derive/pairs": record.num_pairs,
         "derive/ties": record.num_ties,
@@ -83,7 +79,7 @@ def _log_derive(client: Client, config: CampaignConfig, round_number: int, run_i
 
 
 def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: TrainRecord = _record(config, round_number, "train", TrainRecord)
+    record = read_record(config.folder, round_number, "train", TrainRecord)
     updates = read_rows(partition(config.folder, "updates", round_number) / "part.parquet")
     steps = read_rows(partition(config.folder, "update_steps", round_number) / "part.parquet")
     finished = {row["update"]: row["finished_at"] for row in updates}
@@ -107,7 +103,7 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
 
 
 def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: EvaluateRecord = _record(config, round_number, "evaluate", EvaluateRecord)
+    record = read_record(config.folder, round_number, "evaluate", EvaluateRecord)
     values: dict[str, float | None] = {"seconds/evaluate": record.seconds}
     for scorer, score in record.scores.items():
         values[f"held_out/{scorer}"] = score.mean
@@ -120,7 +116,7 @@ def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run
 
 
 def _log_guard(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
-    record: GuardRecord = _record(config, round_number, "guard", GuardRecord)
+    record = read_record(config.folder, round_number, "guard", GuardRecord)
     values: dict[str, float | None] = {
         f"held_out/win_rate_{name}": rate.mean for name, rate in record.win_rates.items()
     }
@@ -147,8 +143,8 @@ def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_
 
 def _publish_model(client: Client, config: CampaignConfig, round_number: int, run_id: str, row: dict[str, Any]) -> None:
     """The checkpoint as a model with its held-out metrics, and as a version with aliases and the lines that load it."""
-    guard: GuardRecord = _record(config, round_number, "guard", GuardRecord)
-    evaluated: EvaluateRecord = _record(config, round_number, "evaluate", EvaluateRecord)
+    guard = read_record(config.folder, round_number, "guard", GuardRecord)
+    evaluated = read_record(config.folder, round_number, "evaluate", EvaluateRecord)
     preferences = partition(config.folder, "preferences", round_number) / "part.parquet"
     tags = {
         "d3po.campaign": config.campaign, "d3po.campaign_id": campaign_id(config.folder),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from d3po_core.campaign import finished_numbers, round_config
 from d3po_core.errors import D3POError
-from d3po_core.lookup import finished_round, image_story, round_config, round_numbers
+from d3po_core.lookup import finished_round, image_story
 from tests.core.small_campaign import small_config, write_campaign
 
 
@@ -17,7 +18,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_last_round_is_meant_when_none_is_named(campaign: Path) -> None:
-    assert round_numbers(campaign) == [0, 1, 2, 3, 4]
+    assert finished_numbers(campaign) == [0, 1, 2, 3, 4]
     assert finished_round(campaign, None) == 4
     assert finished_round(campaign, 2, trained=True) == 2
 
