@@ -33,13 +33,23 @@ class ModelConfig(_Section):
 
     path: str = Field("data/shapes/model", description="Hub id, or folder of a diffusers pipeline")
     revision: str | None = Field(None, description="Hub revision; ignored for a folder")
+    variant: str | None = Field(None, description="Which files of the model, such as fp16")
+    single_file_config: str | None = Field(
+        None, description="With a single .safetensors file as path: hub id or folder with its configuration"
+    )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the trained LoRA")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; the rank when not given")
     lora_targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Names of the UNet layers that get a LoRA"
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Names of the network's layers that get a LoRA"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="Mixed precision of the network's passes")
+    precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="Half precision of the network's passes; the LoRA and all log_probs stay in single"
+    )
+    memory: Literal["fast", "balanced", "small"] = Field(
+        "fast", description="All on the GPU; or idle parts moved off it; or also activations computed again, few rows"
+    )
+    compile: bool = Field(False, description="Compile the network's blocks: a slower start, faster passes on a GPU")
 
 
 class SampleConfig(_Section):
@@ -218,7 +228,8 @@ class CampaignConfig(_Section):
 
 
 # Fields that decide what a campaign's numbers mean: its rounds are comparable only while they stay as they were.
-FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.lora", "evaluate", "sample.num_steps",
+FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.variant",
+                "model.single_file_config", "model.lora", "evaluate", "sample.num_steps",
                 "sample.guidance_scale", "sample.eta")  # fmt: skip
 
 # The published code's choices. Not its learning rate, 3e-5 for Stable Diffusion: that depends on the model.

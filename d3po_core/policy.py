@@ -1,47 +1,89 @@
-"""The policy: a Stable-Diffusion-shaped network with a LoRA, and what depends on its architecture.
+"""The policy: a base model and the LoRA that is trained on it, the same for every family of models.
 
-Everything else in this package sees a policy only as ``encode``, ``predict``, ``decode`` and ``latent_shape``: another
-family of models is another class with these.
-
-Tensor names carry their shape: B images, L tokens, D embedding, C H W latent channels, height, width.
+Tensor names carry their shape: B images, C H W latent channels, height, width.
 """
 
 import contextlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
-from d3po_core.config import ModelConfig, resolve_path
-from d3po_core.ddim import Schedule, make_schedule
+from d3po_core.compiling import BatchSizes, compile_regions, pad_rows
+from d3po_core.config import ModelConfig
+from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError
+from d3po_core.families import Embedding, Family
+from d3po_core.fused_lora import fuse_attention
+from d3po_core.loading import DTYPES, check_model, load_family
+from d3po_core.row_limit import RowLimit
 
-DECODE_BATCH = 16
+__all__ = ["LORA_FILE", "Conditioning", "Policy", "check_model", "load_policy"]
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
+MOST_EMBEDDINGS = 4096
+# Gradients in fp16 vanish below 6e-8: the loss is multiplied by this before they are taken, and they are divided after.
+FP16_LOSS_SCALE = 2.0**12
+# At most so many image-steps are trained on, images sampled and images decoded at once.
+TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
+SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
+DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told of B prompts, of the empty prompt, and the guidance scale that joins the two."""
+
+    embeddings: Embedding
+    empty: Embedding
+    guidance_scale: float
 
 
 class Policy:
     """A diffusion model whose LoRA is trained; with the LoRA switched off it is the base model."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, config: ModelConfig, seed: int) -> None:
-        self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+    def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
+        self.config, self.family = config, family
+        self.dtype = DTYPES[config.precision]
+        self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
-        self._pipeline = pipeline.to(self.device)
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            part.requires_grad_(False).eval()
-        for part in (pipeline.unet, pipeline.vae):
+        self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
+        self._sizes = BatchSizes() if config.compile else None
+        self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
+        self.sampling_rows = RowLimit("sampling", SAMPLED_ROWS[config.memory])
+        pipeline = family.pipeline
+        self._bare = getattr(pipeline, family.NETWORK)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        for part in (self._bare, pipeline.vae):
             part.to(memory_format=torch.channels_last)
-        self._embeddings: dict[str, torch.Tensor] = {}
+        self._bare.to(self.device)
+        for name in () if self._moves_parts else ("vae", *family.TEXT_PARTS):
+            self._move(name, self.device)
+        self._add_lora(seed)
+        self._make_fast()
+        self.network = self.accelerator.prepare_model(self._bare)
+
+    @property
+    def _moves_parts(self) -> bool:
+        return self.config.memory != "fast"
+
+    def _move(self, name: str, device: torch.device | str) -> None:
+        part = getattr(self.family.pipeline, name, None)
+        if part is not None:
+            part.to(device)
+
+    def _add_lora(self, seed: int) -> None:
+        config = self.config
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or config.lora_rank,
@@ -50,67 +92,128 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                pipeline.unet.add_adapter(lora)
+                self._bare.add_adapter(lora)
             except ValueError as error:
                 raise D3POError(f"model.lora_targets {list(config.lora_targets)}: {error}") from None
-        self._initial_lora = {k: v.clone() for k, v in get_peft_model_state_dict(pipeline.unet).items()}
-        self.network = self.accelerator.prepare_model(pipeline.unet)
+        for _, parameter in self.trainable_parameters():
+            parameter.data = parameter.data.float()
+        self._initial_lora = {k: v.clone() for k, v in get_peft_model_state_dict(self._bare).items()}
+
+    def _make_fast(self) -> None:
+        """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
+        if self.config.precision != "no":
+            fuse_attention(self._bare)
+        if self.config.memory == "small":
+            self._bare.enable_gradient_checkpointing()
+            self.family.pipeline.vae.enable_slicing()
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        if self.config.compile:
+            compile_regions(self._bare, self.family.REGIONS)
+            self.family.pipeline.vae.decoder.compile(dynamic=False)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
-        unet = self._pipeline.unet
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (unet.config.in_channels, height, width)
+        return self.family.latent_shape
 
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and values of the LoRA's weights, in a fixed order."""
-        return sorted((n, p) for n, p in self._pipeline.unet.named_parameters() if p.requires_grad)
+        return sorted((n, p) for n, p in self._bare.named_parameters() if p.requires_grad)
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """The model's denoising steps, on its device."""
-        scheduler = DDIMScheduler.from_config(self._pipeline.scheduler.config)
-        return make_schedule(scheduler, num_steps, eta).to(self.device)
+        return self.family.schedule(num_steps, eta).to(self.device)
 
-    def encode(self, prompts: list[str], guidance_scale: float) -> "Conditioning":
-        """Embed prompts; each distinct prompt passes through the text encoder once in the life of the policy."""
-        missing = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._embeddings]
-        tokenizer = self._pipeline.tokenizer
-        # One prompt at a time: a prompt's embedding then cannot depend on which others came with it.
-        for prompt in missing:
-            tokens = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
-            with torch.no_grad():
-                self._embeddings[prompt] = self._pipeline.text_encoder(tokens)[0][0].float()
-        text_BLD = torch.stack([self._embeddings[prompt] for prompt in prompts])
-        return Conditioning(text_BLD, self._embeddings[""], guidance_scale)
+    def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
+        """Embed prompts; a prompt that was embedded lately does not pass through the text encoder again."""
+        distinct = list(dict.fromkeys([*prompts, ""]))
+        if any(prompt not in self._embeddings for prompt in distinct):
+            self._embed(distinct)
+        rows = [self._embeddings[prompt] for prompt in prompts]
+        stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        empty = {name: value.to(self.device) for name, value in self._embeddings[""].items()}
+        return Conditioning(stacked, empty, guidance_scale)
 
-    def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: "Conditioning") -> torch.Tensor:
+    @torch.no_grad()
+    def _embed(self, prompts: list[str]) -> None:
+        """Put embeddings of all these prompts into the memory of embeddings, and forget the oldest."""
+        keep_on = self.device if self.config.memory == "fast" else torch.device("cpu")
+        with self._on_device(*self.family.TEXT_PARTS):
+            # One prompt at a time: a prompt's embedding then cannot depend on which others came with it.
+            for prompt in prompts:
+                if prompt not in self._embeddings:
+                    embedding = self.family.embed(prompt, self.device)
+                    self._embeddings[prompt] = {name: value.to(keep_on) for name, value in embedding.items()}
+                self._embeddings.move_to_end(prompt)
+        while len(self._embeddings) > max(MOST_EMBEDDINGS, len(prompts)):
+            self._embeddings.popitem(last=False)
+
+    @contextlib.contextmanager
+    def _on_device(self, *parts: str) -> Iterator[None]:
+        """Within this context these parts are on the device; afterwards they are off it again, if parts are moved."""
+        if not self._moves_parts:
+            yield
+            return
+        try:
+            for part in parts:
+                self._move(part, self.device)
+            yield
+        finally:
+            for part in parts:
+                self._move(part, "cpu")
+
+    def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The network's output at timesteps t_B, with classifier-free guidance when its scale is not 1."""
-        with self.accelerator.autocast():
-            if conditioning.guidance_scale == 1.0:
-                return self.network(latent_BCHW, t_B, conditioning.text_BLD).sample.float()
-            empty_BLD = conditioning.empty_LD.expand_as(conditioning.text_BLD)
-            both = torch.cat([empty_BLD, conditioning.text_BLD])
-            output = self.network(latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), both).sample.float()
+        with_text = conditioning.embeddings
+        if conditioning.guidance_scale == 1.0:
+            return self._run(latent_BCHW, t_B, with_text)
+        both = {
+            name: torch.cat([conditioning.empty[name].expand_as(value), value]) for name, value in with_text.items()
+        }
+        output = self._run(latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), both)
         without_BCHW, with_BCHW = output.chunk(2)
         return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
 
-    @torch.no_grad()
+    def _run(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding) -> torch.Tensor:
+        """One pass of the network; float32 out."""
+        rows = len(latent_BCHW)
+        if self._sizes is not None:
+            size = self._sizes.fitting(rows)
+            latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
+            embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.family.predict(self.network, latent_BCHW, t_B, embeddings)
+        return output[:rows].float()
+
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
         """Images of final latents: uint8 ``[B, height, width, 3]``."""
-        vae = self._pipeline.vae
-        latent_BCHW = latent_BCHW.to(self.device, torch.float32) / vae.config.scaling_factor
+        return self.decode_on_device(latent_BCHW).cpu().numpy()
+
+    @torch.no_grad()
+    def decode_on_device(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images of final latents, uint8 ``[B, height, width, 3]``, where they were made: nobody waits for them."""
         # Images are 50 times larger than their latents: few at a time stay in the cache, 2.4 against 5.5 ms an image.
-        image_BCHW = torch.cat([vae.decode(chunk).sample for chunk in latent_BCHW.split(DECODE_BATCH)])
-        image_BCHW = (image_BCHW / 2 + 0.5).clamp(0, 1)
-        return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        rows = DECODED_ROWS[self.config.memory]
+        with self._on_device("vae"):
+            return torch.cat([self._decode(chunk, rows) for chunk in latent_BCHW.split(rows)])
+
+    def _decode(self, latent_BCHW: torch.Tensor, rows: int) -> torch.Tensor:
+        count = len(latent_BCHW)
+        latent_BCHW = latent_BCHW.to(self.device, torch.float32)
+        if self._sizes is not None:
+            latent_BCHW = pad_rows(latent_BCHW, rows)
+        image_BCHW = (self.family.decode(latent_BCHW)[:count].float() / 2 + 0.5).clamp(0, 1)
+        return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient; ranks exchange gradients only in the last one of an update."""
+        scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        (loss * scale).backward()
+        if last and scale != 1.0:
+            for _, parameter in self.trainable_parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Context of one micro-batch of an update; ranks exchange gradients only in the last."""
@@ -119,11 +222,11 @@ class Policy:
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Within this context the LoRA is off: the policy is the base model, at no cost in memory."""
-        self._pipeline.unet.disable_adapters()
+        self._bare.disable_adapters()
         try:
             yield
         finally:
-            self._pipeline.unet.enable_adapters()
+            self._bare.enable_adapters()
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
@@ -132,10 +235,10 @@ class Policy:
         Only in full precision: rounding merged weights to half precision would move log_probs by more than training
         does. The base weights themselves come back afterwards, not a difference that drifts.
         """
-        if self.config.precision != "no":
+        if self.config.precision != "no" or self.config.compile:
             yield
             return
-        layers = [m for m in self._pipeline.unet.modules() if isinstance(m, LoraLayer)]
+        layers = [m for m in self._bare.modules() if isinstance(m, LoraLayer)]
         originals = [layer.get_base_layer().weight.data for layer in layers]
         try:
             for layer, original in zip(layers, originals, strict=True):
@@ -148,17 +251,16 @@ class Policy:
 
     def reset_lora(self) -> None:
         """Put the LoRA back to its seeded start, where it changes nothing."""
-        set_peft_model_state_dict(self._pipeline.unet, self._initial_lora)
+        set_peft_model_state_dict(self._bare, self._initial_lora)
 
     def save_lora(self, folder: Path) -> Path:
         """Write the LoRA as the file that ``pipe.load_lora_weights(folder)`` reads; returns its path."""
-        unet = self._pipeline.unet
-        state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(unet).items()}
+        part = self.family.NETWORK
+        state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self._bare).items()}
         metadata = {"r": self.config.lora_rank, "lora_alpha": self.config.lora_alpha or self.config.lora_rank,
                     "target_modules": sorted(self.config.lora_targets)}  # fmt: skip
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata, weight_name=LORA_FILE
-        )
+        layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": metadata}
+        self.family.PIPELINE.save_lora_weights(folder, weight_name=LORA_FILE, **layers)
         _sort_metadata(folder / LORA_FILE)
         return folder / LORA_FILE
 
@@ -169,18 +271,19 @@ class Policy:
             D3POError: the file is missing, damaged, or of another rank or other layers.
         """
         try:
-            state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE, local_files_only=True)
+            found = self.family.PIPELINE.lora_state_dict(folder, weight_name=LORA_FILE, local_files_only=True)
         except (OSError, SafetensorError) as error:
             raise D3POError(
                 f"checkpoint {folder}: cannot be read ({error}); restore it or start a new campaign"
             ) from None
-        state = {name.removeprefix("unet."): value for name, value in state.items()}
+        state = found[0] if isinstance(found, tuple) else found
+        state = {name.removeprefix(f"{self.family.NETWORK}."): value for name, value in state.items()}
         own = self._initial_lora
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise D3POError(
                 f"checkpoint {folder}: its LoRA has other layers or another rank than model.lora_* asks for"
             )
-        set_peft_model_state_dict(self._pipeline.unet, state)
+        set_peft_model_state_dict(self._bare, state)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -194,13 +297,6 @@ def _sort_metadata(path: Path) -> None:
     path.write_bytes(content[:8] + text + content[8 + size :])
 
 
-class Conditioning:
-    """Prompt embeddings ``[B, L, D]``, the empty prompt's ``[L, D]``, and the guidance scale that joins them."""
-
-    def __init__(self, text_BLD: torch.Tensor, empty_LD: torch.Tensor, guidance_scale: float) -> None:
-        self.text_BLD, self.empty_LD, self.guidance_scale = text_BLD, empty_LD, guidance_scale
-
-
 def load_policy(config: ModelConfig, seed: int) -> Policy:
     """Load the base model and give it an untrained LoRA.
 
@@ -211,59 +307,4 @@ def load_policy(config: ModelConfig, seed: int) -> Policy:
     Raises:
         D3POError: no such model, or it cannot be read; one line that says what to do.
     """
-    check_model(config)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    local = resolve_path(config.path)
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            local if local.is_dir() else config.path,
-            revision=config.revision,
-            dtype=torch.float32,  # parts that are stored in half precision are computed in single
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({reason})") from None
-    return Policy(pipeline, config, seed)
-
-
-def check_model(config: ModelConfig) -> None:
-    """Look at a model folder without loading it, so that a wrong one is known before any work.
-
-    Raises:
-        D3POError: the folder lacks a part of a Stable Diffusion pipeline, or a CUDA device is asked for and absent.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
-    folder = resolve_path(config.path)
-    if not folder.exists():
-        looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-        if looks_local:
-            raise D3POError(
-                f"model.path {config.path!r}: no such folder ({folder}); expected a diffusers pipeline or hub id"
-            )
-        return
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise D3POError(f"model.path {config.path!r}: {index.name} is missing; expected a diffusers pipeline folder")
-    try:
-        content = json.loads(index.read_text())
-        family = content.get("_class_name") if isinstance(content, dict) else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise D3POError(
-            f"model.path {config.path!r}: {index.name} is not JSON ({error}); copy the folder again"
-        ) from None
-    if family != "StableDiffusionPipeline":
-        raise D3POError(f"model.path {config.path!r}: is a {family}; expected a StableDiffusionPipeline")
-    parts = dict.fromkeys(("unet", "vae", "text_encoder"), "*.safetensors") | {"tokenizer": "*.json"}
-    for part, pattern in parts.items():
-        if not list((folder / part).glob(pattern)):
-            raise D3POError(
-                f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, "
-                "written by pipe.save_pretrained"
-            )
+    return Policy(load_family(config), config, seed)

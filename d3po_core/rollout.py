@@ -59,6 +59,27 @@ class Trajectories:
     log_probs_BT: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Images that are being made: the device works on, whoever needs them waits for them.
+
+    Attributes:
+        trajectories: in memory that the device still writes to.
+        images_BHWC: uint8, the same.
+        done: reached when all is written; None when it already is.
+    """
+
+    trajectories: Trajectories
+    images_BHWC: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[Trajectories, np.ndarray]:
+        """Trajectories and images, when they are there."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.trajectories, self.images_BHWC.numpy()
+
+
 @torch.no_grad()
 def sample_trajectories(
     policy: Policy,
@@ -78,24 +99,32 @@ def sample_trajectories(
         latent_dtype: dtype in which latents are stored, float32 or float16.
         on_step: called with the number of images after each step.
     """
+    drawn = _denoise(policy, schedule, seeds, guidance_scale, latent_dtype, on_step)
+    return Trajectories(drawn.latents_BTCHW.cpu(), drawn.log_probs_BT.cpu())
+
+
+def _denoise(
+    policy: Policy, schedule: Schedule, seeds: list[ImageSeed], guidance_scale: float, latent_dtype: torch.dtype,
+    on_step: Callable[[int], None] | None = None,
+) -> Trajectories:  # fmt: skip
+    """Trajectories on the policy's device; the device is never waited for."""
     count, num_steps = len(seeds), len(schedule.timesteps_T)
     shape = policy.latent_shape
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
     initial = torch.stack([gaussian(seed.initial_seed, *shape) for seed in seeds])
-    noise_BTCHW = torch.stack([gaussian(seed.noise_seed, num_steps, *shape) for seed in seeds])
+    noise_BTCHW = torch.stack([gaussian(seed.noise_seed, num_steps, *shape) for seed in seeds]).to(policy.device)
     latent = initial.to(latent_dtype).to(policy.device, torch.float32)
-    latents, log_probs = [latent.to(latent_dtype).cpu()], []
+    latents, log_probs = [latent.to(latent_dtype)], []
     with policy.merged():
         for step in range(num_steps):
             step_B = torch.full((count,), step, device=policy.device)
             output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
-            noise = noise_BTCHW[:, step].to(policy.device)
-            stored = (mean + sigma_B[:, None, None, None] * noise).to(latent_dtype)
+            stored = (mean + sigma_B[:, None, None, None] * noise_BTCHW[:, step]).to(latent_dtype)
             latent = stored.float()
-            log_probs.append(log_prob(latent, mean, sigma_B).cpu())
-            latents.append(stored.cpu())
+            log_probs.append(log_prob(latent, mean, sigma_B))
+            latents.append(stored)
             if on_step:
                 on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
@@ -109,9 +138,38 @@ def draw_images(
     The same batch gives the same bytes on the same machine with as many threads; the same images in another batch agree
     within float rounding.
     """
+    return start_drawing(policy, config, seeds, latent_dtype).wait()
+
+
+@torch.no_grad()
+def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], latent_dtype: torch.dtype) -> Drawn:
+    """Begin to sample and decode a batch; on a GPU this returns while the images are still being made.
+
+    Raises:
+        D3POError: not even one image fits into memory.
+    """
     schedule = policy.schedule(config.num_steps, config.eta)
-    trajectories = sample_trajectories(policy, schedule, seeds, config.guidance_scale, latent_dtype)
-    return trajectories, policy.decode(trajectories.latents_BTCHW[:, -1])
+    parts = policy.sampling_rows.fit(
+        len(seeds),
+        lambda rows: [
+            _draw(policy, config, schedule, seeds[i : i + rows], latent_dtype) for i in range(0, len(seeds), rows)
+        ],
+    )
+    joined = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    latents, log_probs, images = (tensor.to("cpu", non_blocking=True) for tensor in joined)
+    done = None
+    if policy.device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record()
+    return Drawn(Trajectories(latents, log_probs), images, done)
+
+
+def _draw(
+    policy: Policy, config: SampleConfig, schedule: Schedule, seeds: list[ImageSeed], latent_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, log_probs and images of one chunk, on the policy's device."""
+    drawn = _denoise(policy, schedule, seeds, config.guidance_scale, latent_dtype)
+    return drawn.latents_BTCHW, drawn.log_probs_BT, policy.decode_on_device(drawn.latents_BTCHW[:, -1])
 
 
 def replay_log_probs(

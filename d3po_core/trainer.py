@@ -120,30 +120,70 @@ def train_updates(
     Raises:
         NonFiniteLossError: a loss or gradient is not finite; the weights are those of the update before.
     """
-    reference_NT = data.log_probs_NT
-    if config.reference == "base" and data.groups:
-        reference_NT = _base_log_probs(policy, schedule, data, config, guidance_scale)
+    lesson = _Lesson(policy, schedule, data, config, guidance_scale)
     for update, (epoch, groups) in enumerate(plan_updates(len(data.groups), config, seed)):
         if update < first_update:
             continue
         started = time.perf_counter()
         chosen = [data.groups[g] for g in groups]
-        tally = _Tally(len(schedule.timesteps_T), sum(len(g.pairs) for g in chosen))
-        optimizer.zero_grad(set_to_none=True)
-        batches = list(_micro_batches(chosen, schedule, config.micro_batch, derive_seed(seed, "steps", update)))
-        for index, cells in enumerate(batches):
-            last = index == len(batches) - 1
-            _accumulate(policy, schedule, data, reference_NT, cells, config, guidance_scale, tally, last)
+        tally = _take_gradient(lesson, optimizer, chosen, derive_seed(seed, "steps", update))
         grad_norm = _apply(policy, optimizer, config, tally, update)
         yield tally.summary(update, epoch, grad_norm, schedule, time.perf_counter() - started)
+
+
+def _take_gradient(
+    lesson: "_Lesson", optimizer: torch.optim.Optimizer, groups: list[PairedGroup], seed: int
+) -> "_Tally":
+    """The gradient of one update's mean loss, whatever the size of the micro-batches that fit into memory."""
+    num_pairs = sum(len(group.pairs) for group in groups)
+
+    def attempt(rows: int) -> _Tally:
+        optimizer.zero_grad(set_to_none=True)
+        tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
+        batches = list(_micro_batches(groups, lesson.steps, rows, seed))
+        for index, cells in enumerate(batches):
+            _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
+        return tally
+
+    return lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+
+
+class _Lesson:
+    """What stays the same during a round's training: policy, steps and their weights, trajectories, reference."""
+
+    def __init__(
+        self, policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float
+    ) -> None:
+        self.policy, self.schedule, self.config, self.guidance_scale = policy, schedule, config, guidance_scale
+        self.prompts = data.prompts
+        # Small beside the activations, unless memory is what there is least of.
+        keep_on = policy.device if policy.config.memory == "fast" else torch.device("cpu")
+        self.latents_NTCHW = data.latents_NTCHW.to(keep_on)
+        self.steps: list[int] = torch.nonzero(schedule.trainable_T.cpu()).flatten().tolist()
+        elements = self.latents_NTCHW[0, 0].numel() if config.log_prob == "sum" and data.groups else 1
+        self.weight_T = schedule.step_weights(config.timestep_weighting) * elements
+        self.reference_NT = data.log_probs_NT.to(policy.device)
+        if config.reference == "base" and data.groups:
+            self.reference_NT = _base_log_probs(self, len(data.prompts))
+
+    def log_probs(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """log_prob ``[R]`` of stored steps under the policy as it is now."""
+        return replay_log_probs(
+            self.policy,
+            self.schedule,
+            [self.prompts[i] for i in image_R.tolist()],
+            self.latents_NTCHW[image_R, step_R],
+            self.latents_NTCHW[image_R, step_R + 1],
+            step_R,
+            self.guidance_scale,
+        )
 
 
 Cell = tuple[PairedGroup, int]
 
 
-def _micro_batches(groups: list[PairedGroup], schedule: Schedule, micro_batch: int, seed: int) -> Iterator[list[Cell]]:
+def _micro_batches(groups: list[PairedGroup], steps: list[int], micro_batch: int, seed: int) -> Iterator[list[Cell]]:
     """Cells (a group at a trainable step), in random order, packed until ``micro_batch`` rows are reached."""
-    steps = torch.nonzero(schedule.trainable_T.cpu()).flatten().tolist()
     cells = [(group, step) for group in groups for step in steps]
     packed: list[Cell] = []
     rows = 0
@@ -158,42 +198,50 @@ def _micro_batches(groups: list[PairedGroup], schedule: Schedule, micro_batch: i
         yield packed
 
 
-def _accumulate(
-    policy: Policy, schedule: Schedule, data: TrainingSet, reference_NT: torch.Tensor, cells: list[Cell],
-    config: TrainConfig, guidance_scale: float, tally: "_Tally", last: bool,
-) -> None:  # fmt: skip
+def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int, *, last: bool) -> None:
     """Forward and backward of one micro-batch: one policy pass a row, then arithmetic for every pair."""
+    policy, device = lesson.policy, lesson.policy.device
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     step_R = torch.tensor([step for group, step in cells for _ in group.images])
-    winner_P, loser_P, weight_P, step_P = _pair_rows(cells)
-    device = policy.device
-    with policy.accumulating(last):
-        log_prob_R = replay_log_probs(
-            policy,
-            schedule,
-            [data.prompts[i] for i in image_R.tolist()],
-            data.latents_NTCHW[image_R, step_R],
-            data.latents_NTCHW[image_R, step_R + 1],
-            step_R,
-            guidance_scale,
-        )
-        elements = data.latents_NTCHW[0, 0].numel() if config.log_prob == "sum" else 1
-        step_weight_R = schedule.step_weights(config.timestep_weighting)[step_R.to(device)] * elements
-        log_ratio_R = step_weight_R * (log_prob_R - reference_NT[image_R, step_R].to(device))
-        result = pair_loss(
-            log_ratio_R,
-            winner_P.to(device),
-            loser_P.to(device),
-            weight_P.to(device),
-            beta=config.beta,
-            clip=config.clip,
-            clip_range=config.clip_range,
-        )
-        # The mean over the update's pairs and steps, whatever the micro-batch that a pair fell into.
-        loss = result.loss_P.sum() / (tally.num_pairs * int(schedule.trainable_T.sum()))
-        policy.accelerator.backward(loss)
-    raw_ratio_R = (log_prob_R.detach() - reference_NT[image_R, step_R].to(device)).cpu()
-    tally.add(step_P, step_R, result.loss_P.detach().cpu(), result.margin_P.cpu(), result.clipped_P.cpu(), raw_ratio_R)
+    if len(image_R) <= rows:
+        with policy.accumulating(last):
+            log_prob_R = lesson.log_probs(image_R, step_R)
+            policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally), last=last)
+        return
+    # A group that does not fit: the loss is a function of its log_probs, so their gradient is known after a pass that
+    # keeps nothing, and a second pass takes it to the weights, some rows at a time.
+    parts = list(zip(image_R.split(rows), step_R.split(rows), strict=True))
+    with torch.no_grad():
+        log_prob_R = torch.cat([lesson.log_probs(*part) for part in parts])
+    log_prob_R.requires_grad_()
+    loss = _loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally)
+    (slope_R,) = torch.autograd.grad(loss, log_prob_R)
+    for index, (part, slope) in enumerate(zip(parts, slope_R.split(rows), strict=True)):
+        last_part = last and index == len(parts) - 1
+        with policy.accumulating(last_part):
+            policy.backward((slope * lesson.log_probs(*part)).sum(), last=last_part)
+
+
+def _loss(
+    lesson: _Lesson, cells: list[Cell], log_prob_R: torch.Tensor, image_R: torch.Tensor, step_R: torch.Tensor,
+    tally: "_Tally",
+) -> torch.Tensor:  # fmt: skip
+    """A micro-batch's part of the update's mean loss; what is worth knowing goes into the tally."""
+    device, config = lesson.policy.device, lesson.config
+    winner_P, loser_P, weight_P, step_P = (values.to(device) for values in _pair_rows(cells))
+    raw_ratio_R = log_prob_R - lesson.reference_NT[image_R.to(device), step_R]
+    result = pair_loss(
+        lesson.weight_T[step_R] * raw_ratio_R,
+        winner_P,
+        loser_P,
+        weight_P,
+        beta=config.beta,
+        clip=config.clip,
+        clip_range=config.clip_range,
+    )
+    tally.add(step_P, step_R, result.loss_P.detach(), result.margin_P, result.clipped_P, raw_ratio_R.detach())
+    # The mean over the update's pairs and steps, whatever the micro-batch that a pair fell into.
+    return result.loss_P.sum() / (tally.num_pairs * len(lesson.steps))
 
 
 def _pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,33 +276,32 @@ def _apply(
 
 
 @torch.no_grad()
-def _base_log_probs(
-    policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float
-) -> torch.Tensor:
+def _base_log_probs(lesson: _Lesson, num_images: int) -> torch.Tensor:
     """log_probs ``[N, T]`` of the stored trajectories under the base model: the LoRA off, one pass a row.
 
     Steps that are never trained on stay 0.
     """
-    base_NT = torch.zeros_like(data.log_probs_NT)
-    steps = torch.nonzero(schedule.trainable_T.cpu()).flatten()
-    rows = torch.cartesian_prod(torch.arange(len(base_NT)), steps)
-    with policy.base():
-        for chunk in rows.split(config.micro_batch):
+    base_NT = torch.zeros_like(lesson.reference_NT)
+    cells = torch.cartesian_prod(torch.arange(num_images), torch.tensor(lesson.steps))
+
+    def attempt(rows: int) -> None:
+        for chunk in cells.split(rows):
             image_R, step_R = chunk.unbind(1)
-            prompts = [data.prompts[i] for i in image_R.tolist()]
-            now, following = data.latents_NTCHW[image_R, step_R], data.latents_NTCHW[image_R, step_R + 1]
-            replayed = replay_log_probs(policy, schedule, prompts, now, following, step_R, guidance_scale)
-            base_NT[image_R, step_R] = replayed.cpu()
+            base_NT[image_R, step_R] = lesson.log_probs(image_R, step_R)
+
+    with lesson.policy.base():
+        lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
     return base_NT
 
 
 class _Tally:
-    """Sums over an update's micro-batches, kept a step."""
+    """Sums over an update's micro-batches, a step each, on the policy's device: nobody waits for them early."""
 
-    def __init__(self, num_steps: int, num_pairs: int) -> None:
+    def __init__(self, num_steps: int, num_pairs: int, device: torch.device) -> None:
         self.num_pairs = num_pairs
-        self.pairs_T, self.rows_T = torch.zeros(num_steps), torch.zeros(num_steps)
-        self.loss_T, self.margin_T, self.right_T, self.clipped_T, self.kl_T = torch.zeros(5, num_steps).unbind(0)
+        self.pairs_T, self.rows_T = torch.zeros(2, num_steps, device=device).unbind(0)
+        sums_5T = torch.zeros(5, num_steps, device=device)
+        self.loss_T, self.margin_T, self.right_T, self.clipped_T, self.kl_T = sums_5T.unbind(0)
 
     def add(
         self, step_P: torch.Tensor, step_R: torch.Tensor, loss_P: torch.Tensor, margin_P: torch.Tensor,
@@ -278,18 +325,22 @@ class _Tally:
     def summary(self, update: int, epoch: int, grad_norm: float, schedule: Schedule, seconds: float) -> Update:
         """Means over pairs (loss, margin, accuracy, clipped) and over images (KL, nats per element)."""
         pairs, rows = self.pairs_T.sum().item(), self.rows_T.sum().item()
+        pairs_T, margin_T, right_T, kl_T, rows_T, clipped_T = (
+            sums_T.cpu()
+            for sums_T in (self.pairs_T, self.margin_T, self.right_T, self.kl_T, self.rows_T, self.clipped_T)
+        )
         timesteps = schedule.timesteps_T.cpu().tolist()
         per_step = [
             {
                 "update": update,
                 "step": step,
                 "timestep": timesteps[step],
-                "margin": (self.margin_T[step] / self.pairs_T[step]).item(),
-                "pair_accuracy": (self.right_T[step] / self.pairs_T[step]).item(),
-                "kl": (self.kl_T[step] / self.rows_T[step]).item(),
-                "clip_fraction": (self.clipped_T[step] / self.pairs_T[step]).item(),
+                "margin": (margin_T[step] / pairs_T[step]).item(),
+                "pair_accuracy": (right_T[step] / pairs_T[step]).item(),
+                "kl": (kl_T[step] / rows_T[step]).item(),
+                "clip_fraction": (clipped_T[step] / pairs_T[step]).item(),
             }
-            for step in torch.nonzero(self.pairs_T).flatten().tolist()
+            for step in torch.nonzero(pairs_T).flatten().tolist()
         ]
         return Update(
             update=update,

@@ -41,7 +41,7 @@ def packages(file: Path) -> set[str]:
 
 def test_there_is_something_to_check() -> None:
     assert {file.parent.name for file in FILES} >= set(LAYERS)
-    assert "diffusers" in packages(PROJECT_ROOT / "d3po_core" / "policy.py")
+    assert "diffusers" in packages(PROJECT_ROOT / "d3po_core" / "loading.py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

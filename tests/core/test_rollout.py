@@ -238,16 +238,16 @@ def test_every_step_is_reported_with_its_images(policy: Policy) -> None:
 
 def test_each_distinct_prompt_passes_the_text_encoder_once_and_alone(policy: Policy) -> None:
     together = policy.encode([*PROMPTS, PROMPTS[0]], 3.0)
-    assert torch.equal(together.text_BLD[0], together.text_BLD[3])
+    assert torch.equal(together.embeddings["encoder_hidden_states"][0], together.embeddings["encoder_hidden_states"][3])
     other = policy.encode([PROMPTS[2]], 1.0)
-    assert torch.equal(other.text_BLD[0], together.text_BLD[2])
+    assert torch.equal(other.embeddings["encoder_hidden_states"][0], together.embeddings["encoder_hidden_states"][2])
 
 
 def test_embeddings_equal_the_pipelines(policy: Policy, base_pipeline: StableDiffusionPipeline) -> None:
     ours = policy.encode(list(PROMPTS), 3.0)
     theirs, empty = base_pipeline.encode_prompt(list(PROMPTS), "cpu", 1, do_classifier_free_guidance=True)
-    torch.testing.assert_close(ours.text_BLD, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.empty_LD, empty[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.embeddings["encoder_hidden_states"], theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.empty["encoder_hidden_states"], empty[0], rtol=1e-5, atol=1e-5)
 
 
 def test_defaults_of_the_model_are_the_embedded_one(policy: Policy) -> None:
@@ -256,7 +256,7 @@ def test_defaults_of_the_model_are_the_embedded_one(policy: Policy) -> None:
 
 
 def test_merging_the_lora_leaves_every_weight_as_it_was(stirred: Policy) -> None:
-    unet = stirred._pipeline.unet
+    unet = stirred.family.pipeline.unet
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     with stirred.merged():
         assert any(not torch.equal(value, before[name]) for name, value in unet.state_dict().items())

@@ -271,7 +271,7 @@ def test_one_policy_pass_an_image_and_step_serves_all_pairs(
 
 
 def test_steps_without_noise_are_never_trained_on(policy: Policy, passes: Passes) -> None:
-    scheduler = DDIMScheduler.from_config(policy._pipeline.scheduler.config, set_alpha_to_one=True)
+    scheduler = DDIMScheduler.from_config(policy.family.pipeline.scheduler.config, set_alpha_to_one=True)
     schedule = make_schedule(scheduler, NUM_STEPS, 1.0)
     assert schedule.trainable_T.tolist() == [True, True, False]
     data = training_set(policy, schedule)

@@ -1,0 +1,39 @@
+"""Compilation of a network's blocks, one by one: faster passes for a slower start.
+
+Blocks of one class and shape share compiled code, which is also kept on disk (``TORCHINDUCTOR_CACHE_DIR``): a second
+process starts in a part of the time. Code is compiled for exact shapes, so batches are padded to sizes already seen.
+"""
+
+import torch
+
+# One entry a shape, with and without gradient, LoRA on and off.
+MOST_VERSIONS = 128
+
+
+def compile_regions(network: torch.nn.Module, classes: tuple[str, ...], backend: str = "inductor") -> int:
+    """Compile all blocks of the named classes in place; returns how many those are."""
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_VERSIONS
+    blocks = [module for module in network.modules() if type(module).__name__ in classes]
+    for block in blocks:
+        block.compile(dynamic=False, backend=backend)
+    return len(blocks)
+
+
+class BatchSizes:
+    """Numbers of rows that code was compiled for."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def fitting(self, rows: int) -> int:
+        """The smallest known number that is at least ``rows``; ``rows`` itself, known from now on, if there is none."""
+        size = min((size for size in self._seen if size >= rows), default=rows)
+        self._seen.add(size)
+        return size
+
+
+def pad_rows(tensor_B: torch.Tensor, size: int) -> torch.Tensor:
+    """A batch of ``size`` rows: missing ones repeat the first."""
+    missing = size - len(tensor_B)
+    return torch.cat([tensor_B, tensor_B[:1].expand(missing, *tensor_B.shape[1:])]) if missing else tensor_B

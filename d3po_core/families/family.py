@@ -1,0 +1,51 @@
+"""What the policy asks of a model."""
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from d3po_core.ddim import Schedule
+
+# What a prompt became: named tensors without a batch dimension. Stacked over a batch, they have one.
+Embedding = dict[str, torch.Tensor]
+
+
+class Family(Protocol):
+    """What the policy asks of a model."""
+
+    PIPELINE: ClassVar[Any]
+    """The diffusers pipeline that such a folder holds."""
+    NETWORK: ClassVar[str]
+    """Name of the part that is trained."""
+    TEXT_PARTS: ClassVar[tuple[str, ...]]
+    """Names of the parts that ``embed`` needs."""
+    REGIONS: ClassVar[tuple[str, ...]]
+    """Classes of the network's blocks that are compiled one by one."""
+
+    pipeline: Any
+    """The loaded pipeline."""
+
+    def __init__(self, pipeline: Any) -> None: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent."""
+        ...
+
+    def schedule(self, num_steps: int, eta: float) -> Schedule:
+        """The model's denoising steps."""
+        ...
+
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        """What the network is told of one prompt; the empty prompt is what guidance leads away from."""
+        ...
+
+    def predict(
+        self, network: torch.nn.Module, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding
+    ) -> torch.Tensor:
+        """The network's output for stacked embeddings."""
+        ...
+
+    def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images of final latents, ``[B, 3, height, width]``, nominally in [-1, 1]."""
+        ...

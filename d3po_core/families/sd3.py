@@ -1,0 +1,48 @@
+"""Stable Diffusion 3: three text encoders, a transformer that predicts a velocity, and the flow's SDE as steps."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from d3po_core.ddim import Schedule
+from d3po_core.families.family import Embedding
+from d3po_core.families.stable_diffusion import StableDiffusion
+from d3po_core.flow import make_flow_schedule
+
+
+class StableDiffusion3(StableDiffusion):
+    """See Family."""
+
+    PIPELINE: ClassVar[Any] = StableDiffusion3Pipeline
+    NETWORK: ClassVar[str] = "transformer"
+    TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent: the size that the transformer was trained with."""
+        config = self.pipeline.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def schedule(self, num_steps: int, eta: float) -> Schedule:
+        """Steps of the flow's SDE; ``eta`` is its noise level."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        return make_flow_schedule(scheduler, num_steps, eta)
+
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        """States of the three encoders ``[L, D]`` and the pooled state ``[P]``."""
+        text_1LD, _, pooled_1P, _ = self.pipeline.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": text_1LD[0], "pooled_projections": pooled_1P[0]}
+
+    def predict(
+        self,
+        network: torch.nn.Module,
+        latent_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        embeddings: Embedding,
+    ) -> torch.Tensor:
+        """The transformer's velocity."""
+        return network(hidden_states=latent_BCHW, timestep=t_B, **embeddings).sample

@@ -1,0 +1,44 @@
+"""Stable Diffusion XL: two text encoders, and a UNet that is also told a pooled embedding and the image's size."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from d3po_core.families.family import Embedding
+from d3po_core.families.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """See Family."""
+
+    PIPELINE: ClassVar[Any] = StableDiffusionXLPipeline
+    TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        """States of both encoders side by side ``[L, D]``, the pooled state ``[P]``, and six numbers of size and crop.
+
+        For the empty prompt the model was trained with zeros, when its configuration says so.
+        """
+        text_1LD, _, pooled_1P, _ = self.pipeline.encode_prompt(
+            prompt, device=device, do_classifier_free_guidance=False
+        )
+        if prompt == "" and self.pipeline.config.force_zeros_for_empty_prompt:
+            text_1LD, pooled_1P = torch.zeros_like(text_1LD), torch.zeros_like(pooled_1P)
+        _, height, width = self.latent_shape
+        scale = self.pipeline.vae_scale_factor
+        size = (height * scale, width * scale)
+        time_ids = torch.tensor([*size, 0, 0, *size], dtype=text_1LD.dtype, device=device)  # whole image, no crop
+        return {"encoder_hidden_states": text_1LD[0], "text_embeds": pooled_1P[0], "time_ids": time_ids}
+
+    def predict(
+        self,
+        network: torch.nn.Module,
+        latent_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        embeddings: Embedding,
+    ) -> torch.Tensor:
+        """The UNet's output."""
+        added = {name: embeddings[name] for name in ("text_embeds", "time_ids")}
+        text_BLD = embeddings["encoder_hidden_states"]
+        return network(latent_BCHW, t_B, encoder_hidden_states=text_BLD, added_cond_kwargs=added).sample

@@ -1,0 +1,54 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from d3po_core.ddim import Schedule, make_schedule
+from d3po_core.families.family import Embedding
+
+
+class StableDiffusion:
+    """See Family; also what models of other sizes with a UNet share."""
+
+    PIPELINE: ClassVar[Any] = StableDiffusionPipeline
+    NETWORK: ClassVar[str] = "unet"
+    TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    REGIONS: ClassVar[tuple[str, ...]] = ("Transformer2DModel", "ResnetBlock2D")
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent: the size that the UNet was trained with."""
+        config = self.pipeline.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (config.in_channels, height, width)
+
+    def schedule(self, num_steps: int, eta: float) -> Schedule:
+        """DDIM steps over the noise schedule that the model was trained with."""
+        return make_schedule(DDIMScheduler.from_config(self.pipeline.scheduler.config), num_steps, eta)
+
+    def embed(self, prompt: str, device: torch.device) -> Embedding:
+        """The text encoder's states ``[L, D]``."""
+        text_1LD, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text_1LD[0]}
+
+    def predict(
+        self,
+        network: torch.nn.Module,
+        latent_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        embeddings: Embedding,
+    ) -> torch.Tensor:
+        """The UNet's output."""
+        return network(latent_BCHW, t_B, **embeddings).sample
+
+    def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
+        """The VAE's images."""
+        vae = self.pipeline.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return vae.decode((latent_BCHW / vae.config.scaling_factor + shift).to(vae.dtype)).sample

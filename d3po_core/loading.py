@@ -1,0 +1,126 @@
+"""Loading a base model: a diffusers folder, a hub id, or one merged file with the configuration it was made with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.errors import D3POError
+from d3po_core.families import FAMILIES, Family
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Not wanted, and absent from many folders: these would be loaded, or missed, for nothing.
+_LEFT_OUT = {
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+}
+
+
+def load_family(config: ModelConfig) -> Family:
+    """The base model, on the CPU, in the precision that it computes in.
+
+    Raises:
+        D3POError: no such model, or it cannot be read; one line that says what to do.
+    """
+    check_model(config)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    path = resolve_path(config.path)
+    source = str(path) if path.exists() else config.path
+    dtype = DTYPES[config.precision]
+    try:
+        described_by = _local(config.single_file_config) if config.single_file_config else source
+        family = _family(config, _class_name(described_by, config.revision))
+        options = _LEFT_OUT.get(family.PIPELINE.__name__, {})
+        if config.single_file_config:
+            pipeline = family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options)
+        else:
+            pipeline = family.PIPELINE.from_pretrained(
+                source, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+        if isinstance(error, D3POError):
+            raise
+        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)})") from None
+    if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.to(torch.float32)  # such a VAE overflows in fp16
+    return family(pipeline)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Look at a model folder without loading it, so that a wrong one is known before any work.
+
+    Raises:
+        D3POError: the folder lacks a part of a pipeline, or a CUDA device is asked for and absent.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
+    path = resolve_path(config.path)
+    if not path.exists():
+        looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
+        if looks_local:
+            raise D3POError(
+                f"model.path {config.path!r}: no such folder ({path}); expected a diffusers pipeline or hub id"
+            )
+        return
+    if path.is_file():
+        _check_single_file(config, path)
+        return
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise D3POError(f"model.path {config.path!r}: {index.name} is missing; expected a diffusers pipeline folder")
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise D3POError(
+            f"model.path {config.path!r}: {index.name} is not JSON ({error}); copy the folder again"
+        ) from None
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    family = _family(config, name)
+    weights = f"*.{config.variant}*safetensors" if config.variant else "*.safetensors"
+    parts = dict.fromkeys((family.NETWORK, "vae", "text_encoder"), weights) | {"tokenizer": "*.json"}
+    for part, pattern in parts.items():
+        if not list((path / part).glob(pattern)):
+            raise D3POError(
+                f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, "
+                "written by pipe.save_pretrained"
+            )
+
+
+def _check_single_file(config: ModelConfig, path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise D3POError(
+            f"model.path {config.path!r}: is a {path.suffix or 'nameless'} file; expected .safetensors, which runs "
+            "no code when it is read: convert it first"
+        )
+    if not config.single_file_config:
+        raise D3POError(
+            f"model.path {config.path!r}: is one file; set model.single_file_config to the folder or hub id of the "
+            "model that it was made from, whose configuration and tokenizer are needed"
+        )
+
+
+def _class_name(source: str, revision: str | None) -> Any:
+    """The pipeline's class as its index names it."""
+    return DiffusionPipeline.load_config(source, revision=revision).get("_class_name")
+
+
+def _family(config: ModelConfig, name: Any) -> type[Family]:
+    if name not in FAMILIES:
+        raise D3POError(f"model.path {config.path!r}: is a {name}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _local(path: str) -> str:
+    local = resolve_path(path)
+    return str(local) if local.exists() else path
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

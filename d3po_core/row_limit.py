@@ -1,0 +1,46 @@
+"""How much passes through the network at once: as much as the configuration asks for, until memory runs out."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from d3po_core.errors import D3POError
+
+Result = TypeVar("Result")
+
+
+class RowLimit:
+    """The largest batch that fits; found by halving, and kept for the life of the process.
+
+    Batches only decide how work is cut: what is computed stays the same, up to rounding.
+    """
+
+    def __init__(self, what: str, most: int | None = None) -> None:
+        self.what, self._most = what, most
+
+    def of(self, wanted: int) -> int:
+        """As many of the wanted rows as fit."""
+        return wanted if self._most is None else min(wanted, self._most)
+
+    def fit(self, wanted: int, work: Callable[[int], Result]) -> Result:
+        """Do work that takes a number of rows at once; when memory runs out do it all again with half as many.
+
+        Raises:
+            D3POError: not even a single row fits.
+        """
+        while True:
+            rows = self.of(wanted)
+            try:
+                return work(rows)
+            except torch.OutOfMemoryError:
+                self._halve(rows)
+            torch.cuda.empty_cache()  # here, where the failed work's tensors are no longer held by its traceback
+
+    def _halve(self, rows: int) -> None:
+        if rows <= 1:
+            raise D3POError(
+                f"{self.what}: out of memory with a single image at once; set model.memory 'small' or model.precision "
+                "'bf16', or use a GPU with more memory"
+            ) from None
+        self._most = rows // 2
