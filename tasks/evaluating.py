@@ -10,7 +10,7 @@ from d3po_core.campaign import checkpoint_path, finish_stage
 from d3po_core.comparison import diversity
 from d3po_core.config import CampaignConfig
 from d3po_core.evaluate import evaluation_seeds, summarize
-from d3po_core.images import save_png, sheet
+from d3po_core.images import save_pngs, sheet
 from d3po_core.policy import Policy
 from d3po_core.prompts import load_prompts
 from d3po_core.records import EvaluateRecord
@@ -53,8 +53,7 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     scores = {name: load_scorer(name)(images, all_prompts) for name in config.evaluation_scorers}
     ids = [f"r{round_number}-e{index}" for index in range(len(seeds))]
     paths = [f"images/round={round_number}/{sample_id}.png" for sample_id in ids]
-    for image, path in zip(images, paths, strict=True):
-        save_png(image, config.folder / path)
+    save_pngs(images, [config.folder / path for path in paths])
     rows: list[dict[str, Any]] = [
         {
             "sample_id": ids[i], "prompt": seed.prompt, "seed": seed.noise_seed, "scorer": name,
