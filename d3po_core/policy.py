@@ -56,7 +56,7 @@ class Policy:
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
         self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
-        self._sizes = BatchSizes() if config.compile else None
+        self.sizes = BatchSizes() if config.compile else None
         self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
         self.sampling_rows = RowLimit("sampling", SAMPLED_ROWS[config.memory])
         pipeline = family.pipeline
@@ -178,8 +178,8 @@ class Policy:
     def _run(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding) -> torch.Tensor:
         """One pass of the network; float32 out."""
         rows = len(latent_BCHW)
-        if self._sizes is not None:
-            size = self._sizes.fitting(rows)
+        if self.sizes is not None:
+            size = self.sizes.fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
             embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -201,7 +201,7 @@ class Policy:
     def _decode(self, latent_BCHW: torch.Tensor, rows: int) -> torch.Tensor:
         count = len(latent_BCHW)
         latent_BCHW = latent_BCHW.to(self.device, torch.float32)
-        if self._sizes is not None:
+        if self.sizes is not None:
             latent_BCHW = pad_rows(latent_BCHW, rows)
         image_BCHW = (self.family.decode(latent_BCHW)[:count].float() / 2 + 0.5).clamp(0, 1)
         return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -9,8 +9,8 @@ which network how often. Nothing of it is copied, and its faults (``published`` 
                through the policy (with gradient) and through a second full copy of the UNet (the reference);
                one backward a pair and step; one optimizer step a pair of trajectories
 
-What is the same as in ours: the embedded model and its LoRA, T steps, guidance 1 (one row an image, no second row for
-the empty prompt), the arithmetic of a step (d3po_core.ddim), float32, eager, the libraries. What is left out because it
+What is the same as in ours: the model and its LoRA, T steps, guidance (1: one row an image; above: a second row for the
+empty prompt), the arithmetic of a step (d3po_core.ddim), eager, the libraries. What is left out because it
 would only make it slower: progress bars, logging, files, the accelerator's wrappers. What ours has and this has not:
 channels-last weights, larger batches, embeddings kept, stored log_probs as the reference.
 
@@ -19,7 +19,7 @@ Tensor names carry their shape: B images, M members, L tokens, D embedding, T st
 
 import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -42,6 +42,13 @@ class Published:
     pipeline: StableDiffusionPipeline
     reference: torch.nn.Module
     schedule: Schedule
+    guidance_scale: float = 1.0
+    empty_1LD: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.pipeline.unet.device
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA's weights."""
@@ -60,6 +67,14 @@ def load_published(config: ModelConfig, num_steps: int, eta: float, seed: int) -
         resolve_path(config.path), use_safetensors=True, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
+    return make_published(pipeline, config, num_steps, eta, seed)
+
+
+def make_published(
+    pipeline: StableDiffusionPipeline, config: ModelConfig, num_steps: int, eta: float, seed: int,
+    guidance_scale: float = 1.0,
+) -> Published:  # fmt: skip
+    """Put the LoRA on a loaded pipeline and copy its UNet for the reference."""
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     with torch.random.fork_rng(devices=[]):
@@ -68,9 +83,14 @@ def load_published(config: ModelConfig, num_steps: int, eta: float, seed: int) -
         pipeline.unet.add_adapter(
             LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(config.lora_targets))
         )
+    for parameter in pipeline.unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     reference = copy.deepcopy(pipeline.unet).requires_grad_(False)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return Published(pipeline, reference, make_schedule(scheduler, num_steps, eta))
+    schedule = make_schedule(scheduler, num_steps, eta).to(pipeline.unet.device)
+    model = Published(pipeline, reference, schedule, guidance_scale)
+    return replace(model, empty_1LD=encode(model, [""]))
 
 
 @torch.no_grad()
@@ -80,7 +100,23 @@ def encode(model: Published, prompts: list[str]) -> torch.Tensor:
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return model.pipeline.text_encoder(tokens.input_ids)[0].float()  # its weights are stored in half precision
+    # Its weights may be stored in half precision.
+    return model.pipeline.text_encoder(tokens.input_ids.to(model.device))[0].float()
+
+
+def predict(
+    model: Published, unet: torch.nn.Module, latent_BCHW: torch.Tensor, t_B: torch.Tensor, text_BLD: torch.Tensor
+) -> torch.Tensor:
+    """The network's output, guided when the scale is not 1; under autocast when the weights are in half precision."""
+    weights = unet.conv_in.weight.dtype
+    with torch.autocast(model.device.type, weights, enabled=weights != torch.float32):
+        if model.guidance_scale == 1.0:
+            return unet(latent_BCHW, t_B, encoder_hidden_states=text_BLD).sample.float()
+        assert model.empty_1LD is not None
+        both_BLD = torch.cat([model.empty_1LD.expand_as(text_BLD), text_BLD])
+        output_BCHW = unet(torch.cat([latent_BCHW] * 2), torch.cat([t_B] * 2), encoder_hidden_states=both_BLD).sample
+    without_BCHW, with_BCHW = output_BCHW.float().chunk(2)
+    return without_BCHW + model.guidance_scale * (with_BCHW - without_BCHW)
 
 
 @torch.no_grad()
@@ -90,17 +126,18 @@ def sample_pass(
     """One pass: an image of every prompt. Returns latents ``[B, T+1, ...]``, log_probs ``[B, T]`` and images."""
     unet, schedule = model.pipeline.unet, model.schedule
     shape = (len(text_BLD), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    latent_BCHW = torch.randn(shape) if initial_BCHW is None else initial_BCHW
+    device = model.device
+    latent_BCHW = torch.randn(shape, device=device) if initial_BCHW is None else initial_BCHW
     latents, log_probs = [latent_BCHW], []
-    for step, timestep in enumerate(schedule.timesteps_T):
-        step_B = torch.full((len(text_BLD),), step)
-        output_BCHW = unet(latent_BCHW, timestep, encoder_hidden_states=text_BLD).sample
+    for step in range(len(schedule.timesteps_T)):
+        step_B = torch.full((len(text_BLD),), step, device=device)
+        output_BCHW = predict(model, unet, latent_BCHW, schedule.timesteps_T[step_B], text_BLD)
         mean_BCHW = step_mean(schedule, step_B, latent_BCHW, output_BCHW)
-        latent_BCHW = mean_BCHW + schedule.sigma_T[step] * torch.randn(shape)
+        latent_BCHW = mean_BCHW + schedule.sigma_T[step] * torch.randn(shape, device=device)
         log_probs.append(log_prob(latent_BCHW, mean_BCHW, schedule.sigma_T[step_B]))
         latents.append(latent_BCHW)
     vae = model.pipeline.vae
-    image_BCHW = vae.decode(latent_BCHW / vae.config.scaling_factor).sample
+    image_BCHW = vae.decode((latent_BCHW / vae.config.scaling_factor).to(vae.dtype)).sample
     image_BCHW = (image_BCHW / 2 + 0.5).clamp(0, 1)
     return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), image_BCHW
 
@@ -181,8 +218,7 @@ def _step_log_prob(
     model: Published, unet: torch.nn.Module, text_1LD: torch.Tensor, latents_TCHW: torch.Tensor, step: int
 ) -> torch.Tensor:
     latent_1CHW, next_1CHW = latents_TCHW[step : step + 1], latents_TCHW[step + 1 : step + 2]
-    step_1 = torch.tensor([step])
-    timestep_1 = model.schedule.timesteps_T[step_1]
-    output_1CHW = unet(latent_1CHW, timestep_1, encoder_hidden_states=text_1LD).sample
+    step_1 = torch.tensor([step], device=model.device)
+    output_1CHW = predict(model, unet, latent_1CHW, model.schedule.timesteps_T[step_1], text_1LD)
     mean_1CHW = step_mean(model.schedule, step_1, latent_1CHW, output_1CHW)
     return log_prob(next_1CHW, mean_1CHW, model.schedule.sigma_T[step_1])

@@ -1,0 +1,352 @@
+"""Sampling, training and memory on a GPU, beside the published loop's cost, with Stable Diffusion's architecture.
+
+    python tests/benchmarks/gpu.py                      all parts; needs one GPU, no weights, no network
+    python tests/benchmarks/gpu.py --parts ours,published
+
+512 px, 20 steps, guidance 5, LoRA rank 4 on the attentions, random weights. A pair-step is one preference pair at one
+denoising step, trained once. Parts: ``ceiling`` (a matrix product), ``equality`` (log_probs of every fast path against
+eager float32), ``ours``, ``published``, ``memory`` (a table a mode and model), ``profile`` (kernels by time).
+"""
+
+import argparse
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, machine, show, spread, write_json
+from published_loop import PROMPTS_PER_BATCH, Published, encode, make_published, sample_groups, train_pair
+from random_models import random_pipeline
+from rich.console import Console
+from rich.table import Table
+
+from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
+from d3po_core.families import FAMILIES
+from d3po_core.loading import DTYPES
+from d3po_core.policy import Policy
+from d3po_core.rollout import ImageSeed, replay_log_probs, start_drawing
+from d3po_core.seeds import derive_seed
+from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
+
+PARTS = ("ceiling", "equality", "ours", "published", "memory", "profile")
+STEPS, GUIDANCE, RANK = 20, 5.0, 4
+COMPARED_STEPS = (0, 5, 10, 15, 19)
+# Per image of 512 px: a forward pass of the UNet, and one with the LoRA's backward pass (counted, TFLOP).
+FORWARD_TFLOP, TRAIN_TFLOP = 0.804, 1.777
+Results = dict[str, Any]
+
+
+def main() -> None:
+    """Measure the asked parts, print a table, write JSON."""
+    arguments = _arguments()
+    before = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    results: Results = {}
+    for part in arguments.parts:
+        started = time.perf_counter()
+        results[part] = globals()[f"measure_{part}"](arguments)
+        _free()
+        print(f"-- {part}: {time.perf_counter() - started:.0f} s in all", flush=True)
+        write_json(arguments.output, vars(arguments), before, results)
+    report(results)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=list(PARTS), help="which, by commas (all)"
+    )
+    parser.add_argument("--batch", type=int, default=56, help="images, or image-steps of training, at once (56)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every measurement (3)")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="of our passes (bf16)")
+    parser.add_argument("--no-compile", action="store_true", help="our passes without compilation")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["sd15", "sdxl"], help="memory: models")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json", help="JSON file")
+    return parser.parse_args()
+
+
+def _free() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+
+
+def make_policy(name: str = "sd15", **settings: Any) -> Policy:
+    """A policy over random weights; the same weights for the same architecture."""
+    config = ModelConfig(device="cuda", lora_rank=RANK, **settings)
+    pipeline = random_pipeline(name, DTYPES[config.precision], "cuda")
+    return Policy(FAMILIES[type(pipeline).__name__](pipeline), config, seed=0)
+
+
+def seeds_of(count: int, group_size: int = 1) -> list[ImageSeed]:
+    """Seeds of images in groups that share an x_T."""
+    return [
+        ImageSeed(f"a red circle {i // group_size}", derive_seed(i // group_size, "x_T"), derive_seed(i, "noise"))
+        for i in range(count)
+    ]
+
+
+def sampling_config(batch: int) -> SampleConfig:
+    """Settings of the comparison."""
+    return SampleConfig(num_steps=STEPS, guidance_scale=GUIDANCE, batch_size=batch, latent_dtype="float16")
+
+
+def measure_ceiling(arguments: argparse.Namespace) -> Results:
+    """Rate of a large bf16 matrix product, TFLOP/s."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16).unbind(0)
+    rates = [2 * 8192**3 / seconds / 1e12 for seconds in timed(lambda: a @ b, 20, warm_up=5)]
+    print(f"matrix product: {show(spread(rates), 0)} TFLOP/s", flush=True)
+    return {"tflops": spread(rates)}
+
+
+def timed(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:
+    """Seconds of each repeat, from idle to idle."""
+    seconds = []
+    for repeat in range(-warm_up, repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        if repeat >= 0:
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def stir(policy: Policy) -> None:
+    """Give the LoRA weights that matter, the same for every policy."""
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in policy.trainable_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.05
+        parameter.data += noise.to(parameter.device)
+
+
+def measure_equality(arguments: argparse.Namespace) -> Results:
+    """Difference of log_probs (nats per element) between each path and eager float32, over chosen steps."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    reference = make_policy()
+    stir(reference)
+    seeds = seeds_of(8, 2)
+    trajectories, _ = start_drawing(reference, sampling_config(8), seeds, torch.float16).wait()
+    expected = _replay(reference, seeds, trajectories.latents_BTCHW, gradient=False)
+    del reference
+    _free()
+    results: Results = {}
+    paths = [(precision, compiled) for precision in ("bf16", "fp16") for compiled in (False, True)]
+    for precision, compiled in paths:
+        if compiled and (arguments.no_compile or precision != arguments.precision):
+            continue
+        results |= _compare_path(arguments, precision, compiled, seeds, trajectories.latents_BTCHW, expected)
+        _free()
+    torch.backends.cudnn.allow_tf32 = True
+    return results
+
+
+def _compare_path(
+    arguments: argparse.Namespace, precision: str, compiled: bool, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor,
+    expected: torch.Tensor,
+) -> Results:  # fmt: skip
+    """One path as it samples and as it trains, each against float32, and the two against each other."""
+    policy = make_policy(precision=precision, compile=compiled)
+    stir(policy)
+    if compiled:
+        pad_to(policy, 2 * arguments.batch)
+    found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
+    sides = {"sampling": (found[0], expected), "training": (found[1], expected), "training to sampling": found}
+    results: Results = {}
+    for side, (ours, other) in sides.items():
+        difference = (ours - other).abs()
+        name = f"{precision}, fused LoRA{', compiled' if compiled else ''}, {side}"
+        results[name] = {"largest": difference.max().item(), "mean": difference.mean().item()}
+        print(f"log_probs, {name}: largest {difference.max():.1e}, mean {difference.mean():.1e}", flush=True)
+    return results
+
+
+def pad_to(policy: Policy, rows: int) -> None:
+    """Let compiled passes have as many rows as those that are timed."""
+    assert policy.sizes is not None
+    policy.sizes.fitting(rows)
+
+
+def _replay(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, *, gradient: bool) -> torch.Tensor:
+    schedule, prompts = policy.schedule(STEPS, 1.0), [seed.prompt for seed in seeds]
+    with torch.set_grad_enabled(gradient):
+        rows = [
+            replay_log_probs(
+                policy, schedule, prompts, latents_BTCHW[:, step], latents_BTCHW[:, step + 1],
+                torch.full((len(seeds),), step), GUIDANCE,
+            ).detach().cpu()
+            for step in COMPARED_STEPS
+        ]  # fmt: skip
+    return torch.stack(rows, dim=1)
+
+
+def measure_ours(arguments: argparse.Namespace) -> Results:
+    """Images and pair-steps a second of this project, with the time that the first pass of each kind took."""
+    started = time.perf_counter()
+    policy = make_policy(precision=arguments.precision, compile=not arguments.no_compile)
+    results: Results = {"load_seconds": time.perf_counter() - started}
+    first = timed(lambda: draw(policy, arguments.batch, 1), 1, warm_up=0)[0]
+    seconds = timed(lambda: draw(policy, arguments.batch, 2), arguments.repeats)
+    results["sampling, images/s"] = spread(2 * arguments.batch / s for s in seconds)
+    results["first sampling, seconds"] = first
+    print(f"sampling: {show(results['sampling, images/s'], 2)} images/s; first batch {first:.0f} s", flush=True)
+    for size in (2, 7):
+        data = training_set(policy, arguments.batch // size, size)
+        started = time.perf_counter()
+        rates = training_rates(policy, data, arguments.batch, arguments.repeats)
+        name = f"training, group {size}, pair-steps/s"
+        results[name] = spread(rates)
+        results[f"first training, group {size}, seconds"] = time.perf_counter() - started
+        print(f"{name}: {show(results[name], 1)}", flush=True)
+    results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return results
+
+
+def draw(policy: Policy, batch: int, batches: int) -> None:
+    """Sample and decode, each batch begun before the one before is waited for, as a round does."""
+    drawn = None
+    for index in range(batches):
+        seeds = seeds_of(batch * (index + 1), 2)[-batch:]
+        following = start_drawing(policy, sampling_config(batch), seeds, torch.float16)
+        if drawn:
+            drawn.wait()
+        drawn = following
+    assert drawn is not None
+    drawn.wait()
+
+
+def training_set(policy: Policy, num_groups: int, group_size: int) -> TrainingSet:
+    """Sampled groups in which every pair has a winner."""
+    seeds = seeds_of(num_groups * group_size, group_size)
+    drawn, _ = start_drawing(policy, sampling_config(len(seeds)), seeds, torch.float16).wait()
+    groups = []
+    for index in range(num_groups):
+        images = range(index * group_size, (index + 1) * group_size)
+        pairs = tuple((winner, loser, 1.0) for winner, loser in itertools.combinations(images, 2))
+        groups.append(PairedGroup(tuple(images), pairs))
+    return TrainingSet([seed.prompt for seed in seeds], drawn.latents_BTCHW, drawn.log_probs_BT, groups)
+
+
+def training_rates(policy: Policy, data: TrainingSet, batch: int, repeats: int) -> list[float]:
+    """Pair-steps a second of whole updates over all groups; the first update, which compiles, does not count."""
+    config = TrainConfig(
+        learning_rate=1e-5, micro_batch=batch, updates_per_round=repeats + 1, epochs=repeats + 1, beta=0.1
+    )
+    schedule, optimizer = policy.schedule(STEPS, 1.0), make_optimizer(policy, config)
+    updates = list(train_updates(policy, optimizer, schedule, data, config, GUIDANCE, seed=0))
+    return [update.num_pairs * int(schedule.trainable_T.sum()) / update.seconds for update in updates[1:]]
+
+
+def measure_published(arguments: argparse.Namespace) -> Results:
+    """The same of the published loop: fp16, eager, batch 10 and batch 1, a second UNet as reference."""
+    pipeline = random_pipeline("sd15", torch.float16, "cuda")
+    config = ModelConfig(lora_rank=RANK)
+    torch.cuda.reset_peak_memory_stats()
+    model = make_published(pipeline, config, STEPS, 1.0, 0, GUIDANCE)
+    prompts = [seed.prompt for seed in seeds_of(PROMPTS_PER_BATCH)]
+    seconds = timed(lambda: sample_groups(model, prompts, 2), arguments.repeats)
+    results: Results = {"sampling, images/s": spread(2 * PROMPTS_PER_BATCH / s for s in seconds)}
+    print(f"published sampling: {show(results['sampling, images/s'], 2)} images/s", flush=True)
+    (members,) = sample_groups(model, prompts, 2)
+    optimizer, text_1LD = model.optimizer(), encode(model, prompts[:1])
+    seconds = timed(lambda: train_pair(model, optimizer, text_1LD, members[0, 0], members[0, 1]), arguments.repeats)
+    results["training, pair-steps/s"] = spread(STEPS / s for s in seconds)
+    results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    rate = show(results["training, pair-steps/s"], 2)
+    print(f"published training: {rate} pair-steps/s, {results['peak_gb']:.1f} GB", flush=True)
+    assert isinstance(model, Published)
+    return results
+
+
+def measure_memory(arguments: argparse.Namespace) -> Results:
+    """Peak GB, images/s and pair-steps/s for every mode and model; without compilation, which the speeds above have."""
+    results: Results = {}
+    for name, mode in itertools.product(arguments.models, ("fast", "balanced", "small")):
+        results[f"{name}, {mode}"] = row = _measure_mode(name, mode, arguments.precision)
+        _free()
+        print(f"{name}, {mode}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
+    return results
+
+
+def _measure_mode(name: str, mode: str, precision: str) -> dict[str, float]:
+    """Rates and peaks of one memory mode, eager."""
+    batch = {"sd15": 32, "sdxl": 8}[name]
+    policy = make_policy(name, precision=precision, memory=mode)
+    draw(policy, 2, 1)  # the first pass chooses kernels
+    torch.cuda.reset_peak_memory_stats()
+    (seconds,) = timed(lambda: draw(policy, batch, 1), 1, warm_up=0)
+    row = {"sampling GB": torch.cuda.max_memory_allocated() / 1e9, "images/s": batch / seconds}
+    data = training_set(policy, {"fast": 4, "balanced": 2, "small": 1}[mode], 2)
+    torch.cuda.reset_peak_memory_stats()
+    (rate,) = training_rates(policy, data, batch, 1)
+    return row | {"training GB": torch.cuda.max_memory_allocated() / 1e9, "pair-steps/s": rate}
+
+
+def measure_profile(arguments: argparse.Namespace) -> Results:
+    """Kernels by the time they take, of one sampling pass and of one training pass."""
+    policy = make_policy(precision=arguments.precision, compile=not arguments.no_compile)
+    rows, shape = arguments.batch, policy.latent_shape
+    latent, step = torch.randn(rows, *shape, device="cuda"), torch.full((rows,), 10, device="cuda")
+    schedule = policy.schedule(STEPS, 1.0)
+    prompts = [seed.prompt for seed in seeds_of(rows)]
+
+    def one_pass(gradient: bool) -> None:
+        with nullcontext() if gradient else torch.no_grad():
+            result = replay_log_probs(policy, schedule, prompts, latent, latent, step, GUIDANCE).sum()
+        if gradient:
+            result.backward()
+
+    results: Results = {}
+    for name, gradient, work in (("sampling", False, FORWARD_TFLOP), ("training", True, TRAIN_TFLOP)):
+        seconds = spread(timed(lambda: one_pass(gradient), 3, warm_up=2))  # noqa: B023 (called at once)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            one_pass(gradient)
+            torch.cuda.synchronize()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        kernels = [[event.key[:120], event.count, event.self_device_time_total / 1e3] for event in events]
+        busy = sum(milliseconds for *_, milliseconds in kernels)
+        rate = 2 * rows * work / seconds["median"]
+        results[name] = {"seconds": seconds, "busy_ms": busy, "useful_tflops": rate, "kernels": kernels[:60]}
+        print(f"{name} pass, {2 * rows} rows: {seconds['median'] * 1e3:.1f} ms, kernels {busy:.1f} ms, "
+              f"{rate:.0f} TFLOP/s", flush=True)  # fmt: skip
+        for key, count, milliseconds in kernels[:45]:
+            print(f"   {milliseconds:7.2f} ms {count:4d} x {key[:95]}", flush=True)
+    return results
+
+
+def report(results: Results) -> None:
+    """The comparison as a table."""
+    if not {"ours", "published"} <= results.keys():
+        return
+    ours, published = results["ours"], results["published"]
+    ceiling = results.get("ceiling", {}).get("tflops", {}).get("median")
+    table = Table(title=r"median \[min, max]", title_justify="left")
+    for column in ("what", "ours", "published loop", "ratio", "share of the ceiling"):
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
+    # Guidance doubles the rows; a pair of a group of G has G / (pairs) images of its own.
+    costs = {
+        "sampling, images/s": 2 * STEPS * FORWARD_TFLOP,
+        "training, group 2, pair-steps/s": 2 * 2 * TRAIN_TFLOP,
+        "training, group 7, pair-steps/s": 2 * 7 / 21 * TRAIN_TFLOP,
+    }
+    for name, tflop in costs.items():
+        other = published["sampling, images/s" if name.startswith("sampling") else "training, pair-steps/s"]
+        share = f"{ours[name]['median'] * tflop / ceiling:.0%}" if ceiling else ""
+        ratio = ours[name]["median"] / other["median"]
+        table.add_row(name, show(ours[name], 2), show(other, 2), f"{ratio:.1f}", share)
+    Console(width=120).print(table)
+    seconds = {
+        side: 1000 / values["sampling, images/s"]["median"] + 500 * STEPS / values[training]["median"]
+        for side, values, training in (
+            ("ours", ours, "training, group 2, pair-steps/s"), ("published", published, "training, pair-steps/s"),
+        )
+    }  # fmt: skip
+    print(f"1,000 images and 500 pairs at these rates: {seconds['ours'] / 60:.1f} min, published "
+          f"{seconds['published'] / 60:.1f} min (computed)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
