@@ -169,6 +169,7 @@ def _environment(ports: Ports) -> dict[str, str]:
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{data_folder()}/prefect/prefect.db",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "D3PO_LABEL_URL": _url(ports, "label"),
+        "D3PO_MLFLOW_URL": _url(ports, "mlflow"),
     }  # fmt: skip
 
 

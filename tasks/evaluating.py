@@ -40,7 +40,7 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     seeds = evaluation_seeds(prompts, settings.images_per_prompt, config.seed)
     batches: list[np.ndarray] = []
     trajectories: list[torch.Tensor] = []
-    with gpu_turn(policy.device.type), progress(f"round {round_number} evaluate", len(seeds), "image") as bar:
+    with gpu_turn(policy.device.type), progress(config, round_number, "evaluate", len(seeds), "image") as bar:
         for start in range(0, len(seeds), config.sample.batch_size):
             batch = seeds[start : start + config.sample.batch_size]
             drawn, images = draw_images(policy, config.sample, batch, torch.float32)

@@ -46,7 +46,7 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     size = config.sample.group_size
     whole_groups = max(1, SCORE_BATCH // size) * size  # samples are written group after group
     groups = []
-    with progress(f"round {round_number} judge", len(samples), "image") as bar:
+    with progress(config, round_number, "judge", len(samples), "image") as bar:
         for start in range(0, len(samples), whole_groups):
             batch = samples[start : start + whole_groups]
             images = np.stack([load_png(config.folder / sample["image_path"]) for sample in batch])

@@ -37,6 +37,7 @@ from d3po_core.report import REPORT_FILE, write_report
 from d3po_core.scorers import load_scorer
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
 from tasks import tracking
+from tasks.showing import show_rounds
 from tasks.stage import STAGE_OPTIONS
 
 
@@ -70,17 +71,19 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
         _report(config)  # its run was killed before it was written
     tracking.deliver(config)
+    show_rounds(config)
     return numbers
 
 
 @task(name="publish", **STAGE_OPTIONS)
 def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
-    """Write the round's row, which makes it finished, and close its MLflow run."""
+    """Write the round's row, which makes it finished, close its MLflow run, and tell Prefect."""
     path = partition(config.folder, "rounds", round_number) / "part.parquet"
     if not path.exists():
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
     _report(config)
     tracking.deliver(config)
+    show_rounds(config)
     return round_record(round_number, read_rows(path)[0])
 
 

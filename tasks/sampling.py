@@ -68,8 +68,8 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     # A shard's rows are written last: what a killed run finished is not sampled again.
     rows_paths = [staging / f"shard-{index:04d}.parquet" for index in range(len(shards))]
     total = config.sample.images_per_round
-    with gpu_turn(policy.device.type), progress(f"round {round_number} sample", total, "image") as bar:
-        bar.update(sum(len(shard) for shard, path in zip(shards, rows_paths, strict=True) if path.exists()))
+    done = sum(len(shard) for shard, path in zip(shards, rows_paths, strict=True) if path.exists())
+    with gpu_turn(policy.device.type), progress(config, round_number, "sample", total, "image", done) as bar:
         for images in _sample_shards(config, round_number, shards, rows_paths):
             bar.update(images)
     table = pa.concat_tables([pq.ParquetFile(path).read() for path in rows_paths])

@@ -1,6 +1,7 @@
 """What the stages of a round share: the loaded policy, progress bars, the GPU's turn, and how a failure is told."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.policy import Policy, load_policy
+from tasks.showing import StageProgress
 
 GPU_LIMIT = "gpu"
 GPU_LEASE_SECONDS = 60
@@ -73,8 +75,54 @@ def gpu_turn(device_type: str) -> Iterator[None]:
 tqdm.monitor_interval = 0
 
 
+class Bar:
+    """What a stage tells of its progress: a bar with rate and time left on terminals, and Prefect's page.
+
+    Args:
+        campaign: the campaign's name.
+        round_number: the round.
+        stage: the stage's name.
+        total: how many units there are.
+        unit: what is counted.
+        done: how many were done by an earlier run, which says nothing of the rate.
+    """
+
+    def __init__(self, campaign: str, round_number: int, stage: str, total: int, unit: str, done: int) -> None:
+        self._label, self._total, self._unit, self._done, self._first = (
+            f"round {round_number} {stage}", total, unit, done, done,
+        )  # fmt: skip
+        self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, disable=None)
+        self._shown, self._began = StageProgress(campaign, stage), time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._bar.update(count)
+        self._done += count
+        self._shown.tell(self._done / self._total, self._text)
+
+    def close(self, whole: bool) -> None:
+        """The stage is over, and did all its work or not."""
+        self._bar.close()
+        if whole:
+            self._shown.end(self._text)
+
+    def _text(self) -> str:
+        seconds = time.monotonic() - self._began
+        return tqdm.format_meter(
+            self._done, self._total, seconds, prefix=self._label, unit=f" {self._unit}s", initial=self._first,
+            bar_format="{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left",
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[tqdm]:
-    """A progress bar with rate and time left, on terminals only."""
-    with tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True, disable=None) as bar:
+def progress(
+    config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int = 0
+) -> Iterator[Bar]:
+    """Show a stage's progress; ``done`` units of ``total`` are there already."""
+    bar = Bar(config.campaign, round_number, stage, total, unit, done)
+    try:
         yield bar
+    except BaseException:
+        bar.close(whole=False)
+        raise
+    bar.close(whole=True)

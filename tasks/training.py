@@ -68,8 +68,7 @@ def _run_updates(
     checkpoint = config.folder / str(checkpoint_path(round_number))
     total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
     saved_at = time.monotonic()
-    with gpu_turn(policy.device.type), progress(f"round {round_number} train", total, "update") as bar:
-        bar.update(len(updates))
+    with gpu_turn(policy.device.type), progress(config, round_number, "train", total, "update", len(updates)) as bar:
         for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates)):
             updates.append({**asdict(update), "finished_at": datetime.now(UTC).isoformat()})
             bar.update()

@@ -34,6 +34,7 @@ from d3po_core.records import LabelRecord
 from d3po_core.tables import atomic_path
 from d3po_core.tally import Progress
 from tasks import tracking
+from tasks.showing import artifact_key
 from tasks.stage import STAGE_OPTIONS
 
 WAKE = "wake/deadline"
@@ -246,11 +247,7 @@ def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any]
         f"`d3po import FILE --campaign {config.campaign} --resume`.\n\n"
         "The run goes on by itself with the last judgement. To go on earlier, press *Resume* on this run.\n"
     )
-    create_markdown_artifact(text, key=f"label-{_artifact_key(config.campaign)}", description=said)
-
-
-def _artifact_key(campaign: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in campaign.lower())
+    create_markdown_artifact(text, key=artifact_key(config.campaign, "label"), description=said)
 
 
 def _is_suspended(run_id: str) -> bool:

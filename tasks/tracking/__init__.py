@@ -10,7 +10,7 @@ from pathlib import Path
 from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
 from tasks.tracking.stages import LOGGERS
-from tasks.tracking.store import mlflow_client, round_run_id, tracking_uri
+from tasks.tracking.store import mlflow_client, round_run_id, run_page, tracking_uri
 
 STAGES = tuple(LOGGERS)
 
@@ -52,6 +52,12 @@ def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
         return round_run_id(config, round_number)
     except Exception:
         return None
+
+
+def pages(config: CampaignConfig) -> dict[str, str]:
+    """Addresses of MLflow's pages of the campaign: its report, and its curves; none when MLflow has no page."""
+    parts = {"report": "artifacts/report.html", "curves in MLflow": "model-metrics"}
+    return {name: page for name, part in parts.items() if (page := run_page(config, part))}
 
 
 def _undelivered(campaign: Path) -> list[tuple[int, int]]:

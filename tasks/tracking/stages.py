@@ -20,6 +20,7 @@ from d3po_core.records import (
     SampleRecord,
     TrainRecord,
 )
+from d3po_core.report import REPORT_FILE
 from d3po_core.tables import connect, partition, read_rows
 from tasks.tracking.store import (
     Client,
@@ -29,6 +30,7 @@ from tasks.tracking.store import (
     log_grid_once,
     log_lineage,
     log_metrics,
+    log_report,
     milliseconds,
     register_version,
     set_aliases,
@@ -140,6 +142,9 @@ def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_
     elif stage_path(config.folder, round_number, "guard").exists():  # else it was finished before there was a guard
         _publish_model(client, config, round_number, run_id, row)
     client.set_terminated(run_id, "FINISHED", milliseconds(row["finished_at"]))
+    report = config.folder / REPORT_FILE
+    if report.exists():
+        log_report(client, config, report)
     parent = campaign_run_id(config)
     client.set_tag(parent, "d3po.last_finished_round", str(round_number))
     client.set_terminated(parent, "FINISHED", milliseconds(row["finished_at"]))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Client: TypeAlias = "MlflowClient"
 EXPERIMENT = "d3po"
 BATCH = 1000
+REPORT_BYTES = 5_000_000
 
 _run_ids: dict[tuple[str, str, int | None], str] = {}
 
@@ -29,6 +30,28 @@ _run_ids: dict[tuple[str, str, int | None], str] = {}
 def tracking_uri() -> str:
     """``MLFLOW_TRACKING_URI``, or the sqlite database in the data folder that ``make up`` serves."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_folder() / 'mlflow' / 'mlflow.db'}"
+
+
+def page_url() -> str | None:
+    """Where MLflow's page is: the tracking server, or the one that ``d3po up`` starts on the local store."""
+    uri = tracking_uri()
+    return uri if uri.startswith("http") else os.environ.get("D3PO_MLFLOW_URL")
+
+
+def run_page(config: CampaignConfig, part: str) -> str | None:
+    """Address of a part of the campaign run's page, None when MLflow has no page."""
+    if not (page := page_url()):
+        return None
+    run = f"experiments/{experiment(mlflow_client())}/runs/{campaign_run_id(config)}"
+    return f"{page.rstrip('/')}/#/{run}/{part}?workflowType=machine_learning"  # else it opens in its other mode
+
+
+def log_report(client: Client, config: CampaignConfig, report: Path) -> None:
+    """Replace the report in the campaign's run and say where it lies; one above ``REPORT_BYTES`` is only named."""
+    parent = campaign_run_id(config)
+    client.set_tag(parent, "d3po.report", str(report))
+    if report.stat().st_size <= REPORT_BYTES:
+        client.log_artifact(parent, str(report))
 
 
 def round_run_id(config: CampaignConfig, round_number: int) -> str:

@@ -90,7 +90,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     run_id = start(ports, campaign.name, rounds=2)
     assert eventually(lambda: waits(ports, run_id, campaign, 1), 120)
     assert eventually(lambda: not processes_of(run_id), 20), "a run that waits holds a process"
-    artifacts = post(ports, "/artifacts/filter", {"artifacts": {"key": {"any_": ["label-by-people"]}}})
+    artifacts = post(ports, "/artifacts/filter", {"artifacts": {"key": {"any_": ["d3po-by-people-label"]}}})
     assert "Open the labelling page" in artifacts[0]["data"]
 
     # Woken too early it goes back to sleep, and says what is missing.

@@ -1,0 +1,175 @@
+"""Prefect's page is shown what a run does: progress of long stages, a table of the rounds, an event a finished round.
+
+All of it is done beside the stages, by one thread, in order: a Prefect server that is slow or down costs a warning and
+no time. Only the event is kept track of. That Prefect was told of a round is noted beside the round's records; a run
+that was killed before makes the campaign's next run tell it again. So the event is sent at least once, and since its id
+follows from campaign and round, the server keeps it once.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from datetime import UTC
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+
+from d3po_core.campaign import campaign_id, finished_numbers, finished_rounds, read_record, stage_path
+from d3po_core.config import CampaignConfig
+from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
+from d3po_core.report import REPORT_FILE
+from tasks import tracking
+
+EVENT = "d3po.round.completed"
+# A stage that takes less is over before anybody looks; a call takes a busy server some 50 ms.
+FIRST_SECONDS, EVERY_SECONDS = 5.0, 10.0
+
+logger = logging.getLogger(__name__)
+_beside = ThreadPoolExecutor(1, thread_name_prefix="show")
+_failing: set[str] = set()
+
+
+def artifact_key(campaign: str, what: str) -> str:
+    """Key under which Prefect keeps the versions of an artifact: small letters, digits and dashes only."""
+    return re.sub(r"[^a-z0-9]+", "-", f"d3po-{campaign}-{what}".lower()).strip("-")
+
+
+class StageProgress:
+    """How far a stage is, as an artifact of its run: made when the stage takes long, then renewed now and then.
+
+    Args:
+        campaign: the campaign's name.
+        stage: the stage's name.
+    """
+
+    def __init__(self, campaign: str, stage: str) -> None:
+        self._key = artifact_key(campaign, stage)
+        self._due = time.monotonic() + FIRST_SECONDS
+        self._artifact: UUID | None = None
+        self._telling: Future[None] | None = None
+
+    def tell(self, share: float, text: Callable[[], str]) -> None:
+        """Say what share, 0 to 1, is done, and in words; most calls do nothing."""
+        now = time.monotonic()
+        if now >= self._due and (self._telling is None or self._telling.done()):
+            self._due = now + EVERY_SECONDS
+            self._telling = _show("progress", partial(self._send, 100 * min(share, 1.0), text()))
+
+    def end(self, text: Callable[[], str]) -> None:
+        """Say that all is done, if anything was said before."""
+        if self._telling is not None:
+            _show("progress", partial(self._send, 100.0, text()))
+
+    def _send(self, percent: float, text: str) -> None:
+        if self._artifact is None:
+            self._artifact = create_progress_artifact(percent, key=self._key, description=text)
+        else:
+            update_progress_artifact(self._artifact, percent, description=text)
+
+
+def show_rounds(config: CampaignConfig) -> None:
+    """Tell Prefect of every finished round of the campaign that it was not told of yet."""
+    if any(not _told_path(config.folder, number).exists() for number in finished_numbers(config.folder)):
+        _show("rounds", partial(_tell_rounds, config))
+
+
+def round_event(config: CampaignConfig, record: RoundRecord) -> dict[str, Any]:
+    """The event of a finished round; automations can match the labels of its resource, not its payload."""
+    guard = _guard_record(config.folder, record.round)
+    assert record.finished_at is not None
+    return {
+        "event": EVENT,
+        "id": uuid5(NAMESPACE_URL, f"{EVENT}/{campaign_id(config.folder)}/{record.round}"),
+        "occurred": record.finished_at.replace(tzinfo=UTC),
+        "resource": {
+            "prefect.resource.id": f"d3po.campaign.{config.campaign}", "prefect.resource.name": config.campaign,
+            "d3po.round": str(record.round), "d3po.verdict": record.verdict or "unknown",
+        },
+        "payload": {
+            "campaign": config.campaign, "round": record.round, "verdict": record.verdict, "findings": record.findings,
+            "held_out": {"scorer": record.eval_scorer, **record.score.model_dump()},
+            "win_rates": {name: rate.model_dump() for name, rate in guard.win_rates.items()} if guard else {},
+            "pairs": record.num_pairs, "ties": record.num_ties, "seconds": record.stage_seconds,
+            "checkpoint": record.checkpoint and str(config.folder / record.checkpoint),
+            "champion": guard and guard.champion, "mlflow_run_id": record.mlflow_run_id,
+        },
+    }  # fmt: skip
+
+
+def round_table(config: CampaignConfig) -> list[dict[str, str]]:
+    """The campaign's finished rounds as rows to look at, the latest first."""
+
+    def shown(score: ScoreSummary | None) -> str:
+        return f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else ""
+
+    rows = []
+    for record in reversed(finished_rounds(config.folder)):
+        guard = _guard_record(config.folder, record.round)
+        rates = guard.win_rates if guard else {}
+        rows.append(
+            {
+                "round": str(record.round) if record.round else "base",
+                f"held-out {record.eval_scorer} [95 %]": shown(record.score),
+                "wins against base": shown(rates.get("base")), "against the round before": shown(rates.get("before")),
+                "guard": f"{record.verdict}: {record.findings}" if record.findings else record.verdict or "",
+                "pairs": str(record.num_pairs), "ties": str(record.num_ties),
+                **{f"{stage} s": f"{seconds:.1f}" for stage, seconds in record.stage_seconds.items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _tell_rounds(config: CampaignConfig) -> None:
+    records = {record.round: record for record in finished_rounds(config.folder)}
+    untold = [number for number in records if not _told_path(config.folder, number).exists()]
+    if not untold:
+        return
+    for number in untold:
+        emit_event(**round_event(config, records[number]))
+    EventsWorker.instance().wait_until_empty()
+    for number in untold:
+        _told_path(config.folder, number).touch()
+    create_table_artifact(round_table(config), key=artifact_key(config.campaign, "rounds"), description=_where(config))
+
+
+def _where(config: CampaignConfig) -> str:
+    """Where the report is: on disk, and as a link when MLflow has a page."""
+    links = [f"[{what}]({url})" for what, url in tracking.pages(config).items()]
+    return " · ".join([*links, f"report: `{config.folder / REPORT_FILE}`"])
+
+
+def _guard_record(campaign: Path, round_number: int) -> GuardRecord | None:
+    if not stage_path(campaign, round_number, "guard").exists():  # finished before there was a guard
+        return None
+    return read_record(campaign, round_number, "guard", GuardRecord)
+
+
+def _told_path(campaign: Path, round_number: int) -> Path:
+    return stage_path(campaign, round_number, "event").with_suffix(".told")
+
+
+def _show(what: str, call: Callable[[], None]) -> Future[None] | None:
+    """Make a call beside the run, in the run's context; nothing outside of a run."""
+    if FlowRunContext.get() is None and TaskRunContext.get() is None:
+        return None
+    return _beside.submit(copy_context().run, _try, what, call)
+
+
+def _try(what: str, call: Callable[[], None]) -> None:
+    try:
+        call()
+        _failing.discard(what)
+    except Exception as error:  # whatever it is, a round is worth more than its picture
+        if what not in _failing:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning("Prefect's page does not show the %s (%s); the run goes on", what, reason)
+        _failing.add(what)
