@@ -15,7 +15,9 @@ class StableDiffusion:
     PIPELINE: ClassVar[Any] = StableDiffusionPipeline
     NETWORK: ClassVar[str] = "unet"
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    REGIONS: ClassVar[tuple[str, ...]] = ("Transformer2DModel", "ResnetBlock2D")
+    REGIONS: ClassVar[tuple[str, ...]] = (
+        "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
+    )  # fmt: skip
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
