@@ -4,8 +4,8 @@ Of a self-attention the three projections become one product, their LoRA parts o
 output on which the projection then accumulates, in single precision before it is rounded. A LoRA of rank 4 costs a
 layer almost as much time as the layer itself otherwise. The backward pass makes no gradient for frozen weights.
 
-Of a gated layer (GEGLU) both halves are products of their own: the gradient of one product's two halves has to be joined
-first, which compiled code does by computing both for every element.
+Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
+be joined first, which compiled code does by computing both for every element.
 
 Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R ranks.
 """

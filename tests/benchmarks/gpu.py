@@ -34,6 +34,7 @@ from d3po_core.seeds import derive_seed
 from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
 
 PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
+MODES = ("fast", "balanced", "small")
 PARTS_OF_OURS = ("ours", "profile", "equality")
 STEPS, GUIDANCE, RANK = 20, 5.0, 4
 COMPARED_STEPS = (0, 5, 10, 15, 19)
@@ -63,11 +64,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", type=lambda text: text.split(","), default=list(PARTS), help="which, by commas (all)"
     )
-    parser.add_argument("--batch", type=int, default=56, help="images, or image-steps of training, at once (56)")
+    parser.add_argument("--batch", type=int, default=64, help="images, or image-steps of training, at once (64)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every measurement (3)")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="of our passes (bf16)")
     parser.add_argument("--no-compile", action="store_true", help="our passes without compilation")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["sd15", "sdxl"], help="memory: models")
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help="memory: modes (all)")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json", help="JSON file")
     return parser.parse_args()
 
@@ -272,7 +274,7 @@ def measure_published(arguments: argparse.Namespace) -> Results:
 def measure_memory(arguments: argparse.Namespace) -> Results:
     """Peak GB, images/s and pair-steps/s for every mode and model; without compilation, which the speeds above have."""
     results: Results = {}
-    for name, mode in itertools.product(arguments.models, ("fast", "balanced", "small")):
+    for name, mode in itertools.product(arguments.models, arguments.modes):
         results[f"{name}, {mode}"] = row = _measure_mode(name, mode, arguments.precision)
         _free()
         print(f"{name}, {mode}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
