@@ -114,8 +114,8 @@ class FusedAttention:
     """An attention processor of diffusers, for the transformer blocks of a UNet."""
 
     def __init__(self, attention: Attention, *, reads_text: bool) -> None:
-        # With guidance the rows come twice, once for each text, and are equal until the text is first read: whoever is
-        # first to attend need do it once only.
+        # With guidance the rows come twice, once for each text. If the network reads text by attention alone they are
+        # equal until then: whoever is first to attend need do it once only.
         self.rows_come_twice = False
         out = attention.to_out[0]
         if reads_text:

@@ -103,7 +103,8 @@ class Policy:
         """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
         self._first_attention = None
         if self.config.precision != "no":
-            self._first_attention = fuse_attention(self._bare)
+            first = fuse_attention(self._bare)
+            self._first_attention = first if self.family.READS_TEXT_BY_ATTENTION_ALONE else None
             split_gated_layers(self._bare)
         if self.config.memory == "small":
             self._bare.enable_gradient_checkpointing()

@@ -19,6 +19,8 @@ class StableDiffusion:
         "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
 
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
