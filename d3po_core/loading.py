@@ -50,7 +50,12 @@ def load_family(config: ModelConfig) -> Family:
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
         if isinstance(error, D3POError):
             raise
-        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)})") from None
+        hint = (
+            ""
+            if path.exists()
+            else "; is the hub id right, and the network or the hub's cache there? A folder works too"
+        )
+        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None
     if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # such a VAE overflows in fp16
     return family(pipeline)
