@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ROUNDS ?= 16
-.PHONY: demo test lint bench up down chromium
+.PHONY: demo test lint bench bench-gpu up down chromium
 
 # The whole pinned install; made again when the pins change.
 .venv/ready: constraints.txt pyproject.toml
@@ -35,6 +35,10 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/import_judgements.py
 	$(BIN)/python tests/benchmarks/page.py
+
+# One NVIDIA GPU; the install must be one whose torch sees it.
+bench-gpu: .venv/ready
+	$(BIN)/python tests/benchmarks/gpu.py
 
 up: .venv/ready
 	$(BIN)/d3po up
