@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.families import FAMILIES
+from d3po_core.kohya import KOHYA_FILE, write_kohya
 from d3po_core.policy import LORA_FILE, Policy, load_policy
 from d3po_core.rollout import draw_images, replay_log_probs, sample_trajectories
 from d3po_core.seeds import gaussian
@@ -193,6 +194,26 @@ def test_saved_lora_loads_into_the_pipeline_and_draws_the_same(
         assert torch.equal(policy.predict(latent, t_B, policy.encode(PROMPTS, 1.0)), ours)
 
 
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
+def test_kohya_file_draws_what_the_lora_draws(
+    name: str, policy_of: Loader, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Read back by diffusers, which takes kohya's names, alpha and rank as other programs do."""
+    policy, pipeline = policy_of(name, lora_alpha=3.0), pipeline_of(folders[name])
+    assert write_kohya(policy.save_lora(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=3.0)
+    latent, t_B = gaussian(0, 1, *policy.latent_shape), timesteps(policy)[:1]
+    with torch.no_grad():
+        ours = policy.predict(latent, t_B, policy.encode(PROMPTS[:1], 1.0))
+        pipeline.load_lora_weights(tmp_path, weight_name=KOHYA_FILE)
+        theirs = plain_output(name, pipeline, latent, t_B, PROMPTS[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformers_lora_has_no_kohya_names(policy_of: Loader, tmp_path: Path) -> None:
+    assert not write_kohya(policy_of("sd3").save_lora(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=2.0)
+    assert not (tmp_path / KOHYA_FILE).exists()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_images_of_a_latent_are_the_vaes(name: str, policy_of: Loader, folders: dict[str, Path]) -> None:
     policy, vae = policy_of(name), pipeline_of(folders[name]).vae
@@ -229,3 +250,20 @@ def test_families_are_found_by_the_folders_index(folders: dict[str, Path], tmp_p
     other.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
     with pytest.raises(D3POError, match="is a FluxPipeline; expected one of StableDiffusionPipeline"):
         load_policy(ModelConfig(path=str(tmp_path), device="cpu"), seed=0)
+
+
+def test_a_single_file_must_be_safetensors_and_name_its_configuration(tmp_path: Path) -> None:
+    for name, message in (("model.ckpt", "is a .ckpt file; expected .safetensors"),
+                          ("model.safetensors", "is one file; set model.single_file_config")):  # fmt: skip
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(D3POError, match=message):
+            load_policy(ModelConfig(path=str(tmp_path / name), device="cpu"), seed=0)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        D3POError, match=r"model.path 'nobody/nothing': cannot be loaded .* is the hub id right"
+    ) as caught:
+        load_policy(ModelConfig(path="nobody/nothing", device="cpu"), seed=0)
+    assert "\n" not in str(caught.value)
