@@ -1,7 +1,6 @@
 """A campaign's folder: who may write it, what it was started with, which rounds are finished, where things lie."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from d3po_core.config import FIXED_FIELDS, CampaignConfig, changed_fields, data_folder, load_config, resolve_path
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
-from d3po_core.tables import atomic_path, disk_errors, partition, read_rows
+from d3po_core.tables import atomic_path, disk_errors, exclusive, partition, read_rows
 
 CAMPAIGN_FILE = "campaign.json"
 TARGET_FILE = "target.json"
@@ -254,14 +253,11 @@ def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
         D3POError: the folder cannot be written.
     """
     path = campaign / LOCK_FILE
-    with disk_errors(path):
-        campaign.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = stack.enter_context(exclusive(path, wait=False))
         except BlockingIOError:
-            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+            holder = path.read_text(errors="replace").strip() or "another process"
             raise CampaignBusyError(
                 f"campaign {campaign.name!r} is being advanced by {holder}; wait for it, or use another --campaign"
             ) from None
@@ -269,8 +265,6 @@ def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
             os.truncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} ({who})".encode(), 0)
         yield
-    finally:
-        os.close(handle)
 
 
 def sweep_leftovers(campaign: Path, round_number: int) -> None:

@@ -1,13 +1,10 @@
 """Import people's judgements: everything is checked before anything is written, and a file is written whole or not."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from d3po_core.formats import JudgementFile, load_order, read_judgement_file
 from d3po_core.import_report import ImportReport
 from d3po_core.judgement_checks import check_judgements
 from d3po_core.judgement_rules import Scope
-from d3po_core.tables import connect, disk_errors, partition, write_table
+from d3po_core.tables import connect, disk_errors, exclusive, partition, write_table
 
 MANIFEST = "manifest.json"
 GOLD_RATER = "gold"
@@ -77,7 +74,9 @@ def import_file(
     written = None
     accepted = len(checked.rows) > 0 and (accept_valid or not checked.num_bad)
     if accepted and not dry_run and not already:
-        with _alone(target.parent):
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(target.parent):  # or two imports of the same file could both find it missing
             already = target.exists()
             if not already:
                 written = write_table(campaign_folder, "judgements", number, checked.rows, name=source)
@@ -196,16 +195,3 @@ def _rater(file: JudgementFile, rater: str | None, gold: bool) -> str | None:
     if not name:
         raise D3POError("--rater is empty; expected a name")
     return name
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One import a folder at a time, so that two of the same file cannot both find it missing."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

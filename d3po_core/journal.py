@@ -24,7 +24,7 @@ from typing import Any
 
 from d3po_core.campaign import stage_path
 from d3po_core.errors import D3POError
-from d3po_core.tables import disk_errors, partition, read_rows, table_from_rows, write_table
+from d3po_core.tables import disk_errors, partition, table_from_rows, write_table
 
 JOURNAL_FILE = "labels.sqlite"
 SOURCE = "page"
@@ -240,17 +240,6 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
         return []
     with contextlib.closing(Journal(campaign)) as journal:
         return journal.entries(sampling)
-
-
-def count_judgements(campaign: Path, round_number: int) -> int:
-    """How many judgements of people a round has, on the page and from elsewhere; what was replaced counts too."""
-    sampling = sampling_of(campaign, round_number)
-    on_page = [entry for entry in read_entries(campaign, sampling) if entry.action == "answer"] if sampling else []
-    elsewhere = 0
-    for path in partition(campaign, "judgements", round_number).glob("*.parquet"):
-        if not path.name.startswith(FILE_PREFIX):
-            elsewhere += sum(row["rater_kind"] != "proxy" for row in read_rows(path))
-    return len(on_page) + elsewhere
 
 
 def active(entries: Iterable[Entry]) -> list[Entry]:

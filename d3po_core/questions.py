@@ -56,6 +56,13 @@ def label_progress(config: CampaignConfig, round_number: int) -> Progress:
     return Tally(deck, read_entries(config.folder, deck.sampling)).progress()
 
 
+def count_judgements(campaign: Path, round_number: int) -> int:
+    """How many judgements of people a round has, on the page and from elsewhere; what was replaced counts too."""
+    sampling = sampling_of(campaign, round_number)
+    on_page = [entry for entry in read_entries(campaign, sampling) if entry.action == "answer"] if sampling else []
+    return len(on_page) + sum(row["rater_kind"] != "proxy" for row in _brought_in(campaign, round_number))
+
+
 def load_deck(campaign: Path, config: CampaignConfig, round_number: int, mode: str | None = None) -> Deck:
     """Read what a round asks.
 

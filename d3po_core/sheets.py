@@ -3,10 +3,8 @@
 import csv
 import io
 import json
-import os
 import random
 import shutil
-import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,11 +14,11 @@ from typing import Any, Literal
 from jinja2 import Environment
 
 from d3po_core.campaign import campaign_id
+from d3po_core.cards import new_folder
 from d3po_core.config import CampaignConfig
 from d3po_core.delimited import neutralise
 from d3po_core.errors import D3POError
 from d3po_core.importing import MANIFEST, read_samples, sampled_rounds
-from d3po_core.tables import disk_errors
 
 Mode = Literal["pair", "mark_bad", "best", "rank"]
 CSV_FILE, PAGE_FILE, IMAGES = "judgements.csv", "sheet.html", "images"
@@ -187,22 +185,14 @@ def _groups(groups: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], l
 
 
 def _write(folder: Path, table: str, page: str, manifest: dict[str, Any], images: list[Path]) -> None:
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            (temporary / IMAGES).mkdir(parents=True)
-            for image in images:
-                try:
-                    shutil.copyfile(image, temporary / IMAGES / image.name)
-                except FileNotFoundError:
-                    raise D3POError(f"{image} is missing; restore it, or sample the round again") from None
-            # With a byte order mark: spreadsheets take a CSV without one for their country's old encoding.
-            (temporary / CSV_FILE).write_bytes(b"\xef\xbb\xbf" + table.encode())
-            (temporary / PAGE_FILE).write_text(page, encoding="utf-8")
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            if folder.exists():
-                folder.rmdir()
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        (temporary / IMAGES).mkdir()
+        for image in images:
+            try:
+                shutil.copyfile(image, temporary / IMAGES / image.name)
+            except FileNotFoundError:
+                raise D3POError(f"{image} is missing; restore it, or sample the round again") from None
+        # With a byte order mark: spreadsheets take a CSV without one for their country's old encoding.
+        (temporary / CSV_FILE).write_bytes(b"\xef\xbb\xbf" + table.encode())
+        (temporary / PAGE_FILE).write_text(page, encoding="utf-8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -156,6 +157,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, mode: int = 0o644, wait: bool = True) -> Iterator[int]:
+    """Hold a folder, or a file made for that, for this process alone; the kernel frees it however the process ends.
+
+    Args:
+        path: the folder, or the lock file, made with its folder when it is not there.
+        mode: permissions of a file that is made.
+        wait: for whoever holds it.
+
+    Yields:
+        The open descriptor, for a lock file that says who holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+        D3POError: it cannot be opened or made.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, mode)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield handle
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

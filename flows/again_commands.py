@@ -1,17 +1,14 @@
 """Commands that make things again, and drop what can be made again: regenerate, replay, prune."""
 
 import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from d3po_core.errors import D3POError
-from flows.ask_commands import CampaignOption, console
+from flows.command_parts import CampaignOption, console, loading
 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; as many as the round recorded when not given")
@@ -117,14 +114,6 @@ def prune(
         table.add_row(kind.kind, *(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells))
     console().print(table)
     print(f"{verb} {plan.bytes / 1e6:.1f} MB of {len(plan.rounds)} finished rounds")
-
-
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Say that something slow is being imported, and nothing else."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with Console(stderr=True).status("loading torch and diffusers"):
-        yield
 
 
 def _policy(folder: Path, round_number: int, threads: int | None) -> Any:

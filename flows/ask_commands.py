@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from d3po_core.errors import D3POError
+from flows.command_parts import CampaignOption, console
 
 Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
 
 
 def query(
@@ -83,12 +82,6 @@ def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> N
     for row in rows:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
     console().print(table)
-
-
-def console(stream: Any = None) -> Console:
-    """A console as wide as its terminal; where there is none, wide enough for tables."""
-    stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 240)
 
 
 def _write(relation: Any, format: str, output: Path | None) -> None:

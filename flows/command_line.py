@@ -1,24 +1,21 @@
 """The command ``d3po``: run rounds, look at what came out, ask the tables, start and end the local servers."""
 
 import atexit
-import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from d3po_core.campaign import campaign_named
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder, load_config, merge
 from d3po_core.errors import D3POError
 from flows.again_commands import prune, regenerate, replay
 from flows.ask_commands import query, show
+from flows.command_parts import CampaignOption, console, loading, short
 from flows.export_commands import export_lora, export_preferences
 from flows.import_command import export_sheet, import_judgements
 from flows.label_command import label
@@ -35,7 +32,6 @@ for panel, commands in PANELS.items():
     for command in commands:
         name = "import" if command is import_judgements else None
         app.command(name, rich_help_panel=panel)(command)
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
 
 
 def main() -> None:
@@ -77,7 +73,7 @@ def run(
     """Advance a campaign here and now; needs no server."""
     config = deployment_config(deployment, campaign, setting or [])
     _use_local_prefect()  # before anything imports prefect, which reads its settings once
-    with _loading("loading torch, diffusers and prefect"):
+    with loading("torch, diffusers and prefect"):
         from flows.round import d3po
         from tasks.publishing import check_campaign
 
@@ -91,6 +87,8 @@ def run(
 @app.command()
 def rounds(campaign: CampaignOption = "shapes") -> None:
     """Print the table of a campaign's rounds and where its files are."""
+    from d3po_core.campaign import campaign_named
+
     show_campaign(campaign_named(campaign))
 
 
@@ -100,9 +98,9 @@ def discard_round(
     with_judgements: Annotated[bool, typer.Option(help="Also when people have judged the round already")] = False,
 ) -> None:
     """Drop what the campaign's unfinished round left, so that it can begin anew; finished rounds stay."""
-    from d3po_core.campaign import campaign_lock, last_finished_round
+    from d3po_core.campaign import campaign_lock, campaign_named, last_finished_round
     from d3po_core.campaign import discard_round as discard
-    from d3po_core.journal import count_judgements
+    from d3po_core.questions import count_judgements
 
     folder = campaign_named(campaign).folder
     with campaign_lock(folder, who="discard-round"):
@@ -188,17 +186,15 @@ def show_campaign(config: CampaignConfig) -> None:
             f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]",
             str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
         )  # fmt: skip
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(table)
+    console().print(table)
     first, last = records[0], records[-1]
-    folder = _short(config.folder)
+    folder = short(config.folder)
     lines = (
         f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",
         f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
-        f"MLflow      {_short(data_folder())}/mlflow  (make up opens it on http://127.0.0.1:5000)",
+        f"MLflow      {short(data_folder())}/mlflow  (make up opens it on http://127.0.0.1:5000)",
         "",
         "next:",
         f"  d3po run round --campaign {config.campaign} --rounds 3",
@@ -207,10 +203,6 @@ def show_campaign(config: CampaignConfig) -> None:
         "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
     )
     print("\n".join(lines))
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _use_local_prefect() -> None:
@@ -234,9 +226,3 @@ def _use_local_prefect() -> None:
     url = prefect_url()
     if url:
         os.environ["PREFECT_API_URL"] = url
-
-
-@contextlib.contextmanager
-def _loading(what: str) -> Iterator[None]:
-    with Console(stderr=True).status(what):
-        yield

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.again_commands import loading
+from flows.command_parts import loading
 
 OutputOption = Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten")]
 

@@ -1,6 +1,5 @@
 """The commands ``d3po import`` and ``d3po export-sheet``."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,9 +7,8 @@ import typer
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from flows.command_parts import CampaignOption
 
-Resume = Callable[[CampaignConfig, int], object]
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="The round; the file's own, or the last sampled, when not given")
 ]
@@ -39,10 +37,25 @@ def import_judgements(
     report: Annotated[Path | None, typer.Option(help="Write all problems to this file")] = None,
 ) -> None:
     """Import people's judgements from a file; nothing of a file with a wrong row is written."""
-    import_and_print(
-        file, campaign, round_number, rater, dry_run, accept_valid, gold, late, order, scale, report,
-        _resume_waiting if resume else None,
-    )  # fmt: skip
+    from d3po_core.campaign import campaign_named
+    from d3po_core.import_report import MAX_LINES, write_problems
+    from d3po_core.importing import import_file
+
+    config = campaign_named(campaign)
+    words = tuple(scale.split(",")) if scale else ()
+    found = import_file(
+        config.folder, config.campaign, file, round_number, rater, dry_run, accept_valid, gold, late, order, words
+    )
+    print("\n".join(found.summary()))
+    if report is None and len(found.problems) > MAX_LINES and not dry_run:
+        report = file.with_name(f"{file.name}.problems.txt")
+    if report is not None:
+        print(f"all problems: {write_problems(found, report)}")
+    if not found.accepted:
+        hint = "" if not found.num_good else ", or import the others with --accept-valid"
+        raise D3POError(f"{file.name}: {found.num_bad:,} of {found.num_rows:,} rows are wrong; correct them{hint}")
+    if resume and not dry_run:
+        _resume_waiting(config, found.round_number)
 
 
 def _resume_waiting(config: CampaignConfig, round_number: int) -> None:
@@ -53,48 +66,6 @@ def _resume_waiting(config: CampaignConfig, round_number: int) -> None:
     from tasks.waiting import resume_waiting  # loads prefect, which an import alone does not need
 
     print(resume_waiting(config, round_number))
-
-
-def import_and_print(
-    file: Path,
-    campaign: str,
-    round_number: int | None = None,
-    rater: str | None = None,
-    dry_run: bool = False,
-    accept_valid: bool = False,
-    gold: bool = False,
-    late: bool = False,
-    order: str | None = None,
-    scale: str | None = None,
-    report_file: Path | None = None,
-    resume_waiting: Resume | None = None,
-) -> None:
-    """Import a file and print what happened.
-
-    ``resume_waiting(config, round)`` is called when the judgements are in.
-
-    Raises:
-        D3POError: nothing was imported.
-    """
-    from d3po_core.campaign import campaign_named
-    from d3po_core.import_report import MAX_LINES, write_problems
-    from d3po_core.importing import import_file
-
-    config = campaign_named(campaign)
-    words = tuple(scale.split(",")) if scale else ()
-    report = import_file(
-        config.folder, config.campaign, file, round_number, rater, dry_run, accept_valid, gold, late, order, words
-    )
-    print("\n".join(report.summary()))
-    if report_file is None and len(report.problems) > MAX_LINES and not dry_run:
-        report_file = file.with_name(f"{file.name}.problems.txt")
-    if report_file is not None:
-        print(f"all problems: {write_problems(report, report_file)}")
-    if not report.accepted:
-        hint = "" if not report.num_good else ", or import the others with --accept-valid"
-        raise D3POError(f"{file.name}: {report.num_bad:,} of {report.num_rows:,} rows are wrong; correct them{hint}")
-    if resume_waiting is not None and not dry_run:
-        resume_waiting(config, report.round_number)
 
 
 def export_sheet(

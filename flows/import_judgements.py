@@ -44,8 +44,8 @@ def import_judgements(
         config = campaign_named(campaign)
         words = tuple(scale.split(",")) if scale else ()
         report = import_judgement_file(
-            config, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words
-        )  # fmt: skip
+            config.folder, config.campaign, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words
+        )
         for line in report.summary():
             logger.info("%s", line)
         if not report.accepted:

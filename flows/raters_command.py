@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.command_parts import CampaignOption, console
+
 if TYPE_CHECKING:
     from d3po_core.agreement import RaterReport, RaterSummary
 
@@ -19,7 +21,7 @@ BIAS_P = 0.05
 
 
 def raters(
-    campaign: Annotated[str, typer.Option(help="Name of the campaign")] = "shapes",
+    campaign: CampaignOption = "shapes",
     round_number: Annotated[int | None, typer.Option("--round", min=1, help="Only this round")] = None,
     format: Annotated[RaterFormat, typer.Option(help="How to write the result")] = RaterFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write to")] = None,
@@ -58,7 +60,6 @@ def _write_csv(report: "RaterReport", stream: Any) -> None:
 
 
 def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -67,14 +68,13 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
         table.add_row(*_cells(rater))
-    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
-    console.print(table)
+    console(stream).print(table)
     lines = (
         f"Krippendorff's alpha {_number(report.alpha)}, equal votes {_number(report.agreement)} "
         f"(over {report.pairs_of_several} of {report.pairs} pairs, those with several raters)",
         f"left out: below judge.people.accuracy_floor ({accuracy_floor:g}) with their whole interval",
     )
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    stream.write("\n".join(lines) + "\n")
 
 
 def _cells(rater: "RaterSummary") -> list[str]:

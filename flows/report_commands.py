@@ -1,18 +1,15 @@
 """Commands to look at what came out: ``d3po compare`` and ``d3po report``; registered in command_line.py."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d3po_core.campaign import campaign_named
 from d3po_core.errors import D3POError
+from flows.command_parts import CampaignOption, console, short
 
 if TYPE_CHECKING:
     from d3po_core.comparison import HeldOut
-
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
 
 
 def compare(
@@ -24,6 +21,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Picture to write; in the campaign's folder if not given")] = None,
 ) -> None:
     """Compare checkpoints on the same held-out prompts and seeds: a table, and a picture with a row a checkpoint."""
+    from d3po_core.campaign import campaign_named
     from d3po_core.comparison import read_held_out, round_named
     from d3po_core.report.pictures import comparison_picture
 
@@ -49,7 +47,7 @@ def compare(
             f"{folder.name}.{number}" if folder != chosen[0][0] else str(number) for folder, number in chosen
         )
         output = chosen[0][0] / "report" / f"compare-{words}.png"
-    print(f"\npicture  {_short(comparison_picture(held_out, labels, output))}")
+    print(f"\npicture  {short(comparison_picture(held_out, labels, output))}")
 
 
 def report(
@@ -57,23 +55,21 @@ def report(
     output: Annotated[Path | None, typer.Option(help="File to write; report.html in the campaign's folder")] = None,
 ) -> None:
     """Write a campaign's report, one HTML file: is it better, is it sane, which one to ship, why did it change."""
+    from d3po_core.campaign import campaign_named
     from d3po_core.report import write_report
 
     path = write_report(campaign_named(campaign), output)
-    print(f"{_short(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{short(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
     """Print a table a scorer: every checkpoint against the first."""
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
     from d3po_core.comparison import compare_scores, diversity_by_prompt, mean_intervals, unit_means
     from d3po_core.report.answers import interval, number
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=130)
     spreads = [list(diversity_by_prompt(held_out.prompts, paths).values()) for paths in held_out.image_paths]
     for scorer, scores in held_out.scores.items():
         size = f"{len(held_out.prompts)} images of {len(set(held_out.prompts))} held-out prompts"
@@ -88,8 +84,4 @@ def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
                 cells[2] = f"{number(c.difference.mean, '+')} {interval(c.difference, '+')}"
                 cells[3:] = f"{number(c.win_rate.mean)} {interval(c.win_rate)}", c.verdict
             table.add_row(*cells, number(float(np.mean(spreads[row]))) if spreads[row] else "images removed")
-        console.print(table)
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+        console().print(table)

@@ -59,8 +59,11 @@ def wait_for_people(config: CampaignConfig, round_number: int) -> None:
     if config.judge.labeller == "proxy" or stage_path(config.folder, round_number, "label").exists():
         return
     waiting = _begin_waiting(config, round_number)
-    while (ended := _how_it_ended(config, round_number, waiting)) is None:
-        _announce(config, round_number, waiting)
+    while True:
+        progress = label_progress(config, round_number)
+        if ended := _how_it_ended(config, round_number, waiting, progress):
+            break
+        _announce(config, round_number, waiting, progress)
         # Returns only when this key was answered: else it raises, and the process ends.
         answer = suspend_flow_run(wait_for_input=GoOn, key=f"labels-{round_number}-{waiting['attempt']}")
         if answer.go_on_with_what_is_there:
@@ -177,9 +180,8 @@ def page_url() -> str:
     return os.environ.get("D3PO_LABEL_URL") or DEFAULT_PAGE
 
 
-def _how_it_ended(config: CampaignConfig, round_number: int, waiting: dict[str, Any]) -> str | None:
+def _how_it_ended(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> str | None:
     """Why waiting is over, or None while it is not."""
-    progress = label_progress(config, round_number)
     if progress.complete:
         return "complete"
     if waiting["deadline"] is None or datetime.now(UTC) < datetime.fromisoformat(waiting["deadline"]):
@@ -232,9 +234,8 @@ def _schedule_wake(config: CampaignConfig, round_number: int, waiting: dict[str,
         ) from None
 
 
-def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any]) -> None:
+def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> None:
     """Say in the log and in an artifact what is waited for and where to judge."""
-    progress = label_progress(config, round_number)
     until = f" until {waiting['deadline'][:16]} UTC" if waiting["deadline"] else ""
     said = f"round {round_number} waits for people{until}: {_missing(progress)} to judge at {page_url()}"
     get_run_logger().info(said)

@@ -1,7 +1,5 @@
 """Who may judge: a token for every rater's name, in one file that only its owner can read."""
 
-import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -9,12 +7,11 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from d3po_core.errors import D3POError
-from d3po_core.tables import disk_errors
+from d3po_core.tables import disk_errors, exclusive
 
 RATERS_FILE = "raters.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
@@ -44,7 +41,7 @@ class Raters:
                 f"rater {rater!r}: expected up to 64 letters, digits, '_', '-', '.' or '@', starting with a letter or "
                 "digit; give --rater such a name"
             )
-        with self._alone():
+        with exclusive(self.path.with_name(f".{self.path.name}.lock"), mode=0o600):
             values = self._read()
             if rater not in values["raters"]:
                 values["raters"][rater] = secrets.token_urlsafe(32)
@@ -93,14 +90,3 @@ class Raters:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
                 json.dump(values, stream, indent=1)
             os.replace(temporary, self.path)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)

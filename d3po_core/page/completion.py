@@ -1,13 +1,11 @@
 """Tell the training run, once, that people are done with a round; try again until it is told."""
 
-import contextlib
-import fcntl
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from d3po_core.journal import Journal
+from d3po_core.tables import exclusive
 
 OnComplete = Callable[[str, int], None]
 NOTE = "told"
@@ -43,7 +41,7 @@ class Completion:
     def _tell(self, journal: Journal, sampling: str, round_number: int) -> None:
         while not self.ended.is_set():
             try:
-                with self._alone():
+                with exclusive(self._campaign / ".labels.lock"):
                     if journal.read_note(sampling, NOTE) is None:
                         self._on_complete(self._campaign.name, round_number)
                         journal.note(sampling, NOTE, "yes")
@@ -52,12 +50,3 @@ class Completion:
             except Exception as error:  # whatever the caller's own call may raise: it is shown, and tried again
                 self.error = f"{error or type(error).__name__}"
             self.ended.wait(self._retry_seconds)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        handle = os.open(self._campaign / ".labels.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)

@@ -104,11 +104,9 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
 
 def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
     record = read_record(config.folder, round_number, "evaluate", EvaluateRecord)
-    values: dict[str, float | None] = {"seconds/evaluate": record.seconds}
+    values = _held_out(record) | {"seconds/evaluate": record.seconds}
     for scorer, score in record.scores.items():
-        values[f"held_out/{scorer}"] = score.mean
         values[f"held_out/{scorer}_low"], values[f"held_out/{scorer}_high"] = score.low, score.high
-    values["held_out/diversity"], values["held_out/drift_from_base"] = record.diversity, record.drift
     log_both(client, config, round_number, run_id, record.finished_at, values)
     client.log_artifact(run_id, str(config.folder / record.grid))
     log_grid_once(client, config, round_number, config.folder / record.grid)
@@ -117,13 +115,19 @@ def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run
 
 def _log_guard(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
     record = read_record(config.folder, round_number, "guard", GuardRecord)
-    values: dict[str, float | None] = {
-        f"held_out/win_rate_{name}": rate.mean for name, rate in record.win_rates.items()
-    }
-    log_both(client, config, round_number, run_id, record.finished_at, values)
+    log_both(client, config, round_number, run_id, record.finished_at, _win_rates(record))
     client.set_tag(run_id, "d3po.verdict", record.verdict)
     if record.findings:
         client.set_tag(run_id, "d3po.findings", "; ".join(record.findings))
+
+
+def _held_out(record: EvaluateRecord) -> dict[str, float | None]:
+    means: dict[str, float | None] = {f"held_out/{scorer}": score.mean for scorer, score in record.scores.items()}
+    return means | {"held_out/diversity": record.diversity, "held_out/drift_from_base": record.drift}
+
+
+def _win_rates(record: GuardRecord) -> dict[str, float | None]:
+    return {f"held_out/win_rate_{name}": rate.mean for name, rate in record.win_rates.items()}
 
 
 def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
@@ -153,9 +157,7 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
         "d3po.config_sha256": row["config_sha256"], "d3po.lora_sha256": row["lora_sha256"],
         "d3po.preferences_sha256": hashlib.sha256(preferences.read_bytes()).hexdigest(),
     }  # fmt: skip
-    metrics: dict[str, float | None] = {f"held_out/{name}": score.mean for name, score in evaluated.scores.items()}
-    metrics |= {f"held_out/win_rate_{name}": rate.mean for name, rate in guard.win_rates.items()}
-    metrics |= {"held_out/diversity": evaluated.diversity, "held_out/drift_from_base": evaluated.drift}
+    metrics = _held_out(evaluated) | _win_rates(guard)
     with tempfile.TemporaryDirectory() as folder:
         copyfile(config.folder / row["checkpoint_out"] / LORA_FILE, Path(folder) / LORA_FILE)
         model = log_checkpoint(client, config, round_number, run_id, Path(folder), tags, metrics, row["finished_at"])

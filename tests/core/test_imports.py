@@ -1,6 +1,8 @@
 """The import rule, flows -> tasks -> d3po_core, and what no source file may contain."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +117,10 @@ def test_nothing_pickled_is_tracked() -> None:
     folders = [PROJECT_ROOT / layer for layer in LAYERS]
     folders += [PROJECT_ROOT / "data" / name for name in ("shapes", "prompts")]
     assert [file for folder in folders for file in folder.rglob("*") if file.suffix in suffixes] == []
+
+
+def test_a_command_starts_without_what_it_may_not_need() -> None:
+    slow = {"duckdb", "mlflow", "numpy", "prefect", "pyarrow", "torch"}
+    script = f"import flows.command_line, sys; print(sorted({slow} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

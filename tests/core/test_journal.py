@@ -6,7 +6,6 @@ import sqlite3
 import threading
 import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,13 @@ from d3po_core.journal import (
     Journal,
     Submission,
     active,
-    count_judgements,
     export_judgements,
     judgement_rows,
     read_entries,
     sampling_of,
 )
 from d3po_core.preferences import derive_preferences
-from d3po_core.tables import SCHEMAS, connect, partition, read_rows, table_from_rows, write_table
+from d3po_core.tables import SCHEMAS, connect, partition, read_rows
 from tests.core.labelling import bring_in, waiting_campaign
 
 counter = itertools.count()
@@ -309,17 +307,3 @@ def test_files_of_others_are_left_alone_by_the_export(tmp_path: Path) -> None:
     Journal(config.folder).append(said(sampling=sampling(config.folder)))
     assert len(export_judgements(config.folder, 1)) == 1
     assert (partition(config.folder, "judgements", 1) / "csv.parquet").exists()
-
-
-def test_judgements_of_people_are_counted_wherever_they_came_from(tmp_path: Path) -> None:
-    assert count_judgements(tmp_path, 1) == 0
-    rows = [
-        {
-            "rater": rater, "rater_kind": kind, "kind": "rating", "sample_id": "r1-g0-m0", "other_id": None,
-            "value": 1.0,
-            "judged_at": datetime(2024, 1, 1), "source": "s", "seconds": None, "position": None,
-        }
-        for rater, kind in (("brightness", "proxy"), ("ann", "human"), ("key", "gold"))
-    ]  # fmt: skip
-    write_table(tmp_path, "judgements", 1, table_from_rows("judgements", rows), name="mixed")
-    assert count_judgements(tmp_path, 1) == 2

@@ -1,6 +1,6 @@
 import itertools
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,15 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.journal import Entry, Journal, Submission, sampling_of
 from d3po_core.page.queue import Queue, shown_order
-from d3po_core.questions import group_questions, groups_for_people, label_progress, load_deck, waiting_round
+from d3po_core.questions import (
+    count_judgements,
+    group_questions,
+    groups_for_people,
+    label_progress,
+    load_deck,
+    waiting_round,
+)
+from d3po_core.tables import table_from_rows, write_table
 from d3po_core.tally import Deck, Tally, answer_problem
 from tests.core.labelling import NOON, bring_in, waiting_campaign
 
@@ -347,3 +355,17 @@ def test_images_stand_in_an_order_of_the_raters_own(tmp_path: Path) -> None:
         assert sorted(order) == sorted(question.sample_ids)
     first = Counter(order[0][-2:] for rater in orders for order in orders[rater])
     assert all(12 < first[f"m{member}"] < 42 for member in range(3)), "80 draws of one in three: 27, sd 4.2"
+
+
+def test_judgements_of_people_are_counted_wherever_they_came_from(tmp_path: Path) -> None:
+    assert count_judgements(tmp_path, 1) == 0
+    rows = [
+        {
+            "rater": rater, "rater_kind": kind, "kind": "rating", "sample_id": "r1-g0-m0", "other_id": None,
+            "value": 1.0,
+            "judged_at": datetime(2024, 1, 1), "source": "s", "seconds": None, "position": None,
+        }
+        for rater, kind in (("brightness", "proxy"), ("ann", "human"), ("key", "gold"))
+    ]  # fmt: skip
+    write_table(tmp_path, "judgements", 1, table_from_rows("judgements", rows), name="mixed")
+    assert count_judgements(tmp_path, 1) == 2

@@ -1,5 +1,6 @@
 """The store: schemas are kept, files are whole or absent, and views show every round."""
 
+import contextlib
 import errno
 import itertools
 import threading
@@ -21,6 +22,7 @@ from d3po_core.tables import (
     atomic_path,
     check_table,
     connect,
+    exclusive,
     read_rows,
     table_from_rows,
     write_table,
@@ -287,3 +289,19 @@ def test_images_are_stored_without_loss(tmp_path: Path) -> None:
     save_png(image, tmp_path / "images" / "one.png")
     assert np.array_equal(load_png(tmp_path / "images" / "one.png"), image)
     assert [file.name for file in (tmp_path / "images").iterdir()] == ["one.png"]
+
+
+@pytest.mark.parametrize("name", ["folder", "made/for/it.lock"])
+def test_only_one_holds_what_is_exclusive_and_the_next_gets_it_when_that_one_ends(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with contextlib.suppress(KeyError), exclusive(tmp_path / name):
+        with pytest.raises(BlockingIOError), exclusive(tmp_path / name, wait=False):
+            pytest.fail("two hold it")
+        raise KeyError
+    with exclusive(tmp_path / name, wait=False):
+        pass
+
+
+def test_lock_file_has_the_permissions_that_were_asked_for(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "lock", mode=0o600):
+        assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
