@@ -423,7 +423,7 @@ def test_scores_are_standardised_over_the_round_and_the_round_alone() -> None:
 @pytest.mark.parametrize("proxies_decide", [True, False])
 def test_people_alone_decide_what_they_judged_also_beside_weights(proxies_decide: bool) -> None:
     scores = np.array([[0.0], [1.0]])
-    rows = proxy_scores({"g": scores, "h": scores}, ("taste",)) + [said("ann", "choice", "g-m0", 1, "g-m1")]
+    rows = [*proxy_scores({"g": scores, "h": scores}, ("taste",)), said("ann", "choice", "g-m0", 1, "g-m1")]
     derived = derive({"g": 2, "h": 2}, rows, "weighted", weights={"taste": 1e6}, proxies_decide=proxies_decide)
     expected = ["g-0>1", "h-1>0"] if proxies_decide else ["g-0>1"]
     assert sorted(derived.table["pair_id"].to_pylist()) == expected
