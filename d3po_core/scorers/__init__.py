@@ -24,7 +24,6 @@ from d3po_core.config import ScoringConfig, is_url
 from d3po_core.errors import D3POError
 from d3po_core.scorers.models import MODELS, ModelScorer, device_type
 from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
-from d3po_core.scorers.remote import RemoteScorer
 
 __all__ = [
     "BUILT_IN", "MODELS", "Scorer", "brightness", "jpeg_compressibility", "jpeg_incompressibility", "load_scorer",
@@ -78,7 +77,13 @@ def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str
 
 # Kept for the life of the process: weights are read once, connections to a server stay open.
 _model = functools.cache(ModelScorer)
-_remote = functools.cache(RemoteScorer)
+
+
+@functools.cache
+def _remote(name: str, url: str, batch_size: int, timeout_seconds: float, tries: int) -> Scorer:
+    from d3po_core.scorers.remote import RemoteScorer
+
+    return RemoteScorer(name, url, batch_size, timeout_seconds, tries)
 
 
 def _imported(name: str) -> Scorer:

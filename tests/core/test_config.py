@@ -191,7 +191,7 @@ def test_evaluation_uses_the_judges_scorers_unless_told() -> None:
         ),
         (
             {"scoring": {"models": {"pikscore": "a/b"}}, "judge": {"scorers": ["pickscore", "brightness"]}},
-            "scoring.models names 'pikscore'; expected one of the scorers that judge or evaluate: pickscore, bright",
+            "scoring.models names 'pikscore'; expected one of the scorers that judge or evaluate: pickscore",
         ),
         (
             {"scoring": {"models": {"my taste": "http://host/"}}, "judge": {"scorers": ["my taste"]}},
