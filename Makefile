@@ -14,8 +14,9 @@ DEMO_ROUNDS ?= 16
 demo: .venv/ready
 	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
 
+# Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
 test: .venv/ready chromium
-	$(BIN)/python -m pytest
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
 chromium:
