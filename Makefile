@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ROUNDS ?= 16
-.PHONY: demo test lint bench up down chromium
+.PHONY: demo test lint bench bench-gpu up down chromium
 
 # The whole pinned install; made again when the pins change.
 .venv/ready: constraints.txt pyproject.toml
@@ -14,8 +14,9 @@ DEMO_ROUNDS ?= 16
 demo: .venv/ready
 	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
 
+# Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
 test: .venv/ready chromium
-	$(BIN)/python -m pytest
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
 chromium:
@@ -35,6 +36,10 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/import_judgements.py
 	$(BIN)/python tests/benchmarks/page.py
+
+# One NVIDIA GPU; the install must be one whose torch sees it.
+bench-gpu: .venv/ready
+	$(BIN)/python tests/benchmarks/gpu.py
 
 up: .venv/ready
 	$(BIN)/d3po up

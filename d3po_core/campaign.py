@@ -11,7 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d3po_core.config import FIXED_FIELDS, CampaignConfig, changed_fields, data_folder, load_config, resolve_path
+from d3po_core.config import (
+    FIXED_FIELDS,
+    FREE_FIELDS,
+    CampaignConfig,
+    changed_fields,
+    data_folder,
+    is_url,
+    load_config,
+    resolve_path,
+)
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
 from d3po_core.tables import atomic_path, disk_errors, exclusive, partition, read_rows
@@ -161,7 +170,12 @@ def open_campaign(config: CampaignConfig) -> None:
             saved = load_config(json.loads(path.read_text())["config"], str(path))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise D3POError(f"{path}: cannot be read ({error!r}); restore it or start a new campaign") from None
-        changed = [c for c in changed_fields(saved, config) if c[0].startswith(FIXED_FIELDS)]
+        # A server may move; what weights say of an image decides what the held-out scores mean.
+        models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
+        changed = [
+            c for c in changed_fields(saved, config)
+            if c[0].startswith(FIXED_FIELDS) or (c[0] in models and not _moved_server(c))
+        ]  # fmt: skip
         scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
         if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
             changed.append(("judge.scorers, which also evaluate,", *scorers))
@@ -183,7 +197,7 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
     path = stage_path(config.folder, round_number, "config")
     if path.exists():
         saved = load_config(json.loads(path.read_text()), str(path))
-        changed = [c for c in changed_fields(saved, config) if c[0] != "train.save_every_seconds"]
+        changed = [c for c in changed_fields(saved, config) if c[0] not in FREE_FIELDS and not _moved_server(c)]
         if changed:
             raise D3POError(
                 f"round {round_number} of campaign {config.campaign!r} was begun with {_differences(changed)}; "
@@ -192,6 +206,11 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
         return
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+
+
+def _moved_server(change: tuple[str, Any, Any]) -> bool:
+    name, *places = change
+    return name.startswith("scoring.models.") and all(is_url(place or "") for place in places)
 
 
 def _differences(changed: list[tuple[str, Any, Any]]) -> str:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +23,13 @@ def data_folder() -> Path:
 def resolve_path(path: str) -> Path:
     """An absolute path: relative ones are taken from the project's root, whatever the working directory."""
     return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+
+
+def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], what: str) -> None:
+    unknown = [name for name in names if name not in expected]
+    if unknown:
+        expected = ", ".join(dict.fromkeys(expected))
+        raise ValueError(f"{field} names {', '.join(map(repr, unknown))}; expected one of {what}: {expected}")
 
 
 class _Section(BaseModel):
@@ -109,13 +117,52 @@ class JudgeConfig(_Section):
         "proxy", description="Proxy scorers, people, or people for the groups that the proxies are least sure of"
     )
     scorers: tuple[str, ...] = Field(
-        ("prompt_alignment",), min_length=1, description="Built-in scorers, or package.module:function"
+        ("prompt_alignment",), min_length=1, description="Scorers by name (docs/scorers.md), or package.module:function"
     )
-    combine: Literal["pareto", "majority"] = Field(
-        "pareto", description="Several raters: one must win for some and lose for none, or more must be for it"
+    combine: Literal["pareto", "majority", "weighted"] = Field(
+        "pareto",
+        description="Several scorers: an image must win for some and lose for none, or more must be for it, or its "
+        "weighted sum of standardised scores must be higher",
+    )
+    scorer_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="With combine 'weighted', how much a scorer counts; 1 when not given"
     )
     pairs: Literal["all", "best_worst"] = Field("all", description="Pairs of a group that are used")
     people: PeopleConfig = PeopleConfig()
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> Self:
+        if self.scorer_weights and self.combine != "weighted":
+            raise ValueError(
+                f"judge.scorer_weights is {self.scorer_weights} but judge.combine is {self.combine!r}; "
+                "set judge.combine to 'weighted', or leave the weights out"
+            )
+        _expect_names("judge.scorer_weights", self.scorer_weights, self.scorers, "judge.scorers")
+        return self
+
+
+class ScoringConfig(_Section):
+    """Where learned and remote scorers are, in judging and in evaluation, and how they are asked."""
+
+    models: dict[str, str] = Field(
+        {}, description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores"
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="Images a scorer is given at once")
+    timeout_seconds: float = Field(60.0, gt=0, le=3600, description="How long a server may take over one batch")
+    tries: int = Field(
+        5, ge=1, le=100, description="How often a server is asked that is away or busy, ever more slowly"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_names(self) -> Self:
+        for name in self.models:
+            # A scorer's name is also that of a rater in SQL, and of a metric in MLflow.
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", name):
+                raise ValueError(
+                    f"scoring.models names {name!r}; expected up to 64 letters, digits, '_', '-' or '.', starting with "
+                    "a letter"
+                )
+        return self
 
 
 class TrainConfig(_Section):
@@ -197,6 +244,7 @@ class CampaignConfig(_Section):
     model: ModelConfig = ModelConfig()
     sample: SampleConfig = SampleConfig()
     judge: JudgeConfig = JudgeConfig()
+    scoring: ScoringConfig = ScoringConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     guard: GuardConfig = GuardConfig()
@@ -208,6 +256,8 @@ class CampaignConfig(_Section):
                 f"campaign is {self.campaign!r}; expected up to 64 letters, digits, '_', '-' or '.', "
                 "starting with a letter or digit, since it names a folder"
             )
+        used = (*self.judge.scorers, *self.evaluation_scorers)
+        _expect_names("scoring.models", self.scoring.models, used, "the scorers that judge or evaluate")
         return self
 
     @property
@@ -232,6 +282,9 @@ FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.variant",
                 "model.single_file_config", "model.lora", "evaluate", "sample.num_steps",
                 "sample.guidance_scale", "sample.eta")  # fmt: skip
 
+# Fields that may change even within a round: they change no number.
+FREE_FIELDS = ("train.save_every_seconds", "scoring.batch_size", "scoring.timeout_seconds", "scoring.tries")
+
 # The published code's choices. Not its learning rate, 3e-5 for Stable Diffusion: that depends on the model.
 PUBLISHED: dict[str, Any] = {
     "sample": {"group_size": 2},
@@ -246,6 +299,11 @@ PUBLISHED: dict[str, Any] = {
         "updates_per_round": "one_per_group",
     },
 }
+
+
+def is_url(where: str) -> bool:
+    """Whether a scorer's place is a server and not weights."""
+    return where.startswith(("http://", "https://"))
 
 
 def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
@@ -292,7 +350,7 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """Dotted names of the fields that differ, with old and new value."""
+    """Dotted names of the fields that differ, with old and new value; a mapping's entries are fields of their own."""
 
     def leaves(value: Any, path: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -300,4 +358,5 @@ def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, 
         return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
 
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
-    return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [(name, before.get(name), after.get(name)) for name in names]

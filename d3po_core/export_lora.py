@@ -10,6 +10,7 @@ from d3po_core.cards import card, hub_model, new_folder, public_config
 from d3po_core.checkpoint import lora_sha256
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.kohya import KOHYA_FILE, write_kohya
 from d3po_core.lookup import finished_round
 from d3po_core.policy import LORA_FILE
 from d3po_core.records import EvaluateRecord
@@ -48,6 +49,8 @@ def export_lora(campaign: Path, output: Path, round_number: int | None = None) -
     }
     with new_folder(output) as folder:
         shutil.copyfile(checkpoint / LORA_FILE, folder / LORA_FILE)
+        rank = config.model.lora_rank
+        write_kohya(folder / LORA_FILE, folder / KOHYA_FILE, rank, config.model.lora_alpha or rank)
         (folder / CONFIG_FILE).write_text(json.dumps(details, indent=1))
         (folder / "README.md").write_text(_card(campaign, config, number, row))
     return number
@@ -95,9 +98,9 @@ model: {number} rounds of {images} images in groups of {size}, judged by {judges
 
 ```python
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}", safety_checker=None)
+pipe = DiffusionPipeline.from_pretrained("{base}", safety_checker=None)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("FOLDER")  # this folder, or the id it is uploaded as
 image = pipe(

@@ -16,7 +16,7 @@ from d3po_core.families import FAMILIES, Family
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Not wanted, and absent from many folders: these would be loaded, or missed, for nothing.
-_LEFT_OUT = {
+_LEFT_OUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 }
 
@@ -36,8 +36,11 @@ def load_family(config: ModelConfig) -> Family:
     dtype = DTYPES[config.precision]
     try:
         described_by = _local(config.single_file_config) if config.single_file_config else source
-        family = _family(config, _class_name(described_by, config.revision))
-        options = _LEFT_OUT.get(family.PIPELINE.__name__, {})
+        index = DiffusionPipeline.load_config(described_by, revision=config.revision)
+        family = _family(config, index.get("_class_name"))
+        # Parts that a folder was saved without have to be named; SD3 without its third encoder is one such.
+        absent = [name for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None]
+        options: dict[str, Any] = dict.fromkeys(absent) | _LEFT_OUT.get(family.PIPELINE.__name__, {})
         if config.single_file_config:
             pipeline = family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options)
         else:
@@ -47,7 +50,12 @@ def load_family(config: ModelConfig) -> Family:
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
         if isinstance(error, D3POError):
             raise
-        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)})") from None
+        hint = (
+            ""
+            if path.exists()
+            else "; is the hub id right, and the network or the hub's cache there? A folder works too"
+        )
+        raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None
     if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # such a VAE overflows in fp16
     return family(pipeline)
@@ -104,11 +112,6 @@ def _check_single_file(config: ModelConfig, path: Path) -> None:
             f"model.path {config.path!r}: is one file; set model.single_file_config to the folder or hub id of the "
             "model that it was made from, whose configuration and tokenizer are needed"
         )
-
-
-def _class_name(source: str, revision: str | None) -> Any:
-    """The pipeline's class as its index names it."""
-    return DiffusionPipeline.load_config(source, revision=revision).get("_class_name")
 
 
 def _family(config: ModelConfig, name: Any) -> type[Family]:

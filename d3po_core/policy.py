@@ -22,7 +22,7 @@ from d3po_core.config import ModelConfig
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError
 from d3po_core.families import Embedding, Family
-from d3po_core.fused_lora import fuse_attention
+from d3po_core.fused_layers import fuse_attention, split_gated_layers
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
 
@@ -101,8 +101,11 @@ class Policy:
 
     def _make_fast(self) -> None:
         """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
+        self._first_attention = None
         if self.config.precision != "no":
-            fuse_attention(self._bare)
+            first = fuse_attention(self._bare)
+            self._first_attention = first if self.family.READS_TEXT_BY_ATTENTION_ALONE else None
+            split_gated_layers(self._bare)
         if self.config.memory == "small":
             self._bare.enable_gradient_checkpointing()
             self.family.pipeline.vae.enable_slicing()
@@ -164,27 +167,27 @@ class Policy:
                 self._move(part, "cpu")
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The network's output at timesteps t_B, with classifier-free guidance when its scale is not 1."""
-        with_text = conditioning.embeddings
-        if conditioning.guidance_scale == 1.0:
-            return self._run(latent_BCHW, t_B, with_text)
-        both = {
-            name: torch.cat([conditioning.empty[name].expand_as(value), value]) for name, value in with_text.items()
-        }
-        output = self._run(latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), both)
-        without_BCHW, with_BCHW = output.chunk(2)
-        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
-
-    def _run(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding) -> torch.Tensor:
-        """One pass of the network; float32 out."""
-        rows = len(latent_BCHW)
+        """The network's output at timesteps t_B, float32, with classifier-free guidance when its scale is not 1."""
+        rows, guided = len(latent_BCHW), conditioning.guidance_scale != 1.0
+        embeddings = conditioning.embeddings
         if self.sizes is not None:
             size = self.sizes.fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
             embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.family.predict(self.network, latent_BCHW, t_B, embeddings)
-        return output[:rows].float()
+        if guided:  # the empty prompt's rows come first
+            latent_BCHW, t_B = latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2)
+            embeddings = {
+                name: torch.cat([conditioning.empty[name].expand_as(value), value])
+                for name, value in embeddings.items()
+            }
+        if self._first_attention is not None:
+            self._first_attention.rows_come_twice = guided
+        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
+        output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
+        if not guided:
+            return output[:rows]
+        without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
+        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
         """Images of final latents: uint8 ``[B, height, width, 3]``."""

@@ -5,19 +5,25 @@ pairs to train on are chosen. Judgements stay as they are: derive again under an
 
     pareto    the first wins if no rater is against it and at least one is for it (Pareto dominance)
     majority  the first wins if more raters are for it than against it
+    weighted  the first wins if the weighted sum of its scores is higher; each scorer's scores are standardised over the
+              round (mean 0, standard deviation 1), so that a weight does not depend on a scorer's unit; a scorer that
+              gives all images the same score adds nothing
     ties      pairs that nobody wins; they never reach training
 
 A group that people judged is decided by people alone, by a rule that the caller brings; the others by the proxies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
 
-# Every vote of the rounds that a condition on `round` lets through.
-VOTES = """
+# Sums of standardised scores that differ by less are equal: they differ by rounding.
+SAME_SUM = 1e-9
+
+# Every number that a rater gave an image, in the rounds that a condition on `round` lets through.
+_MARKS = """
 WITH last_word AS (
     -- A rater may judge the same thing again: the later judgement counts, both stay on record.
     SELECT * FROM judgements WHERE {rounds}
@@ -31,7 +37,12 @@ WITH last_word AS (
            CASE j.kind WHEN 'rank' THEN -j.value ELSE j.value END AS mark
     FROM last_word j JOIN samples s ON s.sample_id = j.sample_id AND s.round = j.round
     WHERE j.kind IN ('score', 'rating', 'rank') AND j.value IS NOT NULL
-), said AS (
+)
+"""
+
+# Every vote of those rounds.
+VOTES = f"""
+{_MARKS}, said AS (
     SELECT a.round, a.rater, a.rater_kind, a.group_id, a.sample_id AS first_id, b.sample_id AS second_id,
            a.member AS first_member, b.member AS second_member, sign(a.mark - b.mark) AS vote
     FROM marks a JOIN marks b USING (round, group_id, rater, rater_kind, kind)
@@ -49,6 +60,36 @@ WITH last_word AS (
 -- A rater who judged in two ways has one vote.
 SELECT round, group_id, first_id, second_id, first_member, second_member, rater, rater_kind, sign(sum(vote)) AS vote
 FROM said GROUP BY ALL
+"""
+
+# Each proxy scorer's weighted lead of the first image of a pair over the second, in standard deviations of its scores.
+_LEADS = f"""
+{_MARKS}
+SELECT a.group_id, a.sample_id AS first_id, b.sample_id AS second_id,
+       a.member AS first_member, b.member AS second_member, a.rater,
+       -- Differences first: images of equal scores are then apart by exactly nothing, also under a constant scorer.
+       if(spread > 0, coalesce(weights.weight, 1) * (a.mark - b.mark) / spread, 0) AS lead
+FROM marks a JOIN marks b USING (group_id, rater)
+JOIN (
+    SELECT rater, stddev_pop(mark) AS spread FROM marks WHERE rater_kind = 'proxy' AND kind = 'score' GROUP BY rater
+) spreads USING (rater)
+LEFT JOIN weights USING (rater)
+WHERE a.member < b.member AND a.rater_kind = 'proxy' AND a.kind = 'score'
+  AND b.rater_kind = 'proxy' AND b.kind = 'score'
+"""
+
+# Summed in one order, so that the rows' order changes not even the rounding.
+_WEIGHED = f"""
+SELECT *, 1.0::DOUBLE AS weight,
+       CASE outcome WHEN 1 THEN votes_for WHEN -1 THEN votes_against ELSE num_raters - votes_for - votes_against END
+           / num_raters AS agreement
+FROM (
+    SELECT group_id, first_id, second_id, first_member, second_member, count(*) AS num_raters,
+           count(*) FILTER (lead > 0) AS votes_for, count(*) FILTER (lead < 0) AS votes_against,
+           CASE WHEN sum(lead ORDER BY rater) > {SAME_SUM} THEN 1
+                WHEN sum(lead ORDER BY rater) < -{SAME_SUM} THEN -1 ELSE 0 END AS outcome
+    FROM {{leads}} GROUP BY ALL
+)
 """
 
 _DECIDED = """
@@ -103,36 +144,42 @@ def derive_preferences(
     pairs: str,
     decide_people: DecidePeople | None = None,
     proxies_decide: bool = True,
+    weights: Mapping[str, float] | None = None,
 ) -> Preferences:
     """Derive a round's preferences from its judgements.
 
     Args:
         connection: a database with ``samples`` and ``judgements``.
         round_number: the round.
-        combine: ``pareto`` or ``majority``; of proxies, and of people too when ``decide_people`` is not given.
+        combine: ``pareto``, ``majority`` or ``weighted``; of proxies, and of people too when ``decide_people`` is not
+            given (people have no scores to weigh: with ``weighted`` theirs is ``majority``).
         pairs: ``all`` pairs of a group that somebody won, or each group's ``best_worst``.
         decide_people: makes one decision a pair of people's votes. It gets the table of ``collect_votes`` without the
             proxies' rows and returns group_id, first_id, second_id, first_member, second_member, num_raters,
             outcome (1: the first won, -1: the second, 0: a tie), weight in (0, 1], agreement in (0, 1].
         proxies_decide: whether proxies decide the groups in which no person judged anything; else those have no pairs.
+        weights: with ``weighted``, how much a proxy scorer counts, by its name; 1 when not given.
 
     Source: the paper's order of judged images, arXiv 2311.13231, Section 5.
     """
     collect_votes(connection, round_number)
-    first_wins, second_wins = _RULES[combine]
     people = "(SELECT * FROM votes WHERE rater_kind != 'proxy')"
-    proxies = f"(SELECT * FROM votes WHERE rater_kind = 'proxy' AND {proxies_decide} " \
-              f"AND group_id NOT IN (SELECT group_id FROM {people}))"  # fmt: skip
-    columns = (
-        "group_id, first_id, second_id, first_member, second_member, num_raters, "
-        "CAST(outcome AS INTEGER) AS outcome, CAST(weight AS DOUBLE) AS weight, CAST(agreement AS DOUBLE) AS agreement"
-    )
+    alone = f"{proxies_decide} AND group_id NOT IN (SELECT group_id FROM {people})"
+    first_wins, second_wins = _RULES["majority" if combine == "weighted" else combine]
     by_people = _DECIDED.format(votes=people, first_wins=first_wins, second_wins=second_wins)
     if decide_people is not None:
         votes = connection.sql(f"SELECT * FROM {people} ORDER BY group_id, first_member, second_member, rater")
         connection.register("_people", decide_people(votes.to_arrow_table()))
         by_people = "SELECT * FROM _people"
+    proxies = f"(SELECT * FROM votes WHERE rater_kind = 'proxy' AND {alone})"
     by_proxies = _DECIDED.format(votes=proxies, first_wins=first_wins, second_wins=second_wins)
+    if combine == "weighted":
+        _collect_leads(connection, round_number, weights or {})
+        by_proxies = _WEIGHED.format(leads=f"(SELECT * FROM leads WHERE {alone})")
+    columns = (
+        "group_id, first_id, second_id, first_member, second_member, num_raters, "
+        "CAST(outcome AS INTEGER) AS outcome, CAST(weight AS DOUBLE) AS weight, CAST(agreement AS DOUBLE) AS agreement"
+    )
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE decided AS SELECT {columns} FROM ({by_proxies}) "
         f"UNION ALL SELECT {columns} FROM ({by_people})"
@@ -168,3 +215,11 @@ def collect_votes(connection: duckdb.DuckDBPyConnection, round_number: int) -> N
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE votes AS SELECT * EXCLUDE (round) FROM ({votes})", {"round": round_number}
     )
+
+
+def _collect_leads(connection: duckdb.DuckDBPyConnection, round_number: int, weights: Mapping[str, float]) -> None:
+    schema = pa.schema([("rater", pa.string()), ("weight", pa.float64())])
+    connection.register("weights", pa.table([list(weights), list(weights.values())], schema=schema))
+    leads = _LEADS.format(rounds="round = $round")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE leads AS {leads}", {"round": round_number})
+    connection.unregister("weights")

@@ -37,8 +37,8 @@ def groups_for_people(config: CampaignConfig, round_number: int) -> list[str]:
     """Groups of a round that people judge, in the order of the samples.
 
     None with labeller ``proxy``, all with ``human``; with ``mixed`` the share ``judge.people.share`` (rounded up) whose
-    best and worst image the proxies tell apart least, several scorers weighted by their spread over the round. Among
-    equals the earlier group is taken.
+    best and worst image the proxies tell apart least, in units of each scorer's spread over the round and times its
+    weight, if it has one. Among equals the earlier group is taken.
 
     Raises:
         D3POError: the proxies have not judged the round yet.
@@ -144,8 +144,9 @@ def _groups_for_people(
             "choose the groups for people: let the run go on"
         )
     gaps = np.zeros(len(groups))
-    for by_sample in scores.values():
-        spread = float(np.std(list(by_sample.values()))) or 1.0
+    for rater, by_sample in scores.items():
+        weight = config.judge.scorer_weights.get(rater, 1.0)
+        spread = (float(np.std(list(by_sample.values()))) or 1.0) / weight
         for number, rows in enumerate(groups.values()):
             values = [by_sample[row["sample_id"]] for row in rows if row["sample_id"] in by_sample]
             gaps[number] += (max(values) - min(values)) / spread if values else 0.0

@@ -329,7 +329,7 @@ class _Tally:
             sums_T.cpu()
             for sums_T in (self.pairs_T, self.margin_T, self.right_T, self.kl_T, self.rows_T, self.clipped_T)
         )
-        timesteps = schedule.timesteps_T.cpu().tolist()
+        timesteps = schedule.timesteps_T.round().long().tolist()
         per_step = [
             {
                 "update": update,

@@ -15,10 +15,9 @@ from d3po_core.policy import Policy
 from d3po_core.prompts import load_prompts
 from d3po_core.records import EvaluateRecord
 from d3po_core.rollout import ImageSeed, draw_images, kl_from_base
-from d3po_core.scorers import load_scorer
 from d3po_core.tables import atomic_path, table_from_rows, write_table
 from tasks import tracking
-from tasks.stage import STAGE_OPTIONS, gpu_turn, policy_at, progress
+from tasks.stage import STAGE_OPTIONS, gpu_turn, load_scorers, policy_at, progress, scoring_turn
 
 GRID_COLUMNS = 8
 
@@ -50,7 +49,9 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
         drift = _drift(config, policy, seeds, torch.cat(trajectories))
     images = np.concatenate(batches)
     all_prompts = [seed.prompt for seed in seeds]
-    scores = {name: load_scorer(name)(images, all_prompts) for name in config.evaluation_scorers}
+    with scoring_turn(config, config.evaluation_scorers):
+        scorers = load_scorers(config, config.evaluation_scorers)
+        scores = {name: scorer(images, all_prompts) for name, scorer in scorers.items()}
     ids = [f"r{round_number}-e{index}" for index in range(len(seeds))]
     paths = [f"images/round={round_number}/{sample_id}.png" for sample_id in ids]
     save_pngs(images, [config.folder / path for path in paths])

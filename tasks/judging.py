@@ -15,10 +15,9 @@ from d3po_core.information import dissimilarity
 from d3po_core.preferences import derive_preferences
 from d3po_core.raters import decide
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
-from d3po_core.scorers import load_scorer
 from d3po_core.tables import connect, partition, table_from_rows, write_table
 from tasks import tracking
-from tasks.stage import STAGE_OPTIONS, progress
+from tasks.stage import STAGE_OPTIONS, load_scorers, progress, scoring_turn
 
 SCORE_BATCH = 256
 
@@ -41,12 +40,13 @@ def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
 
 def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
-    scorers = {name: load_scorer(name) for name in config.judge.scorers}
+    scorers = load_scorers(config, config.judge.scorers)
     scores: dict[str, list[float]] = {name: [] for name in scorers}
     size = config.sample.group_size
     whole_groups = max(1, SCORE_BATCH // size) * size  # samples are written group after group
     groups = []
-    with progress(config, round_number, "judge", len(samples), "image") as bar:
+    turn = scoring_turn(config, scorers)
+    with turn, progress(config, round_number, "judge", len(samples), "image") as bar:
         for start in range(0, len(samples), whole_groups):
             batch = samples[start : start + whole_groups]
             images = np.stack([load_png(config.folder / sample["image_path"]) for sample in batch])
@@ -86,8 +86,9 @@ def _derive(config: CampaignConfig, round_number: int) -> DeriveRecord:
             earlier_gold=earlier_gold(connection, round_number),
         )  # fmt: skip
         derived = derive_preferences(
-            connection, round_number, judge.combine, judge.pairs, decide_people, _proxies_decide(config, round_number)
-        )
+            connection, round_number, judge.combine, judge.pairs, decide_people, _proxies_decide(config, round_number),
+            judge.scorer_weights,
+        )  # fmt: skip
     write_table(config.folder, "preferences", round_number, derived.table)
     agreement = derived.table["agreement"].to_numpy()
     return DeriveRecord(

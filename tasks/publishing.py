@@ -34,11 +34,10 @@ from d3po_core.records import (
     TrainRecord,
 )  # fmt: skip
 from d3po_core.report import REPORT_FILE, write_report
-from d3po_core.scorers import load_scorer
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
 from tasks import tracking
 from tasks.showing import show_rounds
-from tasks.stage import STAGE_OPTIONS
+from tasks.stage import STAGE_OPTIONS, load_scorers
 
 
 def check_campaign(config: CampaignConfig) -> None:
@@ -51,8 +50,7 @@ def check_campaign(config: CampaignConfig) -> None:
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)
-    for scorer in {*config.judge.scorers, *config.evaluation_scorers}:
-        load_scorer(scorer)
+    load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prefect.concurrency.sync import concurrency
@@ -12,6 +12,7 @@ from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.policy import Policy, load_policy
+from d3po_core.scorers import Scorer, load_scorer, use_device
 from tasks.showing import StageProgress
 
 GPU_LIMIT = "gpu"
@@ -68,6 +69,22 @@ def gpu_turn(device_type: str) -> Iterator[None]:
         yield
         return
     with concurrency(GPU_LIMIT, occupy=1, lease_duration=GPU_LEASE_SECONDS, strict=False):
+        yield
+
+
+def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scorer]:
+    """The campaign's scorers by name, each once.
+
+    Raises:
+        D3POError: one of them is not there.
+    """
+    return {name: load_scorer(name, config.scoring, config.model.device) for name in names}
+
+
+@contextlib.contextmanager
+def scoring_turn(config: CampaignConfig, names: Iterable[str]) -> Iterator[None]:
+    """The GPU's turn, if one of these scorers runs there."""
+    with gpu_turn(use_device(names, config.scoring, config.model.device)):
         yield
 
 

@@ -22,6 +22,9 @@ class Family(Protocol):
     REGIONS: ClassVar[tuple[str, ...]]
     """Classes of the network's blocks that are compiled one by one."""
 
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool]
+    """Whether images with other texts are computed alike until the first cross-attention."""
+
     pipeline: Any
     """The loaded pipeline."""
 

@@ -17,6 +17,7 @@ class StableDiffusion3(StableDiffusion):
     PIPELINE: ClassVar[Any] = StableDiffusion3Pipeline
     NETWORK: ClassVar[str] = "transformer"
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
     REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
 
     @property

@@ -14,6 +14,7 @@ class StableDiffusionXL(StableDiffusion):
 
     PIPELINE: ClassVar[Any] = StableDiffusionXLPipeline
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """States of both encoders side by side ``[L, D]``, the pooled state ``[P]``, and six numbers of size and crop.

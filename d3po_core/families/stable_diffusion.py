@@ -15,7 +15,11 @@ class StableDiffusion:
     PIPELINE: ClassVar[Any] = StableDiffusionPipeline
     NETWORK: ClassVar[str] = "unet"
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    REGIONS: ClassVar[tuple[str, ...]] = ("Transformer2DModel", "ResnetBlock2D")
+    REGIONS: ClassVar[tuple[str, ...]] = (
+        "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
+    )  # fmt: skip
+
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from d3po_core.rollout import ImageSeed, replay_log_probs, start_drawing
 from d3po_core.seeds import derive_seed
 from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
 
-PARTS = ("ceiling", "equality", "ours", "published", "memory", "profile")
+PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
+MODES = ("fast", "balanced", "small")
+PARTS_OF_OURS = ("ours", "profile", "equality")
 STEPS, GUIDANCE, RANK = 20, 5.0, 4
 COMPARED_STEPS = (0, 5, 10, 15, 19)
 # Per image of 512 px: a forward pass of the UNet, and one with the LoRA's backward pass (counted, TFLOP).
@@ -48,6 +51,8 @@ def main() -> None:
     for part in arguments.parts:
         started = time.perf_counter()
         results[part] = globals()[f"measure_{part}"](arguments)
+        if part not in PARTS_OF_OURS:
+            _ours.clear()
         _free()
         print(f"-- {part}: {time.perf_counter() - started:.0f} s in all", flush=True)
         write_json(arguments.output, vars(arguments), before, results)
@@ -59,18 +64,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", type=lambda text: text.split(","), default=list(PARTS), help="which, by commas (all)"
     )
-    parser.add_argument("--batch", type=int, default=56, help="images, or image-steps of training, at once (56)")
+    parser.add_argument("--batch", type=int, default=64, help="images, or image-steps of training, at once (64)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every measurement (3)")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="of our passes (bf16)")
     parser.add_argument("--no-compile", action="store_true", help="our passes without compilation")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["sd15", "sdxl"], help="memory: models")
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help="memory: modes (all)")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json", help="JSON file")
     return parser.parse_args()
 
 
+_ours: list[Policy] = []
+
+
+def our_policy(arguments: argparse.Namespace) -> Policy:
+    """The policy that is timed, compiled once for all parts that follow each other."""
+    if not _ours:
+        _ours.append(make_policy(precision=arguments.precision, compile=not arguments.no_compile))
+    return _ours[0]
+
+
 def _free() -> None:
     gc.collect()
-    torch._dynamo.reset()
     torch.cuda.empty_cache()
 
 
@@ -125,49 +140,41 @@ def stir(policy: Policy) -> None:
 
 def measure_equality(arguments: argparse.Namespace) -> Results:
     """Difference of log_probs (nats per element) between each path and eager float32, over chosen steps."""
+    seeds = seeds_of(8, 2)
+    drawn, _ = start_drawing(our_policy(arguments), sampling_config(8), seeds, torch.float16).wait()
+    latents_BTCHW = drawn.latents_BTCHW
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reference = make_policy()
+    torch.backends.cudnn.benchmark = False
     stir(reference)
-    seeds = seeds_of(8, 2)
-    trajectories, _ = start_drawing(reference, sampling_config(8), seeds, torch.float16).wait()
-    expected = _replay(reference, seeds, trajectories.latents_BTCHW, gradient=False)
+    expected = _replay(reference, seeds, latents_BTCHW, gradient=False)
     del reference
-    _free()
-    results: Results = {}
-    paths = [(precision, compiled) for precision in ("bf16", "fp16") for compiled in (False, True)]
-    for precision, compiled in paths:
-        if compiled and (arguments.no_compile or precision != arguments.precision):
-            continue
-        results |= _compare_path(arguments, precision, compiled, seeds, trajectories.latents_BTCHW, expected)
-        _free()
     torch.backends.cudnn.allow_tf32 = True
+    results = _compare_path(f"{arguments.precision}, as timed", our_policy(arguments), seeds, latents_BTCHW, expected)
+    for precision in ("bf16", "fp16"):
+        policy = make_policy(precision=precision)
+        torch.backends.cudnn.benchmark = False
+        results |= _compare_path(f"{precision}, eager", policy, seeds, latents_BTCHW, expected)
+        del policy
+        _free()
+    torch.backends.cudnn.benchmark = True
     return results
 
 
 def _compare_path(
-    arguments: argparse.Namespace, precision: str, compiled: bool, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor,
-    expected: torch.Tensor,
-) -> Results:  # fmt: skip
+    name: str, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, expected: torch.Tensor
+) -> Results:
     """One path as it samples and as it trains, each against float32, and the two against each other."""
-    policy = make_policy(precision=precision, compile=compiled)
+    policy.reset_lora()
     stir(policy)
-    if compiled:
-        pad_to(policy, 2 * arguments.batch)
     found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
     sides = {"sampling": (found[0], expected), "training": (found[1], expected), "training to sampling": found}
     results: Results = {}
     for side, (ours, other) in sides.items():
         difference = (ours - other).abs()
-        name = f"{precision}, fused LoRA{', compiled' if compiled else ''}, {side}"
-        results[name] = {"largest": difference.max().item(), "mean": difference.mean().item()}
-        print(f"log_probs, {name}: largest {difference.max():.1e}, mean {difference.mean():.1e}", flush=True)
+        results[f"{name}, {side}"] = {"largest": difference.max().item(), "mean": difference.mean().item()}
+        print(f"log_probs, {name}, {side}: largest {difference.max():.1e}, mean {difference.mean():.1e}", flush=True)
     return results
-
-
-def pad_to(policy: Policy, rows: int) -> None:
-    """Let compiled passes have as many rows as those that are timed."""
-    assert policy.sizes is not None
-    policy.sizes.fitting(rows)
 
 
 def _replay(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, *, gradient: bool) -> torch.Tensor:
@@ -186,7 +193,7 @@ def _replay(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor,
 def measure_ours(arguments: argparse.Namespace) -> Results:
     """Images and pair-steps a second of this project, with the time that the first pass of each kind took."""
     started = time.perf_counter()
-    policy = make_policy(precision=arguments.precision, compile=not arguments.no_compile)
+    policy = our_policy(arguments)
     results: Results = {"load_seconds": time.perf_counter() - started}
     first = timed(lambda: draw(policy, arguments.batch, 1), 1, warm_up=0)[0]
     seconds = timed(lambda: draw(policy, arguments.batch, 2), arguments.repeats)
@@ -231,13 +238,16 @@ def training_set(policy: Policy, num_groups: int, group_size: int) -> TrainingSe
 
 
 def training_rates(policy: Policy, data: TrainingSet, batch: int, repeats: int) -> list[float]:
-    """Pair-steps a second of whole updates over all groups; the first update, which compiles, does not count."""
-    config = TrainConfig(
-        learning_rate=1e-5, micro_batch=batch, updates_per_round=repeats + 1, epochs=repeats + 1, beta=0.1
-    )
+    """Pair-steps a second of whole updates over all groups, after a small one that compiles."""
+    config = TrainConfig(learning_rate=1e-5, micro_batch=batch, updates_per_round=repeats, epochs=repeats, beta=0.1)
     schedule, optimizer = policy.schedule(STEPS, 1.0), make_optimizer(policy, config)
-    updates = list(train_updates(policy, optimizer, schedule, data, config, GUIDANCE, seed=0))
-    return [update.num_pairs * int(schedule.trainable_T.sum()) / update.seconds for update in updates[1:]]
+    steps = int(schedule.trainable_T.sum())
+    few = replace(data, groups=data.groups[: -(-batch // (steps * len(data.groups[0].images)))])
+    once = config.model_copy(update={"updates_per_round": 1, "epochs": 1})
+    for _ in train_updates(policy, optimizer, schedule, few, once, GUIDANCE, seed=0):
+        pass
+    updates = train_updates(policy, optimizer, schedule, data, config, GUIDANCE, seed=0)
+    return [update.num_pairs * steps / update.seconds for update in updates]
 
 
 def measure_published(arguments: argparse.Namespace) -> Results:
@@ -264,7 +274,7 @@ def measure_published(arguments: argparse.Namespace) -> Results:
 def measure_memory(arguments: argparse.Namespace) -> Results:
     """Peak GB, images/s and pair-steps/s for every mode and model; without compilation, which the speeds above have."""
     results: Results = {}
-    for name, mode in itertools.product(arguments.models, ("fast", "balanced", "small")):
+    for name, mode in itertools.product(arguments.models, arguments.modes):
         results[f"{name}, {mode}"] = row = _measure_mode(name, mode, arguments.precision)
         _free()
         print(f"{name}, {mode}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
@@ -287,7 +297,7 @@ def _measure_mode(name: str, mode: str, precision: str) -> dict[str, float]:
 
 def measure_profile(arguments: argparse.Namespace) -> Results:
     """Kernels by the time they take, of one sampling pass and of one training pass."""
-    policy = make_policy(precision=arguments.precision, compile=not arguments.no_compile)
+    policy = our_policy(arguments)
     rows, shape = arguments.batch, policy.latent_shape
     latent, step = torch.randn(rows, *shape, device="cuda"), torch.full((rows,), 10, device="cuda")
     schedule = policy.schedule(STEPS, 1.0)

@@ -289,6 +289,30 @@ def test_changes_between_rounds_that_keep_numbers_comparable_are_allowed(tmp_pat
     )
 
 
+TASTE: dict[str, Any] = {"judge": {"scorers": ["clip_score", "taste"]}, "evaluate": {"scorers": ["taste"]}}
+
+
+def scoring(taste: str, clip: str = "a/b", **options: Any) -> dict[str, Any]:
+    return {"scoring": {"models": {"taste": taste, "clip_score": clip}, **options}}
+
+
+def test_server_that_evaluates_may_move_and_weights_that_evaluate_may_not(tmp_path: Path) -> None:
+    open_campaign(config_in(tmp_path, **TASTE, **scoring("http://a/score")))
+    open_campaign(config_in(tmp_path, **TASTE, **scoring("http://b/score", clip="c/d")))  # clip_score only judges
+    with pytest.raises(D3POError, match=r"scoring\.models\.taste = 'http://a/score' \(now 'c/d'\)"):
+        open_campaign(config_in(tmp_path, **TASTE, **scoring("c/d")))
+    without = config_in(tmp_path, **TASTE, scoring={"models": {"clip_score": "a/b"}})
+    with pytest.raises(D3POError, match=r"scoring\.models\.taste = 'http://a/score' \(now None\)"):
+        open_campaign(without)
+
+
+def test_begun_round_goes_on_with_a_server_elsewhere_and_with_no_other_weights(tmp_path: Path) -> None:
+    begin_round(config_in(tmp_path, **TASTE, **scoring("http://a/score")), 1)
+    begin_round(config_in(tmp_path, **TASTE, **scoring("https://b/score", batch_size=3, tries=9)), 1)
+    with pytest.raises(D3POError, match=r"scoring\.models\.clip_score = 'a/b' \(now 'c/d'\)"):
+        begin_round(config_in(tmp_path, **TASTE, **scoring("http://a/score", clip="c/d")), 1)
+
+
 def test_begun_round_is_finished_with_its_own_configuration(tmp_path: Path) -> None:
     begin_round(config_in(tmp_path), 1)
     begin_round(config_in(tmp_path), 1)

@@ -173,8 +173,56 @@ def test_evaluation_uses_the_judges_scorers_unless_told() -> None:
     assert load_config(told, "b").evaluation_scorers == ("prompt_alignment",)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"judge": {"scorer_weights": {"prompt_alignment": 2}}},
+            "judge.scorer_weights is {'prompt_alignment': 2.0} but judge.combine is 'pareto'; "
+            "set judge.combine to 'weighted'",
+        ),
+        (
+            {"judge": {"combine": "weighted", "scorers": ["brightness"], "scorer_weights": {"brightnes": 2}}},
+            "judge.scorer_weights names 'brightnes'; expected one of judge.scorers: brightness",
+        ),
+        (
+            {"judge": {"combine": "weighted", "scorer_weights": {"prompt_alignment": 0}}},
+            "judge.scorer_weights.prompt_alignment is 0: Input should be greater than 0",
+        ),
+        (
+            {"scoring": {"models": {"pikscore": "a/b"}}, "judge": {"scorers": ["pickscore", "brightness"]}},
+            "scoring.models names 'pikscore'; expected one of the scorers that judge or evaluate: pickscore",
+        ),
+        (
+            {"scoring": {"models": {"my taste": "http://host/"}}, "judge": {"scorers": ["my taste"]}},
+            "scoring.models names 'my taste'; expected up to 64 letters, digits",
+        ),
+        ({"scoring": {"tries": 0}}, "scoring.tries is 0"),
+        ({"scoring": {"models": {"brightness": 3}}}, "scoring.models.brightness is 3"),
+    ],
+)
+def test_scorers_weights_and_places_that_fit_nothing_are_named(values: dict[str, Any], message: str) -> None:
+    assert message in explain(values)
+
+
+def test_scorers_that_only_evaluate_may_have_a_place_too() -> None:
+    values = {"scoring": {"models": {"taste": "http://host/"}}, "evaluate": {"unseen": ["taste"]}}
+    assert load_config(values, "a").scoring.models == {"taste": "http://host/"}
+
+
+def test_entries_of_mappings_that_came_and_went_are_changes() -> None:
+    old, new = (
+        load_config({"judge": {"combine": "weighted", "scorers": ["a:f", "b:f"], "scorer_weights": weights}}, "a")
+        for weights in ({"a:f": 2, "b:f": 3}, {"b:f": 4})
+    )
+    expected = [("judge.scorer_weights.a:f", 2.0, None), ("judge.scorer_weights.b:f", 3.0, 4.0)]
+    assert changed_fields(old, new) == expected
+    assert changed_fields(new, old) == [(name, b, a) for name, a, b in reversed(expected)]
+
+
 def test_every_field_has_a_description() -> None:
     config = CampaignConfig()
-    for section in (config.model, config.sample, config.judge, config.judge.people, config.train, config.evaluate):
+    judge = (config.judge, config.judge.people, config.scoring)
+    for section in (config.model, config.sample, *judge, config.train, config.evaluate):
         for name, field in type(section).model_fields.items():
             assert field.description or name == "people", name

@@ -9,10 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from d3po_core.campaign import begin_round
 from d3po_core.cards import hub_model, new_folder, public_config
@@ -169,7 +172,11 @@ def test_lost_image_and_missing_preferences_are_told(campaign: Path, tmp_path: P
         export_preferences(copy, tmp_path / "export")
 
 
-def give_lora(campaign: Path, number: int, content: bytes = b"weights") -> None:
+WEIGHTS = save({f"unet.mid.attn2.to_k.lora_{half}.weight": torch.ones(shape) for half, shape in
+                {"A": (2, 768), "B": (8, 2)}.items()})  # fmt: skip
+
+
+def give_lora(campaign: Path, number: int, content: bytes = WEIGHTS) -> None:
     """A file in the LoRA's place, and its digest in the round's row."""
     import hashlib
 
@@ -189,9 +196,15 @@ def export_lora_of_four(campaign: Path, output: Path) -> int:
 def test_lora_folder_has_weights_card_scores_and_configuration(campaign: Path, tmp_path: Path) -> None:
     assert export_lora_of_four(campaign, tmp_path / "lora") == 4
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
-        "README.md", "d3po.json", "pytorch_lora_weights.safetensors",
+        "README.md", "d3po.json", "kohya.safetensors", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == b"weights"
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == WEIGHTS
+    kohya = load_file(tmp_path / "lora" / "kohya.safetensors")
+    assert set(kohya) == {
+        f"lora_unet_mid_attn2_to_k.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")
+    }
+    with safe_open(tmp_path / "lora" / "kohya.safetensors", "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sd_v1"
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "| prompt_alignment | 0.250 [0.150, 0.350] | 0.625 [0.525, 0.725] |" in card
     header = header_of(tmp_path / "lora")

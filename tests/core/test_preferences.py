@@ -1,7 +1,7 @@
 """Preferences derived by SQL against a few lines of numpy, and each kind of judgement by hand."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -335,3 +335,113 @@ def test_decisions_over_peoples_votes_come_with_their_weight() -> None:
     rows = derive({"g": 2}, votes, decide_people=decide).table.to_pylist()
     assert [(v["rater"], v["vote"]) for v in seen[0].to_pylist()] == [("ann", 1), ("bob", -1)]
     assert [(row["pair_id"], row["weight"], row["num_raters"]) for row in rows] == [("g-1>0", 0.25, 2)]
+
+
+def proxy_scores(groups: dict[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Judgements of proxy scorers, whose scores are the columns ``[members, K scorers]`` of each group."""
+    return [
+        row | {"rater": names[k], "rater_kind": "proxy", "source": "proxy"}
+        for group, scores in groups.items()
+        for k in range(scores.shape[1])
+        for row in scores_of(group, names[k], scores[:, k])
+    ]
+
+
+def weighted_in_numpy(
+    groups: dict[str, np.ndarray], weight_K: np.ndarray
+) -> tuple[dict[tuple[str, str], tuple[int, float]], int]:
+    """(winner, loser) -> (scorers, share of them for the winner), and ties: from sums of z-scores over the round."""
+    stacked_NK = np.concatenate(list(groups.values()))
+    spread_K = stacked_NK.std(axis=0)
+    won, ties = {}, 0
+    for group, scores in groups.items():
+        z_NK = np.divide(scores - stacked_NK.mean(axis=0), spread_K, out=np.zeros(scores.shape), where=spread_K > 0)
+        sum_N = z_NK @ weight_K
+        for a, b in itertools.combinations(range(len(scores)), 2):
+            if np.isclose(sum_N[a], sum_N[b], rtol=0, atol=1e-9):
+                ties += 1
+                continue
+            winner, loser = (a, b) if sum_N[a] > sum_N[b] else (b, a)
+            share = float((scores[winner] > scores[loser]).mean())
+            won[f"{group}-m{winner}", f"{group}-m{loser}"] = (scores.shape[1], share)
+    return won, ties
+
+
+@settings(max_examples=60)
+@given(scored_groups(), st.data())
+def test_weighted_equals_sums_of_standardised_scores_in_numpy(
+    groups: dict[str, np.ndarray], data: st.DataObject
+) -> None:
+    count = next(iter(groups.values())).shape[1]
+    names = [f"scorer{k}" for k in range(count)]
+    # Units and zero points are anything; weights are few, so that sums are often equal.
+    units = data.draw(st.lists(st.sampled_from((1e-3, 1.0, 0.1, 1e6)), min_size=count, max_size=count))
+    weights = data.draw(st.lists(st.sampled_from((0.5, 1.0, 3.0)), min_size=count, max_size=count))
+    groups = {group: (scores + 7) * np.array(units) for group, scores in groups.items()}
+    expected, ties = weighted_in_numpy(groups, np.array(weights))
+    given_weights = {name: weight for name, weight in zip(names, weights, strict=True) if weight != 1}
+    sizes = {group: len(scores) for group, scores in groups.items()}
+    derived = derive(sizes, proxy_scores(groups, names), "weighted", weights=given_weights)
+    found = {
+        (row["winner_id"], row["loser_id"]): (row["num_raters"], pytest.approx(row["agreement"]))
+        for row in derived.table.to_pylist()
+    }
+    assert found == expected
+    assert derived.num_ties == ties
+
+
+def test_weight_turns_a_pair_that_pareto_leaves_undecided() -> None:
+    groups = {"g": np.array([[9.0, 0.1], [1.0, 0.2]])}
+    rows = proxy_scores(groups, ("sharp", "bright"))
+    assert outcome(derive({"g": 2}, rows)) == []
+    assert outcome(derive({"g": 2}, rows, "weighted")) == []  # as far apart in both, in standard deviations
+    assert outcome(derive({"g": 2}, rows, "weighted", weights={"sharp": 2})) == [("m0", "m1")]
+    assert outcome(derive({"g": 2}, rows, "weighted", weights={"bright": 1.01})) == [("m1", "m0")]
+
+
+def test_scorer_that_scores_all_alike_adds_nothing_to_the_sum() -> None:
+    scores = np.array([[0.1, 2.0], [0.1, 1.0], [0.1, 2.0]])
+    derived = derive({"g": 3}, proxy_scores({"g": scores}, ("flat", "taste")), "weighted", weights={"flat": 1e9})
+    assert set(outcome(derived)) == {("m0", "m1"), ("m2", "m1")}
+    assert derived.num_ties == 1
+
+
+def test_weighted_standing_gives_the_best_and_the_worst() -> None:
+    scores = np.array([[2.0, 2.0], [4.0, 3.0], [1.0, 1.0], [3.0, 4.0]])
+    derived = derive({"g": 4}, proxy_scores({"g": scores}, ("a", "b")), "weighted", "best_worst", weights={"b": 2})
+    assert outcome(derived) == [("m3", "m2")]
+
+
+def test_scores_are_standardised_over_the_round_and_the_round_alone() -> None:
+    # Scorer `a` is apart by 1 in group g, which is little beside group h; without h it would be as much as b's 1.
+    groups = {"g": np.array([[1.0, 0.0], [0.0, 1.0]]), "h": np.array([[50.0, 0.0], [-50.0, 0.0]])}
+    elsewhere = proxy_scores({"g": np.array([[0.0, 900.0], [0.0, -900.0]])}, ("a", "b"))
+    derived = derive({"g": 2, "h": 2}, proxy_scores(groups, ("a", "b")), "weighted", elsewhere=elsewhere)
+    assert sorted(derived.table["pair_id"].to_pylist()) == ["g-1>0", "h-0>1"]
+
+
+@pytest.mark.parametrize("proxies_decide", [True, False])
+def test_people_alone_decide_what_they_judged_also_beside_weights(proxies_decide: bool) -> None:
+    scores = np.array([[0.0], [1.0]])
+    rows = [*proxy_scores({"g": scores, "h": scores}, ("taste",)), said("ann", "choice", "g-m0", 1, "g-m1")]
+    derived = derive({"g": 2, "h": 2}, rows, "weighted", weights={"taste": 1e6}, proxies_decide=proxies_decide)
+    expected = ["g-0>1", "h-1>0"] if proxies_decide else ["g-0>1"]
+    assert sorted(derived.table["pair_id"].to_pylist()) == expected
+
+
+def test_later_score_of_the_same_scorer_replaces_the_earlier_in_the_sum() -> None:
+    rows = proxy_scores({"g": np.array([[5.0], [3.0]])}, ("taste",))
+    later = said("taste", "score", "g-m0", 1, minute=1, rater_kind="proxy")
+    assert outcome(derive({"g": 2}, [*rows, later], "weighted")) == [("m1", "m0")]
+
+
+def test_weighted_result_does_not_depend_on_the_order_of_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    groups = {f"g{n}": rng.normal(size=(6, 3)).round(1) for n in range(20)}
+    rows = proxy_scores(groups, ("a", "b", "c"))
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    sizes = dict.fromkeys(groups, 6)
+    weights = {"a": 0.3, "b": 0.7}
+    assert derive(sizes, rows, "weighted", weights=weights).table.equals(
+        derive(sizes, shuffled, "weighted", weights=weights).table
+    )

@@ -132,6 +132,15 @@ def test_a_scorer_with_large_numbers_does_not_outvote_one_with_small_ones(tmp_pa
     assert groups_for_people(config, 1) == [f"r1-g{int(np.argmin(gaps))}"]
 
 
+def test_weight_of_a_scorer_counts_when_groups_are_chosen_for_people(tmp_path: Path) -> None:
+    config = waiting_campaign(tmp_path, groups=2, size=2, labeller="mixed", share=0.5)
+    scored(config, {"a": [[0, 1], [0, 3]], "b": [[0, 4], [0, 2]]})
+    judge = config.judge.model_copy(update={"scorer_weights": {"a": 9.0}})
+    assert groups_for_people(config.model_copy(update={"judge": judge}), 1) == ["r1-g0"]
+    judge = config.judge.model_copy(update={"scorer_weights": {"b": 9.0}})
+    assert groups_for_people(config.model_copy(update={"judge": judge}), 1) == ["r1-g1"]
+
+
 def test_mixed_before_the_proxies_is_an_error_and_not_a_finished_round(tmp_path: Path) -> None:
     config = waiting_campaign(tmp_path, labeller="mixed")
     with pytest.raises(D3POError, match="no judgements of proxies"):

@@ -1,13 +1,18 @@
-"""Attention whose projections and LoRAs are few large products: the same function as peft's, in half the passes.
+"""A UNet's transformer blocks in fewer passes over memory: the same function, value and gradient, up to rounding.
 
 Of a self-attention the three projections become one product, their LoRA parts one thin product and one that writes the
 output on which the projection then accumulates, in single precision before it is rounded. A LoRA of rank 4 costs a
 layer almost as much time as the layer itself otherwise. The backward pass makes no gradient for frozen weights.
 
+Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
+be joined first, which compiled code does by computing both for every element.
+
 Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R ranks.
 """
 
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
 from torch.nn import functional
@@ -109,6 +114,9 @@ class FusedAttention:
     """An attention processor of diffusers, for the transformer blocks of a UNet."""
 
     def __init__(self, attention: Attention, *, reads_text: bool) -> None:
+        # With guidance the rows come twice, once for each text. If the network reads text by attention alone they are
+        # equal until then: whoever is first to attend need do it once only.
+        self.rows_come_twice = False
         out = attention.to_out[0]
         if reads_text:
             self.query, self.key_value = FusedLoRA([attention.to_q]), FusedLoRA([attention.to_k, attention.to_v])
@@ -126,6 +134,8 @@ class FusedAttention:
     ) -> torch.Tensor:
         """Attention over ``[B, L, K]``, to itself or to the text's states."""
         assert attention_mask is None, "Stable Diffusion's UNet masks nothing"
+        if self.rows_come_twice:
+            hidden_states = hidden_states[: len(hidden_states) // 2]
         if self.reads_text:
             (query,) = self.query(hidden_states)
             assert encoder_hidden_states is not None
@@ -135,18 +145,44 @@ class FusedAttention:
         heads = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
         joined = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         (projected,) = self.out(joined)
-        return projected
+        return projected.repeat(2, 1, 1) if self.rows_come_twice else projected
 
 
-def fuse_attention(network: torch.nn.Module) -> int:
-    """Replace the processors of all attentions whose four projections have a LoRA; returns how many those are."""
-    fused = 0
-    for attention in network.modules():
-        if isinstance(attention, Attention) and _can_be_fused(attention):
-            reads_text = attention.is_cross_attention
-            attention.set_processor(FusedAttention(attention, reads_text=reads_text))
-            fused += 1
-    return fused
+class SplitGEGLU(torch.nn.Module):
+    """``hidden * gelu(gate)`` with a product for each; in place of diffusers' GEGLU, whose weights it keeps."""
+
+    def __init__(self, original: GEGLU) -> None:
+        super().__init__()
+        self.proj = original.proj
+
+    def forward(self, x_BLK: torch.Tensor) -> torch.Tensor:
+        """``[B, L, K]`` to ``[B, L, N]``."""
+        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        hidden, gate = (functional.linear(x_BLK, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return hidden * functional.gelu(gate)
+
+
+def split_gated_layers(network: torch.nn.Module) -> None:
+    """Replace the gated layers whose projection is a plain one, without a LoRA."""
+    for feed_forward in network.modules():
+        if isinstance(feed_forward, FeedForward):
+            gated = feed_forward.net[0]
+            if type(gated) is GEGLU and type(gated.proj) is torch.nn.Linear and gated.proj.bias is not None:
+                feed_forward.net[0] = SplitGEGLU(gated)
+
+
+def fuse_attention(network: torch.nn.Module) -> FusedAttention | None:
+    """Replace the processors of all attentions whose four projections have a LoRA.
+
+    Returns:
+        The network's first attention, if it is among them and reads no text: see ``rows_come_twice``.
+    """
+    attentions = [module for module in network.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        if _can_be_fused(attention):
+            attention.set_processor(FusedAttention(attention, reads_text=attention.is_cross_attention))
+    first = attentions[0].processor if attentions else None
+    return first if isinstance(first, FusedAttention) and not first.reads_text else None
 
 
 def _can_be_fused(attention: Attention) -> bool:

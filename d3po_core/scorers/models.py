@@ -1,0 +1,111 @@
+"""Learned scorers: which there are, and how each is read once and asked in batches.
+
+Half precision on a GPU, single on a CPU; similarities and heads are always computed in single precision.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from d3po_core.errors import D3POError
+from d3po_core.scorers.sources import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    Judge = Callable[[np.ndarray, list[str]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A learned scorer's files.
+
+    Attributes:
+        default: hub id or folder of the weights when the configuration names none; empty if there is none to name.
+        rest: hub id of what the place of the weights may lack.
+        files: which those are, besides the weights.
+    """
+
+    default: str
+    rest: str
+    files: tuple[str, ...]
+
+
+_CLIP_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+_CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+MODELS = {
+    "aesthetic": Model("ttj/sac-logos-ava1-l14-linearMSE", _CLIP_L, ("preprocessor_config.json",)),
+    "clip_score": Model(_CLIP_L, _CLIP_L, _CLIP_FILES),
+    "pickscore": Model("yuvalkirstain/PickScore_v1", _CLIP_H, _CLIP_FILES),
+    "hpsv2": Model("adams-story/HPSv2-hf", _CLIP_H, _CLIP_FILES),
+    "image_reward": Model("", "google-bert/bert-base-uncased", ("tokenizer_config.json",)),
+}
+
+
+def device_type(device: str) -> str:
+    """``cuda`` or ``cpu``: what a device of the configuration is on this machine."""
+    import torch
+
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class ModelScorer:
+    """A learned scorer: its files are found at once, its weights are read at the first call."""
+
+    def __init__(self, name: str, where: str, device: str, batch_size: int) -> None:
+        from d3po_core.row_limit import RowLimit
+
+        self.name, self._batch_size = name, batch_size
+        model = MODELS[name]
+        if not where:
+            raise D3POError(
+                f"scorer {name!r}: its authors publish no safetensors; set scoring.models.{name} to a folder with the "
+                "converted weights (docs/scorers.md says how)"
+            )
+        self._source = Source(name, where, model.rest)
+        self._source.weights()
+        for filename in model.files:
+            self._source.place_of(filename)
+        self._device = device_type(device)
+        self._rows = RowLimit(f"scorer {name!r}")
+        self._judge: Judge | None = None
+
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        """Scores ``[B]`` of images ``[B, height, width, 3]``."""
+        if self._judge is None:
+            self._judge = _read(self.name, self._source, self._device)
+        return self._rows.fit(self._batch_size, partial(self._score, self._judge, images, prompts))
+
+    def _score(self, judge: "Judge", images: np.ndarray, prompts: list[str], rows: int) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            parts = [
+                judge(images[start : start + rows], prompts[start : start + rows]).cpu()
+                for start in range(0, len(images), rows)
+            ]
+        return torch.cat(parts).double().numpy() if parts else np.empty(0)
+
+
+def _read(name: str, source: Source, device_name: str) -> "Judge":
+    import torch
+    from transformers.utils import logging
+
+    from d3po_core.scorers import clip, image_reward
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    device, dtype = torch.device(device_name), torch.float16 if device_name == "cuda" else torch.float32
+    readers: dict[str, Callable[[Source, torch.device, torch.dtype], Judge]] = {
+        "aesthetic": clip.Aesthetic,
+        "clip_score": partial(clip.Similarity, scale=100.0),
+        "pickscore": partial(clip.Similarity, scale=None),
+        "hpsv2": partial(clip.Similarity, scale=1.0),
+        "image_reward": image_reward.ImageReward,
+    }
+    with source.explained():
+        return readers[name](source, device, dtype)

@@ -1,0 +1,44 @@
+"""Scorers that need nothing but the image: sizes, brightness, and the judge of the shapes world."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from d3po_core.errors import D3POError
+
+JPEG_QUALITY = 95
+
+
+def jpeg_incompressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Size in kB (1000 bytes) of each image as JPEG of quality 95. Source: DDPO, arXiv 2305.13301, Section 5.1."""
+    return np.array([_jpeg_bytes(image) / 1000 for image in images])
+
+
+def jpeg_compressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Minus the JPEG size in kB: smaller files score higher."""
+    return -jpeg_incompressibility(images, prompts)
+
+
+def brightness(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Mean luma (ITU-R BT.601 weights) of each image, in [0, 1]."""
+    return (images.astype(np.float64) / 255).mean(axis=(1, 2)) @ np.array([0.299, 0.587, 0.114])
+
+
+def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """1 where an image of the shapes world shows what its prompt says, else 0: d3po_core.shapes.drawn_right."""
+    import torch
+
+    from d3po_core import shapes
+
+    try:
+        right = shapes.drawn_right(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, prompts)
+    except ValueError as error:
+        raise D3POError(f"scorer 'prompt_alignment': {error}") from None
+    return right.double().numpy()
+
+
+def _jpeg_bytes(image: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.tell()

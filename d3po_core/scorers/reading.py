@@ -1,0 +1,84 @@
+"""Reading models for scorers: transformers' own layout of weights, or that of the authors, renamed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from d3po_core.scorers.sources import WEIGHTS, Source
+
+State = dict[str, torch.Tensor]
+
+
+def read_model(
+    kind: Any, source: Source, config: Any, rename: Callable[[State], State] | None = None, place: str | None = None
+) -> Any:
+    """A model in single precision on the CPU, for inference; every weight that it needs comes from the file.
+
+    Args:
+        kind: transformers' class.
+        source: where the weights are.
+        config: its configuration.
+        rename: makes transformers' names out of a file with the authors' names; None if the file has transformers'.
+        place: folder or hub id with the weights, ``source.where`` when not given.
+
+    Raises:
+        D3POError: weights are missing, or do not fit the configuration.
+    """
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True,
+               "ignore_mismatched_sizes": True}  # fmt: skip
+    if rename:
+        model, found = kind.from_pretrained(None, state_dict=rename(load_file(source.weights())), **options)
+    else:
+        model, found = kind.from_pretrained(place or source.where, use_safetensors=True, **options)
+    # What is left out is drawn at random, with a warning; a score out of that would look like any other.
+    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise source.error(
+            f"{len(wrong)} weights are missing or of another size, such as {wrong[0]}; expected those that config.json "
+            "describes (docs/scorers.md)"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def names_in(source: Source) -> set[str]:
+    """Names of the weights in their file; none if they are in several files, which only transformers writes."""
+    path = source.weights()
+    if path.name != WEIGHTS:
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+class Head:
+    """Linear layers one after the other, ``[B, width] -> [B]``, as the authors of both heads publish them.
+
+    Between the layers there is nothing but dropout, which is off. Their names are ``layers.<n>.weight`` and ``.bias``.
+    """
+
+    def __init__(self, source: Source, state: State, width: int, device: torch.device) -> None:
+        numbers = sorted(int(name.split(".")[1]) for name in state if name.endswith(".weight"))
+        if not numbers or any(f"layers.{n}.bias" not in state for n in numbers):
+            raise source.error("has no head: weights named layers.0.weight, layers.0.bias and so on (docs/scorers.md)")
+        layers = [(state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers]
+        widths = [width, *(len(bias) for _, bias in layers)]
+        if [weight.shape[1] for weight, _ in layers] != widths[:-1] or widths[-1] != 1:
+            raise source.error(
+                f"its head takes {layers[0][0].shape[1]} numbers and gives {widths[-1]}; expected {width} and 1"
+            )
+        self._layers = [(weight.float().to(device), bias.float().to(device)) for weight, bias in layers]
+
+    def __call__(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """One number for each of B features, in single precision."""
+        numbers_BF = features_BF.float()
+        for weight, bias in self._layers:
+            numbers_BF = torch.nn.functional.linear(numbers_BF, weight, bias)
+        return numbers_BF.squeeze(1)
+
+
+def head_state(state: State, prefix: str = "") -> State:
+    """The tensors of a head among others, without the prefix of their names."""
+    start = f"{prefix}layers."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(start)}

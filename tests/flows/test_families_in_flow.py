@@ -1,0 +1,74 @@
+"""Whole rounds with small random models of the other families: the flow, its tables and its checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+from d3po_core.campaign import campaign_named, finished_rounds
+from d3po_core.evaluate import evaluation_seeds
+from d3po_core.images import load_png
+from d3po_core.seeds import gaussian
+from d3po_core.tables import partition, read_rows
+from tests.core.tiny_models import tiny_model
+from tests.flows.test_kill import SMALL
+
+MODEL = {"device": "cpu", "lora_rank": 2}
+
+
+def campaign_of(run_rounds: Callable[..., int], data: Path, folder: Path, name: str, **model: Any) -> Path:
+    values = {
+        **SMALL, "campaign": f"tiny-{name}", "judge": {"scorers": ["brightness"]},
+        "model": {**MODEL, "path": str(tiny_model(name, folder / name)), **model},
+    }  # fmt: skip
+    values["sample"] = {**values["sample"], "guidance_scale": 5.0, "latent_dtype": "float16"}
+    assert run_rounds(values, 1) == 0
+    return data / "runs" / values["campaign"]
+
+
+def test_xl_goes_through_a_round_and_its_checkpoint_draws_the_evaluated_images(
+    run_rounds: Callable[..., int], data: Path, tmp_path: Path
+) -> None:
+    """From the checkpoint's file alone, through diffusers' own pipeline call, with our seeds as its noise."""
+    campaign = campaign_of(run_rounds, data, tmp_path, "sdxl", memory="balanced")
+    base, first = finished_rounds(campaign)
+    assert base.round == 0
+    assert first.num_pairs > 0
+    config = campaign_named("tiny-sdxl")
+    row = read_rows(partition(campaign, "evaluations", 1) / "part.parquet")[0]
+    (seed, *_) = evaluation_seeds([row["prompt"]], 1, config.seed)
+    assert seed.noise_seed == row["seed"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "sdxl")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(campaign / "checkpoints" / "round=1")
+    pipeline.set_progress_bar_config(disable=True)
+    steps, shape = config.sample.num_steps, (4, 8, 8)
+    noise = iter(gaussian(seed.noise_seed, steps, *shape))
+    step = pipeline.scheduler.step
+
+    def with_our_noise(*arguments: Any, **more: Any) -> Any:
+        return step(*arguments, **more, eta=1.0, variance_noise=next(noise)[None])
+
+    pipeline.scheduler.step = with_our_noise
+    with torch.no_grad():
+        (image,) = pipeline(
+            row["prompt"], num_inference_steps=steps, guidance_scale=5.0,
+            latents=gaussian(seed.initial_seed, *shape)[None], output_type="np",
+        ).images  # fmt: skip
+    ours = load_png(campaign / row["image_path"]).astype(int)
+    assert np.abs(ours - np.round(image * 255).astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("settings", [{"name": "sd2"}, {"name": "sd3", "precision": "fp16"}])
+def test_other_families_go_through_a_round(
+    settings: dict[str, Any], run_rounds: Callable[..., int], data: Path, tmp_path: Path
+) -> None:
+    campaign = campaign_of(run_rounds, data, tmp_path, **settings)
+    assert [record.round for record in finished_rounds(campaign)] == [0, 1]
+    updates = read_rows(partition(campaign, "updates", 1) / "part.parquet")
+    assert updates
+    assert all(np.isfinite(update["loss"]) and update["grad_norm"] > 0 for update in updates)
