@@ -334,7 +334,7 @@ def check_space(config: CampaignConfig) -> None:
 
 def round_bytes(config: CampaignConfig) -> int:
     """About how many bytes a round writes: trajectories and images (one byte a channel, an upper bound for PNG)."""
-    unet = resolve_path(config.model.path) / "unet" / "config.json"
+    unet = resolve_path(config.model.single_file_config or config.model.path) / "unet" / "config.json"
     shape = json.loads(unet.read_text()) if unet.is_file() else {"in_channels": 4, "sample_size": 64}
     size = shape["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
