@@ -78,7 +78,8 @@ def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scor
     Raises:
         D3POError: one of them is not there.
     """
-    return {name: load_scorer(name, config.scoring, config.model.device) for name in names}
+    model = config.model
+    return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}
 
 
 @contextlib.contextmanager
