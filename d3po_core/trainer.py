@@ -1,7 +1,7 @@
 """Training of a round: preferences in, optimizer updates out.
 
 One policy forward an image and step serves every pair that the image is in. The reference's log_probs are the stored
-ones of sampling (``round_start``) or one pass with the LoRA off (``base``).
+ones of sampling (``round_start``) or one pass of the base model (``base``).
 
 Departures from the published code, beside the switches of the loss: ties are never batched, every rank's gradient goes
 through the prepared network, and a non-finite loss stops the round before it reaches the weights.
@@ -70,7 +70,7 @@ class Update:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the LoRA's weights."""
+    """AdamW over the trained weights."""
     return torch.optim.AdamW(
         [parameter for _, parameter in policy.trainable_parameters()],
         lr=config.learning_rate,
@@ -108,7 +108,7 @@ def train_updates(
     """Train on a round's preferences, yielding after every optimizer update.
 
     Args:
-        policy: the policy; its LoRA is changed.
+        policy: the policy; its weights are changed.
         optimizer: from make_optimizer, maybe with earlier state.
         schedule: the T steps that the trajectories were sampled with, on the policy's device.
         data: trajectories and pairs.
@@ -138,12 +138,14 @@ def _take_gradient(
     num_pairs = sum(len(group.pairs) for group in groups)
 
     def attempt(rows: int) -> _Tally:
-        optimizer.zero_grad(set_to_none=True)
-        tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
         batches = list(_micro_batches(groups, lesson.steps, rows, seed))
-        for index, cells in enumerate(batches):
-            _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
-        return tally
+        while True:
+            optimizer.zero_grad(set_to_none=True)
+            tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
+            for index, cells in enumerate(batches):
+                _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
+            if not lesson.policy.shrink_loss_scale():
+                return tally
 
     return lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
 
@@ -272,12 +274,13 @@ def _apply(
             "Lower train.learning_rate or train.beta, use train.log_prob 'mean', or model.precision 'no'"
         )
     optimizer.step()
+    policy.weights_changed()
     return grad_norm
 
 
 @torch.no_grad()
 def _base_log_probs(lesson: _Lesson, num_images: int) -> torch.Tensor:
-    """log_probs ``[N, T]`` of the stored trajectories under the base model: the LoRA off, one pass a row.
+    """log_probs ``[N, T]`` of the stored trajectories under the base model, one pass a row.
 
     Steps that are never trained on stay 0.
     """

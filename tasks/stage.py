@@ -49,7 +49,7 @@ def loaded_policy(config: CampaignConfig) -> Policy:
 
 
 def policy_at(config: CampaignConfig, round_number: int) -> Policy:
-    """The loaded policy with the LoRA of a round's checkpoint; round 0 is the base model.
+    """The loaded policy with the weights of a round's checkpoint; round 0 is the base model.
 
     The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
     resumed round then computes with the same numbers as one that was not killed.

@@ -4,13 +4,12 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, copytree
 from typing import Any
 
 from d3po_core.agreement import round_metrics
 from d3po_core.campaign import campaign_id, read_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
-from d3po_core.policy import LORA_FILE
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -22,6 +21,7 @@ from d3po_core.records import (
 )
 from d3po_core.report import REPORT_FILE
 from d3po_core.tables import connect, partition, read_rows
+from d3po_core.weights import LORA_FILE, loading_line, weights_file
 from tasks.tracking.store import (
     Client,
     campaign_run_id,
@@ -100,7 +100,9 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     values["train/pair_steps_per_second"] = pair_steps / record.seconds
     values["seconds/train"] = record.seconds
     log_both(client, config, round_number, run_id, record.finished_at, values)
-    client.log_artifact(run_id, str(config.folder / record.checkpoint / LORA_FILE))
+    file = weights_file(config.folder / record.checkpoint)
+    if file.name == LORA_FILE:  # a whole network is large: it comes once, with the model
+        client.log_artifact(run_id, str(file))
     client.set_tag(run_id, "d3po.lora_sha256", record.lora_sha256)
 
 
@@ -163,16 +165,21 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
         "d3po.preferences_sha256": hashlib.sha256(preferences.read_bytes()).hexdigest(),
     }  # fmt: skip
     metrics = _held_out(evaluated) | _win_rates(guard)
+    checkpoint = config.folder / row["checkpoint_out"]
+    file = weights_file(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        copyfile(config.folder / row["checkpoint_out"] / LORA_FILE, Path(folder) / LORA_FILE)
+        if file.name == LORA_FILE:
+            copyfile(file, Path(folder) / LORA_FILE)
+        else:
+            copytree(file.parent, Path(folder) / file.parent.name)
         model = log_checkpoint(client, config, round_number, run_id, Path(folder), tags, metrics, row["finished_at"])
     score = row["eval_score_mean"], row["eval_score_low"], row["eval_score_high"]
     text = (
         f"Round {round_number} of campaign `{config.campaign}`: held-out {row['eval_scorer']} "
         f"{score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}], {guard.verdict}.\n\n"
-        f"```python\npipe = StableDiffusionPipeline.from_pretrained({config.model.path!r})\n"
+        f"```python\npipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
         f'folder = mlflow.artifacts.download_artifacts("models:/d3po-{config.campaign}@champion")\n'
-        "pipe.load_lora_weights(folder)\n```\n"
+        f"{loading_line(checkpoint, 'folder')}\n```\n"
     )
     register_version(client, config, model, run_id, tags, text)
     aliases = {"champion": guard.champion}

@@ -165,7 +165,7 @@ def _compare_path(
     name: str, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, expected: torch.Tensor
 ) -> Results:
     """One path as it samples and as it trains, each against float32, and the two against each other."""
-    policy.reset_lora()
+    policy.reset_weights()
     stir(policy)
     found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
     sides = {"sampling": (found[0], expected), "training": (found[1], expected), "training to sampling": found}

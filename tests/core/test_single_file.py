@@ -86,7 +86,7 @@ def test_single_file_without_some_of_its_weights_is_one_line(part: str, models: 
 
 
 def test_lora_in_place_of_a_model_is_one_line(models: Path, tmp_path: Path) -> None:
-    lora = policy(models / "sd").save_lora(tmp_path)
+    lora = policy(models / "sd").save_weights(tmp_path)
     assert "missing in the checkpoint" in refusal(lora, models / "sd-config")
 
 
