@@ -104,6 +104,11 @@ def _load_optimizer_state(path: Path, policy: Policy, optimizer: torch.optim.Opt
     for key, value in state.items():
         name, _, kind = key.rpartition(".")
         values.setdefault(name, {})[kind] = value
+    kinds = {kind for moments in values.values() for kind in moments}
+    if kinds and ("exp_avg" in kinds) != isinstance(optimizer, torch.optim.AdamW):
+        raise D3POError(
+            f"{path}: was written with another train.optimizer; set that back, or set train.carry_optimizer to false"
+        )
     for name, parameter in policy.trainable_parameters():
         if name in values:
             optimizer.state[parameter] = {kind: _placed(value, parameter) for kind, value in values[name].items()}

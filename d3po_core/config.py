@@ -171,6 +171,9 @@ class ScoringConfig(_Section):
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW; or with its moments in 8 bits, a quarter of their memory (extra adam8bit)"
+    )
     learning_rate: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")

@@ -20,7 +20,7 @@ import torch
 
 from d3po_core.config import TrainConfig
 from d3po_core.ddim import Schedule
-from d3po_core.errors import NonFiniteLossError
+from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.loss import pair_loss
 from d3po_core.policy import Policy
 from d3po_core.rollout import replay_log_probs
@@ -69,14 +69,36 @@ class Update:
     per_step: list[dict[str, Any]]
 
 
-def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trained weights."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in policy.trainable_parameters()],
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-    )
+def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained weights.
+
+    Raises:
+        D3POError: the library of the optimizer that is asked for is not installed.
+    """
+    parameters = [parameter for _, parameter in policy.trainable_parameters()]
+    kind = optimizer_class(config)
+    if config.optimizer == "adamw8bit":
+        for parameter in parameters:  # else it does so itself, and its moments keep the layout from before
+            parameter.data = parameter.data.contiguous()
+    return kind(parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+
+def optimizer_class(config: TrainConfig) -> Any:
+    """The optimizer that the configuration asks for.
+
+    Raises:
+        D3POError: its library is not installed.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise D3POError(
+            f"train.optimizer is 'adamw8bit', whose library cannot be imported ({' '.join(str(error).split())}); "
+            "install the extra (pip install -e '.[adam8bit]'), or set it to 'adamw'"
+        ) from None
+    return AdamW8bit
 
 
 def plan_updates(num_groups: int, config: TrainConfig, seed: int) -> list[tuple[int, list[int]]]:
