@@ -74,9 +74,18 @@ def test_all_weights_of_the_network_are_trained_in_single_precision_and_nothing_
     torch.testing.assert_close(output(policy), plain_output(base_pipeline), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_base_context_is_the_base_model_and_ends_with_the_trained_one(precision: str) -> None:
-    policy = full(precision=precision)
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace the blocks, but let Python run what was traced."""
+    monkeypatch.setattr(
+        policy_module, "compile_regions", lambda net, classes: compile_regions(net, classes, backend="eager")
+    )
+
+
+@pytest.mark.parametrize(("precision", "compiled"), [("no", False), ("fp16", False), ("fp16", True)])
+@pytest.mark.usefixtures("without_compiler")
+def test_base_context_is_the_base_model_and_ends_with_the_trained_one(precision: str, compiled: bool) -> None:
+    policy = full(precision=precision, compile=compiled)
     untrained = output(policy)
     stir_lora(policy, seed=1, size=STIR)
     trained, before = output(policy), weights(policy)
@@ -119,15 +128,15 @@ def gradient(policy: Policy, schedule: Schedule, data: TrainingSet, **changes: A
     return one_update(policy, schedule, data, settings(beta=50.0, **changes))[1]
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-3), ("fp16", 0.1)])
+@pytest.mark.usefixtures("without_compiler")
 def test_compiled_and_recomputed_blocks_give_the_same_gradient(
-    schedule: Schedule, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+    precision: str, tolerance: float, schedule: Schedule, data: TrainingSet
 ) -> None:
-    monkeypatch.setattr(
-        policy_module, "compile_regions", lambda net, classes: compile_regions(net, classes, backend="eager")
-    )
-    expected = gradient(moved(), schedule, data)
+    expected = gradient(moved(precision=precision), schedule, data)
     for changes in ({"compile": True}, {"memory": "small"}):
-        assert_gradients_agree(gradient(moved(**changes), schedule, data), expected, 1e-3)
+        found = gradient(moved(precision=precision, **changes), schedule, data)
+        assert_gradients_agree(found, expected, tolerance)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.15), ("bf16", 0.8)])
