@@ -160,16 +160,17 @@ def _take_gradient(
     num_pairs = sum(len(group.pairs) for group in groups)
 
     def attempt(rows: int) -> _Tally:
+        optimizer.zero_grad(set_to_none=True)
+        tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
         batches = list(_micro_batches(groups, lesson.steps, rows, seed))
-        while True:
-            optimizer.zero_grad(set_to_none=True)
-            tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
-            for index, cells in enumerate(batches):
-                _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
-            if not lesson.policy.shrink_loss_scale():
-                return tally
+        for index, cells in enumerate(batches):
+            _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
+        return tally
 
-    return lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+    while True:
+        tally = lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+        if not lesson.policy.shrink_loss_scale():
+            return tally
 
 
 class _Lesson:
