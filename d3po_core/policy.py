@@ -17,12 +17,12 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 
-from d3po_core.compiling import BatchSizes, compile_regions, pad_rows
+from d3po_core.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
 from d3po_core.config import ModelConfig
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError
 from d3po_core.families import Embedding, Family
-from d3po_core.fused_layers import fuse_attention, split_gated_layers
+from d3po_core.fused_layers import fuse_attention, scale_group_norms, share_rows_until_text, split_gated_layers
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
 
@@ -101,19 +101,23 @@ class Policy:
 
     def _make_fast(self) -> None:
         """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
-        self._first_attention = None
+        self._shared_rows = None
         if self.config.precision != "no":
-            first = fuse_attention(self._bare)
-            self._first_attention = first if self.family.READS_TEXT_BY_ATTENTION_ALONE else None
+            fuse_attention(self._bare)
             split_gated_layers(self._bare)
+            if self.family.READS_TEXT_BY_ATTENTION_ALONE:
+                self._shared_rows = share_rows_until_text(self._bare)
         if self.config.memory == "small":
             self._bare.enable_gradient_checkpointing()
             self.family.pipeline.vae.enable_slicing()
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         if self.config.compile:
+            decoder = self.family.pipeline.vae.decoder
+            for part in (self._bare, decoder):
+                scale_group_norms(part)
             compile_regions(self._bare, self.family.REGIONS)
-            self.family.pipeline.vae.decoder.compile(dynamic=False)
+            compile_whole(decoder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -180,8 +184,8 @@ class Policy:
                 name: torch.cat([conditioning.empty[name].expand_as(value), value])
                 for name, value in embeddings.items()
             }
-        if self._first_attention is not None:
-            self._first_attention.rows_come_twice = guided
+        if self._shared_rows is not None:
+            self._shared_rows.come_twice = guided
         embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
         output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
         if not guided:
