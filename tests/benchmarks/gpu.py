@@ -38,7 +38,7 @@ MODES = ("fast", "balanced", "small")
 PARTS_OF_OURS = ("ours", "profile", "equality")
 STEPS, GUIDANCE, RANK = 20, 5.0, 4
 # Sampled in a row, as the batches of a round are: the next one's noise is drawn while the GPU works.
-BATCHES = 4
+BATCHES = 2
 COMPARED_STEPS = (0, 5, 10, 15, 19)
 # Per image of 512 px: a forward pass of the UNet, and one with the LoRA's backward pass (counted, TFLOP).
 FORWARD_TFLOP, TRAIN_TFLOP = 0.804, 1.777
