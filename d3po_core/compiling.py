@@ -8,6 +8,9 @@ import torch
 
 # One entry a shape, with and without gradient, LoRA on and off.
 MOST_VERSIONS = 128
+# Channels-last throughout: left to itself, Inductor hands gradients over in the other layout, and every convolution's
+# backward pass begins with a copy.
+OPTIONS = {"force_layout_optimization": True}
 
 
 def compile_regions(network: torch.nn.Module, classes: tuple[str, ...], backend: str = "inductor") -> int:
@@ -16,8 +19,13 @@ def compile_regions(network: torch.nn.Module, classes: tuple[str, ...], backend:
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_VERSIONS
     blocks = [module for module in network.modules() if type(module).__name__ in classes]
     for block in blocks:
-        block.compile(dynamic=False, backend=backend)
+        compile_whole(block, backend)
     return len(blocks)
+
+
+def compile_whole(network: torch.nn.Module, backend: str = "inductor") -> None:
+    """Compile a network in place, as one."""
+    network.compile(dynamic=False, backend=backend, options=OPTIONS if backend == "inductor" else None)
 
 
 class BatchSizes:

@@ -4,6 +4,8 @@ Of a self-attention the three projections become one product, their LoRA parts o
 output on which the projection then accumulates, in single precision before it is rounded. A LoRA of rank 4 costs a
 layer almost as much time as the layer itself otherwise. The backward pass makes no gradient for frozen weights.
 
+A group norm becomes a scale and a shift a channel, which compiled code applies in half the time.
+
 Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
 be joined first, which compiled code does by computing both for every element.
 
@@ -11,6 +13,7 @@ Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R
 """
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -110,13 +113,26 @@ class FusedLoRA:
         return functional.pad(down_RK, (0, 0, 0, missing)).to(dtype), functional.pad(up_NR, (0, missing)).to(dtype)
 
 
+class SharedRows:
+    """Rows that come twice, once for each text of guidance, while both are still equal: they are computed once."""
+
+    def __init__(self) -> None:
+        self.come_twice = False
+
+    def once(self, x_B: torch.Tensor) -> torch.Tensor:
+        """The first half of rows that come twice."""
+        return x_B[: len(x_B) // 2] if self.come_twice else x_B
+
+    def twice(self, x_B: torch.Tensor) -> torch.Tensor:
+        """Rows as they came."""
+        return torch.cat([x_B, x_B]) if self.come_twice else x_B
+
+
 class FusedAttention:
     """An attention processor of diffusers, for the transformer blocks of a UNet."""
 
     def __init__(self, attention: Attention, *, reads_text: bool) -> None:
-        # With guidance the rows come twice, once for each text. If the network reads text by attention alone they are
-        # equal until then: whoever is first to attend need do it once only.
-        self.rows_come_twice = False
+        self.shared = SharedRows()
         out = attention.to_out[0]
         if reads_text:
             self.query, self.key_value = FusedLoRA([attention.to_q]), FusedLoRA([attention.to_k, attention.to_v])
@@ -134,8 +150,7 @@ class FusedAttention:
     ) -> torch.Tensor:
         """Attention over ``[B, L, K]``, to itself or to the text's states."""
         assert attention_mask is None, "Stable Diffusion's UNet masks nothing"
-        if self.rows_come_twice:
-            hidden_states = hidden_states[: len(hidden_states) // 2]
+        hidden_states = self.shared.once(hidden_states)
         if self.reads_text:
             (query,) = self.query(hidden_states)
             assert encoder_hidden_states is not None
@@ -145,7 +160,7 @@ class FusedAttention:
         heads = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
         joined = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         (projected,) = self.out(joined)
-        return projected.repeat(2, 1, 1) if self.rows_come_twice else projected
+        return self.shared.twice(projected)
 
 
 class SplitGEGLU(torch.nn.Module):
@@ -162,6 +177,47 @@ class SplitGEGLU(torch.nn.Module):
         return hidden * functional.gelu(gate)
 
 
+@torch.library.custom_op("d3po::kept", mutates_args=())
+def kept(x: torch.Tensor) -> torch.Tensor:
+    """The same values: compiled code keeps them, rather than to compute them again wherever they are used."""
+    return x.clone()
+
+
+kept.register_fake(torch.empty_like)
+kept.register_autograd(lambda _, grad: grad)
+
+
+class ScaledGroupNorm(torch.nn.Module):
+    """A group norm as one scale and one shift a channel, for compiled code; keeps the weights of the one it replaces.
+
+    Left to itself, the compiler finds group, statistics and weights again for every element: twice the time.
+    """
+
+    def __init__(self, original: torch.nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps = original.num_groups, original.eps
+        self.weight, self.bias = original.weight, original.bias
+
+    def forward(self, x_BCP: torch.Tensor) -> torch.Tensor:
+        """``[B, C, ...]`` to the same; statistics, scale and shift are in single precision."""
+        groups_BPGK = x_BCP.movedim(1, -1).reshape(len(x_BCP), -1, self.num_groups, x_BCP.shape[1] // self.num_groups)
+        variance_BG, mean_BG = torch.var_mean(groups_BPGK.float(), dim=(1, 3), correction=0)
+        weight_GK, bias_GK = (x_C.float().view(self.num_groups, -1) for x_C in (self.weight, self.bias))
+        scale_BGK = torch.rsqrt(variance_BG + self.eps)[..., None] * weight_GK
+        shift_BGK = bias_GK - mean_BG[..., None] * scale_BGK
+        both_2BC = kept(torch.stack([scale_BGK, shift_BGK])).flatten(2)
+        scale_BC1, shift_BC1 = both_2BC.view(*both_2BC.shape, *[1] * (x_BCP.ndim - 2)).unbind(0)
+        return (x_BCP.float() * scale_BC1 + shift_BC1).to(x_BCP.dtype)
+
+
+def scale_group_norms(network: torch.nn.Module) -> None:
+    """Replace a network's group norms by ScaledGroupNorm."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.GroupNorm:
+                setattr(module, name, ScaledGroupNorm(child))
+
+
 def split_gated_layers(network: torch.nn.Module) -> None:
     """Replace the gated layers whose projection is a plain one, without a LoRA."""
     for feed_forward in network.modules():
@@ -171,18 +227,29 @@ def split_gated_layers(network: torch.nn.Module) -> None:
                 feed_forward.net[0] = SplitGEGLU(gated)
 
 
-def fuse_attention(network: torch.nn.Module) -> FusedAttention | None:
-    """Replace the processors of all attentions whose four projections have a LoRA.
+def fuse_attention(network: torch.nn.Module) -> None:
+    """Replace the processors of all attentions whose four projections have a LoRA."""
+    for attention in network.modules():
+        if isinstance(attention, Attention) and _can_be_fused(attention):
+            attention.set_processor(FusedAttention(attention, reads_text=attention.is_cross_attention))
+
+
+def share_rows_until_text(unet: UNet2DConditionModel) -> SharedRows:
+    """Let a UNet that reads text by attention alone compute its first blocks once for both texts of guidance.
+
+    Those are the first residual block, and the first attention if it is a fused one to itself.
 
     Returns:
-        The network's first attention, if it is among them and reads no text: see ``rows_come_twice``.
+        The switch: ``come_twice`` says whether the rows of the next pass do.
     """
-    attentions = [module for module in network.modules() if isinstance(module, Attention)]
-    for attention in attentions:
-        if _can_be_fused(attention):
-            attention.set_processor(FusedAttention(attention, reads_text=attention.is_cross_attention))
-    first = attentions[0].processor if attentions else None
-    return first if isinstance(first, FusedAttention) and not first.reads_text else None
+    shared = SharedRows()
+    block = unet.down_blocks[0].resnets[0]
+    block.register_forward_pre_hook(lambda _block, args: tuple(shared.once(x_B) for x_B in args))
+    block.register_forward_hook(lambda _block, _args, output: shared.twice(output))
+    first = next((module.processor for module in unet.modules() if isinstance(module, Attention)), None)
+    if isinstance(first, FusedAttention) and not first.reads_text:
+        first.shared = shared
+    return shared
 
 
 def _can_be_fused(attention: Attention) -> bool:

@@ -16,7 +16,7 @@ import torch
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
 from d3po_core.policy import Policy
-from d3po_core.seeds import derive_seed, gaussian
+from d3po_core.seeds import derive_seed, gaussian, gaussian_steps
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def _denoise(
     shape = policy.latent_shape
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
     initial = torch.stack([gaussian(seed.initial_seed, *shape) for seed in seeds])
-    noise_BTCHW = torch.stack([gaussian(seed.noise_seed, num_steps, *shape) for seed in seeds]).to(policy.device)
-    latent = initial.to(latent_dtype).to(policy.device, torch.float32)
+    # Drawn step by step, while the device works.
+    noises = [gaussian_steps(seed.noise_seed, *shape) for seed in seeds]
+    latent = _send(initial.to(latent_dtype).float(), policy.device)
     latents, log_probs = [latent.to(latent_dtype)], []
     with policy.merged():
         for step in range(num_steps):
@@ -121,13 +122,19 @@ def _denoise(
             output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
-            stored = (mean + sigma_B[:, None, None, None] * noise_BTCHW[:, step]).to(latent_dtype)
+            noise_BCHW = _send(torch.stack([next(noise) for noise in noises]), policy.device)
+            stored = (mean + sigma_B[:, None, None, None] * noise_BCHW).to(latent_dtype)
             latent = stored.float()
             log_probs.append(log_prob(latent, mean, sigma_B))
             latents.append(stored)
             if on_step:
                 on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device without waiting for what it still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def draw_images(

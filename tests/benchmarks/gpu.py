@@ -37,6 +37,8 @@ PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
 MODES = ("fast", "balanced", "small")
 PARTS_OF_OURS = ("ours", "profile", "equality")
 STEPS, GUIDANCE, RANK = 20, 5.0, 4
+# Sampled in a row, as the batches of a round are: the next one's noise is drawn while the GPU works.
+BATCHES = 2
 COMPARED_STEPS = (0, 5, 10, 15, 19)
 # Per image of 512 px: a forward pass of the UNet, and one with the LoRA's backward pass (counted, TFLOP).
 FORWARD_TFLOP, TRAIN_TFLOP = 0.804, 1.777
@@ -147,7 +149,7 @@ def measure_equality(arguments: argparse.Namespace) -> Results:
     reference = make_policy()
     torch.backends.cudnn.benchmark = False
     stir(reference)
-    expected = _replay(reference, seeds, latents_BTCHW, gradient=False)
+    expected = _replay(reference, seeds, latents_BTCHW, gradient=False), _gradient(reference, seeds, latents_BTCHW)
     del reference
     torch.backends.cudnn.allow_tf32 = True
     results = _compare_path(f"{arguments.precision}, as timed", our_policy(arguments), seeds, latents_BTCHW, expected)
@@ -162,19 +164,40 @@ def measure_equality(arguments: argparse.Namespace) -> Results:
 
 
 def _compare_path(
-    name: str, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, expected: torch.Tensor
-) -> Results:
+    name: str, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor,
+    expected: tuple[torch.Tensor, torch.Tensor],
+) -> Results:  # fmt: skip
     """One path as it samples and as it trains, each against float32, and the two against each other."""
     policy.reset_weights()
     stir(policy)
     found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
-    sides = {"sampling": (found[0], expected), "training": (found[1], expected), "training to sampling": found}
+    log_probs, gradient_P = expected
+    sides = {"sampling": (found[0], log_probs), "training": (found[1], log_probs), "training to sampling": found}
     results: Results = {}
     for side, (ours, other) in sides.items():
         difference = (ours - other).abs()
         results[f"{name}, {side}"] = {"largest": difference.max().item(), "mean": difference.mean().item()}
         print(f"log_probs, {name}, {side}: largest {difference.max():.1e}, mean {difference.mean():.1e}", flush=True)
+    ours_P = _gradient(policy, seeds, latents_BTCHW)
+    relative = ((ours_P - gradient_P).norm() / gradient_P.norm()).item()
+    results[f"{name}, gradient"] = {"relative": relative}
+    print(f"gradient, {name}: relative difference {relative:.1e}", flush=True)
     return results
+
+
+def _gradient(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor) -> torch.Tensor:
+    """Gradient ``[P]`` of a sum of log_probs with signs that differ, as pairs have, with respect to the LoRA."""
+    step, prompts = COMPARED_STEPS[2], [seed.prompt for seed in seeds]
+    log_prob_B = replay_log_probs(
+        policy, policy.schedule(STEPS, 1.0), prompts, latents_BTCHW[:, step], latents_BTCHW[:, step + 1],
+        torch.full((len(seeds),), step), GUIDANCE,
+    )  # fmt: skip
+    policy.network.zero_grad(set_to_none=True)
+    sign_B = torch.tensor([1.0, -1.0], device=log_prob_B.device).repeat(len(seeds) // 2)
+    policy.backward((sign_B * log_prob_B).sum(), last=True)
+    gradient_P = torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters() if p.grad is not None])
+    policy.network.zero_grad(set_to_none=True)
+    return gradient_P
 
 
 def _replay(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, *, gradient: bool) -> torch.Tensor:
@@ -196,8 +219,8 @@ def measure_ours(arguments: argparse.Namespace) -> Results:
     policy = our_policy(arguments)
     results: Results = {"load_seconds": time.perf_counter() - started}
     first = timed(lambda: draw(policy, arguments.batch, 1), 1, warm_up=0)[0]
-    seconds = timed(lambda: draw(policy, arguments.batch, 2), arguments.repeats)
-    results["sampling, images/s"] = spread(2 * arguments.batch / s for s in seconds)
+    seconds = timed(lambda: draw(policy, arguments.batch, BATCHES), arguments.repeats)
+    results["sampling, images/s"] = spread(BATCHES * arguments.batch / s for s in seconds)
     results["first sampling, seconds"] = first
     print(f"sampling: {show(results['sampling, images/s'], 2)} images/s; first batch {first:.0f} s", flush=True)
     for size in (2, 7):

@@ -9,10 +9,19 @@ import torch
 from diffusers.models.activations import GEGLU
 
 import d3po_core.policy as policy_module
-from d3po_core.compiling import BatchSizes, compile_regions, pad_rows
+from d3po_core.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
-from d3po_core.fused_layers import FusedAttention, SplitGEGLU, fuse_attention, lora_linear, split_gated_layers
+from d3po_core.fused_layers import (
+    FusedAttention,
+    ScaledGroupNorm,
+    SplitGEGLU,
+    fuse_attention,
+    kept,
+    lora_linear,
+    share_rows_until_text,
+    split_gated_layers,
+)
 from d3po_core.policy import Policy, load_policy
 from d3po_core.rollout import draw_images, replay_log_probs, sample_trajectories
 from d3po_core.row_limit import RowLimit
@@ -108,9 +117,9 @@ def test_fused_attention_equals_pefts_in_value_and_gradient(name: str, adapters:
     if not adapters:
         policy.network.disable_adapters()
     before, weights = outcome(), {k: v.clone() for k, v in policy.network.state_dict().items()}
-    first = fuse_attention(policy.network)
-    assert first is not None
-    policy._first_attention = first if policy.family.READS_TEXT_BY_ATTENTION_ALONE else None
+    fuse_attention(policy.network)
+    if policy.family.READS_TEXT_BY_ATTENTION_ALONE:
+        policy._shared_rows = share_rows_until_text(policy.network)
     split_gated_layers(policy.network)
     kinds = {type(module.processor) for module in policy.network.modules() if hasattr(module, "processor")}
     assert kinds == {FusedAttention}
@@ -165,6 +174,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return counts[-1]
 
     monkeypatch.setattr(policy_module, "compile_regions", compile_blocks)
+    monkeypatch.setattr(policy_module, "compile_whole", lambda network: compile_whole(network, backend="eager"))
     return counts
 
 
@@ -182,6 +192,36 @@ def test_compiled_blocks_compute_the_same_for_any_number_of_rows(
     assert policy.sizes is not None
     assert policy.sizes._seen == {4}
     assert relative(gradient(policy, data, micro_batch=4), gradient(plain, data)) < 1e-3
+    final = data.latents_NTCHW[:3, -1]
+    assert abs(policy.decode(final).astype(int) - plain.decode(final).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 5, 4), (2, 12, 7)])
+def test_a_scaled_group_norm_is_a_group_norm(shape: tuple[int, ...]) -> None:
+    original = torch.nn.GroupNorm(4, 12, eps=1e-3).double()
+    for index, parameter in enumerate(original.parameters()):
+        parameter.data += gaussian(index, 12)
+    x = (3 + 2 * gaussian(7, *shape)).double()
+    outcomes = []
+    for norm in (original, ScaledGroupNorm(original).double()):
+        x = x.detach().requires_grad_()
+        output = norm(x)
+        slopes = torch.autograd.grad((output**3).sum(), (x, norm.weight, norm.bias))
+        outcomes.append((output, *slopes))
+    for ours, theirs in zip(outcomes[1], outcomes[0], strict=True):  # statistics are in single precision
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_a_scaled_group_norm_in_half_precision_rounds_once() -> None:
+    original, x = torch.nn.GroupNorm(4, 12).half(), gaussian(7, 2, 12, 5, 4).half()
+    expected = torch.nn.functional.group_norm(x.double(), 4, eps=original.eps)
+    found = ScaledGroupNorm(original)(x)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-11, atol=1e-6)
+
+
+def test_kept_values_keep_the_rules_of_an_operator() -> None:
+    torch.library.opcheck(kept, (gaussian(1, 3, 4).requires_grad_(),))
 
 
 def test_a_batch_is_padded_to_the_nearest_known_size() -> None:

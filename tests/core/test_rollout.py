@@ -13,7 +13,7 @@ from d3po_core.config import ModelConfig
 from d3po_core.ddim import step_mean
 from d3po_core.policy import Policy
 from d3po_core.rollout import ImageSeed, Trajectories, kl_from_base, replay_log_probs, sample_trajectories
-from d3po_core.seeds import derive_seed, gaussian, permutation
+from d3po_core.seeds import derive_seed, gaussian, gaussian_steps, permutation
 from tests.core.drawing import image_seed
 
 PROMPTS = (
@@ -294,3 +294,9 @@ def test_drift_is_the_kl_of_the_steps_gaussians(stirred: Policy, guidance: float
     kl_B = kl_from_base(stirred, schedule, prompts, drawn.latents_BTCHW, guidance)
     assert kl_B.min() > 0
     torch.testing.assert_close(kl_B.double(), expected_B, rtol=1e-4, atol=0)
+
+
+@given(st.integers(0, 2**62), st.sampled_from([(4, 8, 8), (4, 64, 64), (16, 2, 2), (3, 16)]), st.integers(1, 4))
+def test_noise_drawn_step_by_step_is_the_noise_drawn_at_once(seed: int, shape: tuple[int, ...], num_steps: int) -> None:
+    steps = gaussian_steps(seed, *shape)
+    assert torch.equal(torch.stack([next(steps) for _ in range(num_steps)]), gaussian(seed, num_steps, *shape))
