@@ -4,7 +4,11 @@ What MLflow is told is what stages left on disk, so it can be told at any later 
 was not delivered yet. A server that is down costs a warning, never a round. Delivering twice changes nothing.
 """
 
+import contextlib
 import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from d3po_core.campaign import round_config, stage_path
@@ -14,29 +18,51 @@ from tasks.tracking.store import mlflow_client, round_run_id, run_page, tracking
 
 STAGES = tuple(LOGGERS)
 
+# After it failed MLflow is left alone for so many times as long as that took: a store that does not answer costs a run
+# a tenth of its time at most.
+PAUSE = 10
+_left_alone_until: dict[str, float] = {}
+
 logger = logging.getLogger(__name__)
 
 
 def deliver(config: CampaignConfig) -> None:
     """Tell MLflow of every finished stage of the campaign that it was not told of yet."""
     waiting = sorted(_undelivered(config.folder))
-    if not waiting:
+    if not waiting or _is_left_alone():
         return
     try:
-        client = mlflow_client()
-        for round_number, order in waiting:
-            stage = STAGES[order]
-            # What a round was made with, which may not be what this run was started with.
-            config_then = _config_of(config, round_number)
-            run_id = round_run_id(config_then, round_number)
-            LOGGERS[stage](client, config_then, round_number, run_id)
-            _delivered_path(config.folder, round_number, stage).touch()
+        with _patience():
+            client = mlflow_client()
+            for round_number, order in waiting:
+                stage = STAGES[order]
+                # What a round was made with, which may not be what this run was started with.
+                config_then = _config_of(config, round_number)
+                run_id = round_run_id(config_then, round_number)
+                LOGGERS[stage](client, config_then, round_number, run_id)
+                _delivered_path(config.folder, round_number, stage).touch()
     except Exception as error:
         # Whatever keeps MLflow from listening, the round is worth more than its log.
         logger.warning(
             "MLflow at %s did not take %d finished stages (%s); they are kept and delivered with the next one",
             tracking_uri(), len(waiting), " ".join(str(error).split())[:200],
         )  # fmt: skip
+
+
+def _is_left_alone() -> bool:
+    return time.monotonic() < _left_alone_until.get(tracking_uri(), 0.0)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Ask MLflow something; when that fails, leave it alone for ``PAUSE`` times as long as it took."""
+    started = time.monotonic()
+    try:
+        yield
+    except Exception:
+        now = time.monotonic()
+        _left_alone_until[tracking_uri()] = now + PAUSE * (now - started)
+        raise
 
 
 def _config_of(config: CampaignConfig, round_number: int) -> CampaignConfig:
@@ -48,16 +74,24 @@ def _config_of(config: CampaignConfig, round_number: int) -> CampaignConfig:
 
 def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
     """The child run of a round, or None when MLflow cannot be reached."""
-    try:
-        return round_run_id(config, round_number)
-    except Exception:
-        return None
+    return _asked(partial(round_run_id, config, round_number))
 
 
 def pages(config: CampaignConfig) -> dict[str, str]:
     """Addresses of MLflow's pages of the campaign: its report, and its curves; none when MLflow has no page."""
     parts = {"report": "artifacts/report.html", "curves in MLflow": "model-metrics"}
-    return {name: page for name, part in parts.items() if (page := run_page(config, part))}
+    return {name: page for name, part in parts.items() if (page := _asked(partial(run_page, config, part)))}
+
+
+def _asked(question: Callable[[], str | None]) -> str | None:
+    """MLflow's answer, None when there is none."""
+    if _is_left_alone():
+        return None
+    try:
+        with _patience():
+            return question()
+    except Exception:
+        return None
 
 
 def _undelivered(campaign: Path) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What each stage tells MLflow, read from what it left on disk."""
 
 import hashlib
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from d3po_core.weights import LORA_FILE, loading_line, weights_file
 from tasks.tracking.store import (
     Client,
     campaign_run_id,
+    describe,
+    describe_version,
     log_both,
     log_checkpoint,
     log_grid_once,
@@ -33,7 +36,9 @@ from tasks.tracking.store import (
     log_report,
     milliseconds,
     register_version,
+    registered_name,
     set_aliases,
+    tracking_uri,
 )
 
 
@@ -84,12 +89,17 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     record = read_record(config.folder, round_number, "train", TrainRecord)
     updates = read_rows(partition(config.folder, "updates", round_number) / "part.parquet")
     steps = read_rows(partition(config.folder, "update_steps", round_number) / "part.parquet")
-    finished = {row["update"]: row["finished_at"] for row in updates}
     curves = ("loss", "margin", "pair_accuracy", "kl", "clip_fraction", "grad_norm", "seconds")
+    last = record.finished_at
     rows = [(f"update/{name}", row[name], row["update"], row["finished_at"]) for row in updates for name in curves]
     rows += [
-        (f"timestep_{row['timestep']:04d}/{name}", row[name], row["update"], finished[row["update"]])
-        for row in steps
+        (
+            f"by_timestep/{name}",
+            statistics.fmean(row[name] for row in steps if row["timestep"] == timestep),
+            timestep,
+            last,
+        )
+        for timestep in sorted({row["timestep"] for row in steps})
         for name in ("margin", "pair_accuracy", "kl", "clip_fraction")
     ]
     log_metrics(client, run_id, rows)
@@ -148,6 +158,7 @@ def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_
     if report.exists():
         log_report(client, config, report)
     parent = campaign_run_id(config)
+    describe(client, parent, _about_campaign(config, round_number))
     client.set_tag(parent, "d3po.last_finished_round", str(round_number))
     client.set_terminated(parent, "FINISHED", milliseconds(row["finished_at"]))
 
@@ -173,20 +184,43 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
         else:
             copytree(file.parent, Path(folder) / file.parent.name)
         model = log_checkpoint(client, config, round_number, run_id, Path(folder), tags, metrics, row["finished_at"])
-    score = row["eval_score_mean"], row["eval_score_low"], row["eval_score_high"]
-    text = (
-        f"Round {round_number} of campaign `{config.campaign}`: held-out {row['eval_scorer']} "
-        f"{score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}], {guard.verdict}.\n\n"
-        f"```python\npipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
-        f'folder = mlflow.artifacts.download_artifacts("models:/d3po-{config.campaign}@champion")\n'
-        f"{loading_line(checkpoint, 'folder')}\n```\n"
-    )
-    register_version(client, config, model, run_id, tags, text)
+    version = register_version(client, config, model, run_id, tags)
+    text = _about_round(config, round_number, guard, row) + _loading_lines(config, checkpoint, version)
+    describe_version(client, config, model, version, text)
+    describe(client, run_id, text)
     aliases = {"champion": guard.champion}
     if guard.go_on_from == round_number:  # a rejected checkpoint is kept and marked, but no alias leads to it
         # Not `latest`: MLflow keeps that word for itself, as the newest version, rejected or not.
         aliases |= {"current": round_number, "previous": start_of(config.folder, round_number)}
     set_aliases(client, config, aliases)
+
+
+def _about_round(config: CampaignConfig, round_number: int, guard: GuardRecord, row: dict[str, Any]) -> str:
+    score = f"{row['eval_score_mean']:.3f} [{row['eval_score_low']:.3f}, {row['eval_score_high']:.3f}]"
+    rates = ", ".join(f"{rate.mean:.2f} against {name}" for name, rate in guard.win_rates.items())
+    findings = "".join(f"\n- {finding}" for finding in guard.findings)
+    return (
+        f"Round {round_number} of campaign `{config.campaign}`: held-out {row['eval_scorer']} {score}; wins {rates}; "
+        f"{row['num_pairs']} pairs; verdict of the guard: {guard.verdict}.\n{findings}\n"
+    )
+
+
+def _loading_lines(config: CampaignConfig, checkpoint: Path, version: str) -> str:
+    return (
+        f"\n```python\nmlflow.set_tracking_uri({tracking_uri()!r})\n"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
+        f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n'
+        f"{loading_line(checkpoint, 'folder')}\n```\n"
+    )
+
+
+def _about_campaign(config: CampaignConfig, round_number: int) -> str:
+    return (
+        f"D3PO campaign `{config.campaign}`, {round_number} rounds, judged by "
+        f"{config.judge.labeller}: {', '.join(config.judge.scorers)}. Step is the round. What to look at: "
+        "`held_out/*` (intervals `_low`, `_high`), `report.html` and the held-out images among the artifacts, and the "
+        f"model `{registered_name(config)}` with its aliases champion, current and previous.\n"
+    )
 
 
 ALIASES = ("champion", "current", "previous")

@@ -24,6 +24,11 @@ EXPERIMENT = "d3po"
 BATCH = 1000
 REPORT_BYTES = 5_000_000
 
+# Digits of a logged number that mean something; MLflow's tables show as many as they get.
+DIGITS = 6
+# MLflow itself would ask a server that does not answer eight times, for two minutes each.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
 _run_ids: dict[tuple[str, str, int | None], str] = {}
 
 
@@ -68,7 +73,8 @@ def campaign_run_id(config: CampaignConfig) -> str:
 
 def mlflow_client() -> Client:
     """A client of the tracking store, which is made when it is a local one and not there yet."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient, set_tracking_uri
 
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
@@ -105,11 +111,24 @@ def _find_or_create(config: CampaignConfig, round_number: int | None, name: str,
         if found:
             _run_ids[key] = found[0].info.run_id
         else:
-            tags = {**tags, "d3po.campaign": config.campaign, "d3po.campaign_id": identity, "d3po.round": level}
+            own = {"d3po.campaign": config.campaign, "d3po.campaign_id": identity, "d3po.round": level}
+            tags = {**_who_runs(), **tags, **own}
             run = client.create_run(experiment_id, run_name=name, tags=tags)
             _log_params(client, run.info.run_id, config)
             _run_ids[key] = run.info.run_id
     return _run_ids[key]
+
+
+def _who_runs() -> dict[str, str]:
+    """User, program and commit, under the names that MLflow's pages show."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    return dict(resolve_tags())
+
+
+def describe(client: Client, run_id: str, markdown: str) -> None:
+    """Set a run's description."""
+    client.set_tag(run_id, "mlflow.note.content", markdown)
 
 
 def _log_params(client: Client, run_id: str, config: CampaignConfig) -> None:
@@ -128,9 +147,13 @@ def log_metrics(client: Client, run_id: str, rows: list[tuple[str, float | None,
     """Log (name, value, step, time) in batches; the time is that of the stage, so that a repetition is no new point."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(n, float(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
+    metrics = [Metric(n, _rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def milliseconds(when: datetime) -> int:
@@ -205,7 +228,7 @@ def log_checkpoint(
         )  # fmt: skip
         client.log_model_artifacts(model.model_id, str(folder))
         values = [
-            Metric(name, float(value), milliseconds(when), round_number, model_id=model.model_id)
+            Metric(name, _rounded(value), milliseconds(when), round_number, model_id=model.model_id)
             for name, value in metrics.items() if value is not None
         ]  # fmt: skip
         client.log_batch(run_id, metrics=values)
@@ -215,8 +238,7 @@ def log_checkpoint(
 
 
 def register_version(
-    client: Client, config: CampaignConfig, model: "LoggedModel", run_id: str, tags: dict[str, str],
-    description: str,
+    client: Client, config: CampaignConfig, model: "LoggedModel", run_id: str, tags: dict[str, str]
 ) -> str:  # fmt: skip
     """The version of the campaign's registered model that is this checkpoint; made when there is none."""
     from mlflow.exceptions import MlflowException
@@ -230,10 +252,18 @@ def register_version(
     if present:
         return str(present[0].version)
     made = client.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=run_id, tags=tags, description=description,
-        model_id=model.model_id,
-    )  # fmt: skip
+        name, source=f"models:/{model.model_id}", run_id=run_id, tags=tags, model_id=model.model_id
+    )
     return str(made.version)
+
+
+def describe_version(client: Client, config: CampaignConfig, model: "LoggedModel", version: str, text: str) -> None:
+    """Set a version's description, and let the model's page point to the version."""
+    name = registered_name(config)
+    client.update_model_version(name, version, description=text)
+    client.set_logged_model_tags(
+        model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])}
+    )
 
 
 def set_aliases(client: Client, config: CampaignConfig, rounds: dict[str, int]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -110,7 +111,9 @@ def test_mlflow_holds_metrics_artifacts_and_lineage_of_a_round(
         updates = connection.sql('SELECT "update", loss FROM updates WHERE round = 2 ORDER BY 1').fetchall()
     history = client.get_metric_history(child.info.run_id, "update/loss")
     assert [m.step for m in sorted(history, key=lambda m: m.step)] == [update for update, _ in updates]
-    assert [m.value for m in sorted(history, key=lambda m: m.step)] == pytest.approx([loss for _, loss in updates])
+    assert [m.value for m in sorted(history, key=lambda m: m.step)] == pytest.approx(
+        [loss for _, loss in updates], rel=1e-5
+    )
     inputs = {
         i.dataset.name: json.loads(i.dataset.source)["uri"]
         for i in client.get_run(child.info.run_id).inputs.dataset_inputs
@@ -121,6 +124,48 @@ def test_mlflow_holds_metrics_artifacts_and_lineage_of_a_round(
     assert sorted(metric.step for metric in curve) == [0, 1, 2]
     slider = [a.path for a in client.list_artifacts(mlflow_runs[0].info.run_id, "images") if a.path.endswith(".png")]
     assert len(slider) == 3
+
+
+def test_mlflow_shows_training_over_the_timesteps_of_a_round(
+    campaign: Path, data: Path, mlflow_runs: list[Any]
+) -> None:
+    client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
+    history = client.get_metric_history(mlflow_runs[-1].info.run_id, "by_timestep/margin")
+    with connect(campaign) as connection:
+        expected = connection.sql(
+            "SELECT timestep, avg(margin) FROM update_steps WHERE round = 2 GROUP BY timestep ORDER BY timestep"
+        ).fetchall()
+    assert len(expected) == 10
+    found = sorted((metric.step, metric.value) for metric in history)
+    assert [step for step, _ in found] == [timestep for timestep, _ in expected]
+    assert [value for _, value in found] == pytest.approx([margin for _, margin in expected], rel=1e-5, abs=1e-9)
+
+
+def test_mlflow_s_numbers_have_few_digits(mlflow_runs: list[Any]) -> None:
+    values = [value for run in mlflow_runs for value in run.data.metrics.values()]
+    assert values
+    assert all(value == float(f"{value:.6g}") for value in values)
+
+
+def test_descriptions_say_what_a_run_and_a_version_are_and_how_to_load_it(
+    campaign: Path, data: Path, mlflow_runs: list[Any]
+) -> None:
+    uri = f"sqlite:///{data}/mlflow/mlflow.db"
+    client, (parent, *_, child) = MlflowClient(uri), mlflow_runs
+    assert parent.data.tags["mlflow.note.content"].startswith(f"D3PO campaign `{NAME}`, 2 rounds, judged by proxy")
+    versions = client.search_model_versions(f"name = 'd3po-{NAME}' and run_id = '{child.info.run_id}'")
+    (version,) = versions
+    assert version.description == child.data.tags["mlflow.note.content"]
+    assert f"Round 2 of campaign `{NAME}`: held-out prompt_alignment" in version.description
+    (line,) = [line for line in version.description.splitlines() if "download_artifacts" in line]
+    address = line.split('"')[1]
+    assert address == f"models:/d3po-{NAME}/{version.version}"
+    mlflow.set_tracking_uri(uri)
+    folder = Path(mlflow.artifacts.download_artifacts(address))
+    stored = campaign / "checkpoints/round=2/pytorch_lora_weights.safetensors"
+    assert (folder / stored.name).read_bytes() == stored.read_bytes()
+    model = client.get_logged_model(child.outputs.model_outputs[0].model_id)
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": version.name, "version": str(version.version)}]
 
 
 def test_lora_from_mlflow_gives_the_evaluated_images(campaign: Path, data: Path, mlflow_runs: list[Any]) -> None:
