@@ -43,10 +43,14 @@ def card(header: dict[str, Any], body: str) -> str:
 def public_config(config: CampaignConfig) -> dict[str, Any]:
     """A configuration to show to others: of paths outside the project only the last part, and no ``runs_dir``."""
     values = config.model_dump(mode="json", exclude={"runs_dir"})
-    for section, field in (("model", "path"), ("sample", "prompts"), ("evaluate", "prompts")):
-        path = Path(values[section][field])
+    places = [("model", "path"), ("model", "single_file_config"), ("sample", "prompts"), ("evaluate", "prompts")]
+    for holder, key in [
+        *((values[section], field) for section, field in places),
+        *((values["scoring"]["models"], name) for name in values["scoring"]["models"]),
+    ]:
+        path = Path(holder[key] or "")
         if path.is_absolute() or str(path).startswith(("~", "..")):
-            values[section][field] = path.name
+            holder[key] = path.name
     return values
 
 

@@ -1,6 +1,5 @@
-"""Checkpoints: a LoRA and its optimizer's state in a folder that appears whole or not at all."""
+"""Checkpoints: trained weights and their optimizer's state in a folder that appears whole or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,21 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from d3po_core.campaign import checkpoint_path
 from d3po_core.errors import D3POError
-from d3po_core.policy import LORA_FILE, Policy
+from d3po_core.policy import Policy
 from d3po_core.tables import disk_errors
+from d3po_core.weights import weights_file, weights_sha256
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RECORD_FILE = "checkpoint.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-
-def lora_sha256(folder: Path) -> str:
-    """Digest of a checkpoint's LoRA file."""
-    return hashlib.sha256((folder / LORA_FILE).read_bytes()).hexdigest()
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
-    """Write LoRA, optimizer state and a JSON record; ``folder`` comes into being when all of it is on disk.
+    """Write trained weights, optimizer state and a JSON record; ``folder`` comes into being when all of it is on disk.
 
     Raises:
         D3POError: the disk is full or read-only; nothing is left behind.
@@ -37,9 +31,9 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True)
-            policy.save_lora(temporary)
+            policy.save_weights(temporary)
             save_file(_optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
-            record = {**record, "lora_sha256": lora_sha256(temporary)}
+            record = {**record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale}
             (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
@@ -48,19 +42,21 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Take the LoRA, and the optimizer's state if one is given, from a checkpoint; returns its JSON record.
+    """Take the weights, and the optimizer's state if one is given, from a checkpoint; returns its JSON record.
 
     Raises:
         D3POError: a file is missing or is not what was written.
     """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
-        found = lora_sha256(folder)
+        found = weights_sha256(folder)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise D3POError(f"checkpoint {folder}: cannot be read ({error}); restore it or start a new campaign") from None
     if not isinstance(record, dict) or found != record.get("lora_sha256"):
-        raise D3POError(f"checkpoint {folder}: {LORA_FILE} was changed since it was written; restore it from a copy")
-    policy.load_lora(folder)
+        name = weights_file(folder).name
+        raise D3POError(f"checkpoint {folder}: {name} was changed since it was written; restore it from a copy")
+    policy.load_weights(folder)
+    policy.loss_scale = min(policy.first_loss_scale, record.get("loss_scale", policy.first_loss_scale))
     if optimizer is not None:
         _load_optimizer_state(folder / OPTIMIZER_FILE, policy, optimizer)
     return record
@@ -76,7 +72,7 @@ def load_round(
     """
     relative = checkpoint_path(round_number)
     if relative is None:
-        policy.reset_lora()
+        policy.reset_weights()
     else:
         load_checkpoint(campaign / relative, policy, optimizer)
 
@@ -91,7 +87,9 @@ def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
     state = {}
     for name, parameter in policy.trainable_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            value = torch.as_tensor(value).detach()
+            # Always a copy: some optimizers share tables between parameters, which the file's format refuses.
+            state[f"{name}.{key}"] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state
 
 
@@ -102,8 +100,24 @@ def _load_optimizer_state(path: Path, policy: Policy, optimizer: torch.optim.Opt
         raise D3POError(
             f"{path}: cannot be read ({error}); restore it, or set train.carry_optimizer to false"
         ) from None
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        values.setdefault(name, {})[kind] = value
+    kinds = {kind for moments in values.values() for kind in moments}
+    if kinds and ("exp_avg" in kinds) != isinstance(optimizer, torch.optim.AdamW):
+        raise D3POError(
+            f"{path}: was written with another train.optimizer; set that back, or set train.carry_optimizer to false"
+        )
     for name, parameter in policy.trainable_parameters():
-        moments = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
-        if moments:
-            placed = {key: value.to(parameter.device) for key, value in moments.items() if key != "step"}
-            optimizer.state[parameter] = {**placed, "step": moments["step"]}
+        if name in values:
+            optimizer.state[parameter] = {kind: _placed(value, parameter) for kind, value in values[name].items()}
+
+
+def _placed(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor | int:
+    """A saved value as the optimizer had it: a moment in its parameter's memory layout, for the same rounding."""
+    if value.ndim == 0:
+        return value if value.is_floating_point() else int(value)
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device)

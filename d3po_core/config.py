@@ -45,6 +45,9 @@ class ModelConfig(_Section):
     single_file_config: str | None = Field(
         None, description="With a single .safetensors file as path: hub id or folder with its configuration"
     )
+    train: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: a LoRA, or all weights of the network (a far lower train.learning_rate)"
+    )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the trained LoRA")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; the rank when not given")
     lora_targets: tuple[str, ...] = Field(
@@ -52,7 +55,7 @@ class ModelConfig(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="Half precision of the network's passes; the LoRA and all log_probs stay in single"
+        "no", description="Half precision of the network's passes; trained weights and log_probs stay in single"
     )
     memory: Literal["fast", "balanced", "small"] = Field(
         "fast", description="All on the GPU; or idle parts moved off it; or also activations computed again, few rows"
@@ -168,6 +171,9 @@ class ScoringConfig(_Section):
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW; or with its moments in 8 bits, a quarter of their memory (extra adam8bit)"
+    )
     learning_rate: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")
@@ -279,7 +285,7 @@ class CampaignConfig(_Section):
 
 # Fields that decide what a campaign's numbers mean: its rounds are comparable only while they stay as they were.
 FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.variant",
-                "model.single_file_config", "model.lora", "evaluate", "sample.num_steps",
+                "model.single_file_config", "model.train", "model.lora", "evaluate", "sample.num_steps",
                 "sample.guidance_scale", "sample.eta")  # fmt: skip
 
 # Fields that may change even within a round: they change no number.

@@ -1,4 +1,4 @@
-"""A round's LoRA as a folder that can be uploaded as it is: weights, model card, configuration."""
+"""What a round trained, as a folder that can be uploaded as it is: weights, model card, configuration."""
 
 import json
 import shutil
@@ -7,20 +7,19 @@ from typing import Any
 
 from d3po_core.campaign import checkpoint_path, read_record, round_config
 from d3po_core.cards import card, hub_model, new_folder, public_config
-from d3po_core.checkpoint import lora_sha256
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.kohya import KOHYA_FILE, write_kohya
 from d3po_core.lookup import finished_round
-from d3po_core.policy import LORA_FILE
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import partition, read_rows
+from d3po_core.weights import LORA_FILE, loading_line, weights_file, weights_sha256
 
 CONFIG_FILE = "d3po.json"
 
 
 def export_lora(campaign: Path, output: Path, round_number: int | None = None) -> int:
-    """Write the LoRA of a round with a model card.
+    """Write the LoRA of a round, or the network if all of it was trained, with a model card.
 
     Args:
         campaign: the campaign's folder.
@@ -31,15 +30,16 @@ def export_lora(campaign: Path, output: Path, round_number: int | None = None) -
         The round.
 
     Raises:
-        D3POError: ``output`` is not empty, the round is not finished, or its LoRA is not what was trained.
+        D3POError: ``output`` is not empty, the round is not finished, or its weights are not what was trained.
     """
     number = finished_round(campaign, round_number, trained=True)
     checkpoint = campaign / str(checkpoint_path(number))
     row = read_rows(partition(campaign, "rounds", number) / "part.parquet")[0]
-    if not (checkpoint / LORA_FILE).is_file():
-        raise D3POError(f"{checkpoint / LORA_FILE}: is gone; restore it, or export another round")
-    if lora_sha256(checkpoint) != row["lora_sha256"]:
-        raise D3POError(f"{checkpoint / LORA_FILE}: was changed since round {number} was trained; restore it")
+    file = weights_file(checkpoint)
+    if not file.is_file():
+        raise D3POError(f"{file}: is gone; restore it, or export another round")
+    if weights_sha256(checkpoint) != row["lora_sha256"]:
+        raise D3POError(f"{file}: was changed since round {number} was trained; restore it")
     config = round_config(campaign, number)
     details = {
         "campaign": campaign.name,
@@ -48,21 +48,26 @@ def export_lora(campaign: Path, output: Path, round_number: int | None = None) -
         "config": public_config(config),
     }
     with new_folder(output) as folder:
-        shutil.copyfile(checkpoint / LORA_FILE, folder / LORA_FILE)
-        rank = config.model.lora_rank
-        write_kohya(folder / LORA_FILE, folder / KOHYA_FILE, rank, config.model.lora_alpha or rank)
+        if file.name == LORA_FILE:
+            shutil.copyfile(file, folder / LORA_FILE)
+            rank = config.model.lora_rank
+            write_kohya(folder / LORA_FILE, folder / KOHYA_FILE, rank, config.model.lora_alpha or rank)
+        else:
+            shutil.copytree(file.parent, folder / file.parent.name)
         (folder / CONFIG_FILE).write_text(json.dumps(details, indent=1))
-        (folder / "README.md").write_text(_card(campaign, config, number, row))
+        (folder / "README.md").write_text(_card(campaign, checkpoint, config, number, row))
     return number
 
 
-def _card(campaign: Path, config: CampaignConfig, number: int, row: dict[str, Any]) -> str:
+def _card(campaign: Path, checkpoint: Path, config: CampaignConfig, number: int, row: dict[str, Any]) -> str:
     hub = hub_model(config)
     header: dict[str, Any] = {"base_model": hub} if hub else {}
+    file = weights_file(checkpoint)
+    part = "LoRA" if file.name == LORA_FILE else file.parent.name
     header |= {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["lora", "diffusers", "text-to-image", "d3po"],
+        "tags": [*(["lora"] if part == "LoRA" else []), "diffusers", "text-to-image", "d3po"],
     }
     prompt = read_rows(partition(campaign, "evaluations", number) / "part.parquet")[0]["prompt"]
     sample, train = config.sample, config.train
@@ -72,18 +77,20 @@ def _card(campaign: Path, config: CampaignConfig, number: int, row: dict[str, An
         base=hub or public_config(config)["model"]["path"],
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
-        scores=_scores(campaign, number), labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
-        guidance=sample.guidance_scale, eta=sample.eta, rank=config.model.lora_rank,
-        alpha=config.model.lora_alpha or config.model.lora_rank, beta=train.beta, rate=train.learning_rate,
+        scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
+        labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
+        guidance=sample.guidance_scale, eta=sample.eta, beta=train.beta, rate=train.learning_rate,
+        extent=f"Rank {config.model.lora_rank}, alpha {config.model.lora_alpha or config.model.lora_rank}"
+               if part == "LoRA" else f"All weights of the {part}",
         images=sample.images_per_round, size=sample.group_size,
     )  # fmt: skip
     return card(header, body)
 
 
-def _scores(campaign: Path, number: int) -> str:
+def _scores(campaign: Path, number: int, part: str) -> str:
     """Rows of a Markdown table: every held-out score of base and round, with its interval."""
     records = [read_record(campaign, n, "evaluate", EvaluateRecord) for n in (0, number)]
-    lines = [f"| held-out score, {records[1].num_images} images | base model | with this LoRA |", "|---|---|---|"]
+    lines = [f"| held-out score, {records[1].num_images} images | base model | with this {part} |", "|---|---|---|"]
     for scorer in records[1].scores:
         cells = [f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in (record.scores[scorer] for record in records)]
         lines.append(f"| {scorer} | {' | '.join(cells)} |")
@@ -93,16 +100,15 @@ def _scores(campaign: Path, number: int) -> str:
 _BODY = """
 # {name}, round {number}
 
-{missing}A LoRA trained from preferences between images with [D3PO](https://arxiv.org/abs/2311.13231), without a reward
-model: {number} rounds of {images} images in groups of {size}, judged by {judges} (`labeller: {labeller}`).
+{missing}A {part} trained from preferences between images with [D3PO](https://arxiv.org/abs/2311.13231), without a
+reward model: {number} rounds of {images} images in groups of {size}, judged by {judges} (`labeller: {labeller}`).
 
 ```python
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+import diffusers, torch
 
-pipe = DiffusionPipeline.from_pretrained("{base}", safety_checker=None)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-pipe.load_lora_weights("FOLDER")  # this folder, or the id it is uploaded as
+pipe = diffusers.DiffusionPipeline.from_pretrained("{base}", safety_checker=None)
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+{line}  # this folder, or the id it is uploaded as
 image = pipe(
     {prompt},
     num_inference_steps={steps},
@@ -117,6 +123,6 @@ image = pipe(
 In brackets: 95 % bootstrap intervals of the mean. Prompts and seeds are the same for both columns and were never
 trained on.
 
-Rank {rank}, alpha {alpha}, beta {beta}, learning rate {rate}; everything else is in [{file}]({file}). SHA-256 of the
+{extent}, beta {beta}, learning rate {rate}; everything else is in [{file}]({file}). SHA-256 of the
 weights: `{sha256}`.
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -43,18 +44,17 @@ def load_family(config: ModelConfig) -> Family:
         options: dict[str, Any] = dict.fromkeys(absent) | _LEFT_OUT.get(family.PIPELINE.__name__, {})
         if config.single_file_config:
             pipeline = family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options)
+            _expect_all_weights(pipeline)
         else:
             pipeline = family.PIPELINE.from_pretrained(
                 source, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **options
             )
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, SingleFileComponentError) as error:
         if isinstance(error, D3POError):
             raise
-        hint = (
-            ""
-            if path.exists()
-            else "; is the hub id right, and the network or the hub's cache there? A folder works too"
-        )
+        hint = "; is the hub id right, and the network or the hub's cache there? A folder works too"
+        if path.exists():
+            hint = "; is it a whole model, made from model.single_file_config?" if config.single_file_config else ""
         raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None
     if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # such a VAE overflows in fp16
@@ -125,5 +125,15 @@ def _local(path: str) -> str:
     return str(local) if local.exists() else path
 
 
+def _expect_all_weights(pipeline: Any) -> None:
+    """Make sure that no part lacks weights, which the library leaves without values and says nothing."""
+    modules = [(name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+    missing = [f"{name}.{key}" for name, part in modules for key, value in part.named_parameters() if value.is_meta]
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, NotImplementedError):  # torch's word for a weight that has no value
+        return "weights are missing"
     return " ".join(str(error).split())[:300] or type(error).__name__

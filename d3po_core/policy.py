@@ -25,13 +25,14 @@ from d3po_core.families import Embedding, Family
 from d3po_core.fused_layers import fuse_attention, scale_group_norms, share_rows_until_text, split_gated_layers
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
+from d3po_core.weights import LORA_FILE
 
 __all__ = ["LORA_FILE", "Conditioning", "Policy", "check_model", "load_policy"]
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 MOST_EMBEDDINGS = 4096
-# Gradients in fp16 vanish below 6e-8: the loss is multiplied by this before they are taken, and they are divided after.
-FP16_LOSS_SCALE = 2.0**12
+# Gradients in fp16 vanish below 6e-8: the loss is multiplied before they are taken, and they are divided after. They
+# overflow above 65504: then the factor shrinks, for good.
+FP16_LOSS_SCALE, SHRINK = 2.0**12, 8.0
 # At most so many image-steps are trained on, images sampled and images decoded at once.
 TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
 SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
@@ -56,6 +57,7 @@ class Policy:
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
         self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
+        self.loss_scale = self.first_loss_scale
         self.sizes = BatchSizes() if config.compile else None
         self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
         self.sampling_rows = RowLimit("sampling", SAMPLED_ROWS[config.memory])
@@ -69,7 +71,7 @@ class Policy:
         self._bare.to(self.device)
         for name in () if self._moves_parts else ("vae", *family.TEXT_PARTS):
             self._move(name, self.device)
-        self._add_lora(seed)
+        self._prepare_training(seed)
         self._make_fast()
         self.network = self.accelerator.prepare_model(self._bare)
 
@@ -82,7 +84,7 @@ class Policy:
         if part is not None:
             part.to(device)
 
-    def _add_lora(self, seed: int) -> None:
+    def _prepare_training(self, seed: int) -> None:
         config = self.config
         lora = LoraConfig(
             r=config.lora_rank,
@@ -127,6 +129,9 @@ class Policy:
     def trainable_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and values of the LoRA's weights, in a fixed order."""
         return sorted((n, p) for n, p in self._bare.named_parameters() if p.requires_grad)
+
+    def weights_changed(self) -> None:
+        """Tell the policy that its trainable parameters have new values: those of a LoRA are used as they are."""
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """The model's denoising steps, on its device."""
@@ -213,9 +218,22 @@ class Policy:
         image_BCHW = (self.family.decode(latent_BCHW)[:count].float() / 2 + 0.5).clamp(0, 1)
         return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
+    @property
+    def first_loss_scale(self) -> float:
+        """What an untrained policy multiplies its losses by."""
+        return FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
+
+    def shrink_loss_scale(self) -> bool:
+        """Whether an update's gradient overflowed in fp16 and is to be taken again, now with a smaller loss scale."""
+        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
+        if self.loss_scale <= 1 or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+            return False
+        self.loss_scale /= SHRINK
+        return True
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add a micro-batch's gradient; ranks exchange gradients only in the last one of an update."""
-        scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        scale = self.loss_scale
         (loss * scale).backward()
         if last and scale != 1.0:
             for _, parameter in self.trainable_parameters():
@@ -256,11 +274,12 @@ class Policy:
             for layer, original in zip(layers, originals, strict=True):
                 layer.get_base_layer().weight.data = original
 
-    def reset_lora(self) -> None:
+    def reset_weights(self) -> None:
         """Put the LoRA back to its seeded start, where it changes nothing."""
+        self.loss_scale = self.first_loss_scale
         set_peft_model_state_dict(self._bare, self._initial_lora)
 
-    def save_lora(self, folder: Path) -> Path:
+    def save_weights(self, folder: Path) -> Path:
         """Write the LoRA as the file that ``pipe.load_lora_weights(folder)`` reads; returns its path."""
         part = self.family.NETWORK
         state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self._bare).items()}
@@ -271,7 +290,7 @@ class Policy:
         _sort_metadata(folder / LORA_FILE)
         return folder / LORA_FILE
 
-    def load_lora(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Take the LoRA from a checkpoint folder.
 
         Raises:
@@ -305,13 +324,17 @@ def _sort_metadata(path: Path) -> None:
 
 
 def load_policy(config: ModelConfig, seed: int) -> Policy:
-    """Load the base model and give it an untrained LoRA.
+    """Load the base model and give it an untrained LoRA, or make all of its network trainable.
 
     Args:
-        config: where the model is and what LoRA it gets.
+        config: where the model is and what of it is trained.
         seed: seed of the LoRA's initial weights.
 
     Raises:
         D3POError: no such model, or it cannot be read; one line that says what to do.
     """
+    if config.train == "full":
+        from d3po_core.full_policy import FullPolicy
+
+        return FullPolicy(load_family(config), config, seed)
     return Policy(load_family(config), config, seed)

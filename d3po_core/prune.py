@@ -72,7 +72,8 @@ def apply_prune(campaign: Path, plan: PrunePlan) -> None:
     for path in plan.files:
         with disk_errors(path):
             path.unlink(missing_ok=True)
-    for folder in {path.parent for path in plan.files}:
+    folders = {path.parent for path in plan.files}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):  # the inner ones first
         with contextlib.suppress(OSError):  # others still have files
             folder.rmdir()
 

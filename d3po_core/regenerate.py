@@ -77,7 +77,7 @@ def regenerate(campaign: Path, sample_id: str, policy: Policy) -> Regenerated:
     Args:
         campaign: the campaign's folder.
         sample_id: id of an image of a round, or of a held-out one.
-        policy: the model of the round's configuration; its LoRA is replaced.
+        policy: the model of the round's configuration; its weights are replaced.
 
     Raises:
         D3POError: no such image, its checkpoint is gone, or the tables do not fit its seeds.

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.campaign import checkpoint_path, round_config
-from d3po_core.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round, lora_sha256
+from d3po_core.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round
 from d3po_core.errors import D3POError, NonFiniteLossError
-from d3po_core.policy import LORA_FILE, Policy
+from d3po_core.policy import Policy
 from d3po_core.regenerate import checkpoint_round, largest_difference, made_on, redraw, training_batches
 from d3po_core.tables import partition, read_rows
 from d3po_core.trainer import Update, make_optimizer
 from d3po_core.training_set import Shard, load_training_set, train_round
+from d3po_core.weights import weights_file, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Replay:
 
     Attributes:
         round: the round.
-        stored_sha256: digest of the LoRA file as the row in ``rounds`` has it.
-        sha256: digest of the LoRA file that came out now.
+        stored_sha256: digest of the trained weights' file as the row in ``rounds`` has it.
+        sha256: digest of the file that came out now.
         num_updates: optimizer updates made.
         failure: what stopped training before its last update, None when nothing did.
-        largest_difference: largest difference of a weight from the stored LoRA; None when its file is gone.
+        largest_difference: largest difference of a weight from the stored one; None when its file is gone.
         largest_move: how far the round moved a weight at most, now.
         sampled_again: trajectory files that were gone and were sampled anew.
         images_compared: images of those whose stored file is still there.
@@ -53,7 +54,7 @@ class Replay:
 
     @property
     def identical(self) -> bool:
-        """Whether the same LoRA came out, byte for byte."""
+        """Whether the same weights came out, byte for byte."""
         return self.sha256 == self.stored_sha256
 
 
@@ -67,7 +68,7 @@ def replay_round(
     Args:
         campaign: the campaign's folder.
         round_number: a finished round, 1 or later.
-        policy: the model of the round's configuration; its LoRA is replaced.
+        policy: the model of the round's configuration; its weights are replaced.
         on_update: called after every optimizer update.
 
     Raises:
@@ -92,9 +93,9 @@ def replay_round(
     after = {name: parameter.detach().cpu().clone() for name, parameter in policy.trainable_parameters()}
     stored = campaign / str(checkpoint_path(round_number))
     with tempfile.TemporaryDirectory() as folder:
-        policy.save_lora(Path(folder))
-        digest = lora_sha256(Path(folder))
-        difference = _largest(load_file(Path(folder) / LORA_FILE), stored)
+        file = policy.save_weights(Path(folder))
+        digest = weights_sha256(Path(folder))
+        difference = _largest(load_file(file), weights_file(stored))
     return Replay(
         round=round_number,
         stored_sha256=read_rows(partition(campaign, "rounds", round_number) / "part.parquet")[0]["lora_sha256"],
@@ -121,7 +122,7 @@ def check_replayable(campaign: Path, round_number: int) -> None:
     before = checkpoint_path(_start(campaign, round_number)) if needed[0].exists() else None
     if before is not None:
         carried = [OPTIMIZER_FILE] if round_config(campaign, round_number).train.carry_optimizer else []
-        needed += [campaign / before / name for name in (LORA_FILE, RECORD_FILE, *carried)]
+        needed += [weights_file(campaign / before), *(campaign / before / name for name in (RECORD_FILE, *carried))]
     missing = [str(path.relative_to(campaign)) for path in needed if not path.exists()]
     if missing:
         raise D3POError(
@@ -160,7 +161,7 @@ class _Resampled:
 
 
 def _largest(now: dict[str, torch.Tensor], stored: Path) -> float | None:
-    if not (stored / LORA_FILE).exists():
+    if not stored.exists():
         return None
-    then = load_file(stored / LORA_FILE)
+    then = load_file(stored)
     return max(float((now[name] - then[name]).abs().max()) for name in now)

@@ -223,13 +223,17 @@ def kl_from_base(
         guidance_scale: the guidance that they were sampled with.
     """
     conditioning = policy.encode(prompts, guidance_scale)
-    kl_B = torch.zeros(len(prompts))
-    for step in torch.nonzero(schedule.sigma_T > 0).flatten().tolist():
+    steps = torch.nonzero(schedule.sigma_T > 0).flatten().tolist()
+
+    def mean(step: int) -> torch.Tensor:
         step_B = torch.full((len(prompts),), step, device=policy.device)
         latent = latents_BTCHW[:, step].to(policy.device, torch.float32)
-        t_B = schedule.timesteps_T[step_B]
-        mean = step_mean(schedule, step_B, latent, policy.predict(latent, t_B, conditioning))
-        with policy.base():
-            base_mean = step_mean(schedule, step_B, latent, policy.predict(latent, t_B, conditioning))
-        kl_B += ((mean - base_mean) ** 2).mean(dim=(1, 2, 3)).cpu() / (2 * float(schedule.sigma_T[step]) ** 2)
+        return step_mean(schedule, step_B, latent, policy.predict(latent, schedule.timesteps_T[step_B], conditioning))
+
+    means = [mean(step) for step in steps]
+    with policy.base():  # once: a network that is trained as a whole is swapped for the base's
+        base_means = [mean(step) for step in steps]
+    kl_B = torch.zeros(len(prompts))
+    for step, ours, base in zip(steps, means, base_means, strict=True):
+        kl_B += ((ours - base) ** 2).mean(dim=(1, 2, 3)).cpu() / (2 * float(schedule.sigma_T[step]) ** 2)
     return kl_B

@@ -1,7 +1,7 @@
 """Training of a round: preferences in, optimizer updates out.
 
 One policy forward an image and step serves every pair that the image is in. The reference's log_probs are the stored
-ones of sampling (``round_start``) or one pass with the LoRA off (``base``).
+ones of sampling (``round_start``) or one pass of the base model (``base``).
 
 Departures from the published code, beside the switches of the loss: ties are never batched, every rank's gradient goes
 through the prepared network, and a non-finite loss stops the round before it reaches the weights.
@@ -20,7 +20,7 @@ import torch
 
 from d3po_core.config import TrainConfig
 from d3po_core.ddim import Schedule
-from d3po_core.errors import NonFiniteLossError
+from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.loss import pair_loss
 from d3po_core.policy import Policy
 from d3po_core.rollout import replay_log_probs
@@ -69,14 +69,36 @@ class Update:
     per_step: list[dict[str, Any]]
 
 
-def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the LoRA's weights."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in policy.trainable_parameters()],
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-    )
+def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained weights.
+
+    Raises:
+        D3POError: the library of the optimizer that is asked for is not installed.
+    """
+    parameters = [parameter for _, parameter in policy.trainable_parameters()]
+    kind = optimizer_class(config)
+    if config.optimizer == "adamw8bit":
+        for parameter in parameters:  # else it does so itself, and its moments keep the layout from before
+            parameter.data = parameter.data.contiguous()
+    return kind(parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+
+def optimizer_class(config: TrainConfig) -> Any:
+    """The optimizer that the configuration asks for.
+
+    Raises:
+        D3POError: its library is not installed.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise D3POError(
+            f"train.optimizer is 'adamw8bit', whose library cannot be imported ({' '.join(str(error).split())}); "
+            "install the extra (pip install -e '.[adam8bit]'), or set it to 'adamw'"
+        ) from None
+    return AdamW8bit
 
 
 def plan_updates(num_groups: int, config: TrainConfig, seed: int) -> list[tuple[int, list[int]]]:
@@ -108,7 +130,7 @@ def train_updates(
     """Train on a round's preferences, yielding after every optimizer update.
 
     Args:
-        policy: the policy; its LoRA is changed.
+        policy: the policy; its weights are changed.
         optimizer: from make_optimizer, maybe with earlier state.
         schedule: the T steps that the trajectories were sampled with, on the policy's device.
         data: trajectories and pairs.
@@ -145,7 +167,10 @@ def _take_gradient(
             _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
         return tally
 
-    return lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+    while True:
+        tally = lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+        if not lesson.policy.shrink_loss_scale():
+            return tally
 
 
 class _Lesson:
@@ -272,12 +297,13 @@ def _apply(
             "Lower train.learning_rate or train.beta, use train.log_prob 'mean', or model.precision 'no'"
         )
     optimizer.step()
+    policy.weights_changed()
     return grad_norm
 
 
 @torch.no_grad()
 def _base_log_probs(lesson: _Lesson, num_images: int) -> torch.Tensor:
-    """log_probs ``[N, T]`` of the stored trajectories under the base model: the LoRA off, one pass a row.
+    """log_probs ``[N, T]`` of the stored trajectories under the base model, one pass a row.
 
     Steps that are never trained on stay 0.
     """

@@ -64,7 +64,7 @@ def replay(
     round: Annotated[int | None, typer.Option(help="Round to train again; the last when not given")] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Train a round again from what is on disk, and say whether the same LoRA comes out; nothing is written."""
+    """Train a round again from what is on disk, and say whether the same weights come out; nothing is written."""
     from d3po_core.campaign import campaign_named
     from d3po_core.lookup import finished_round
 
@@ -83,13 +83,13 @@ def replay(
     if result.failure:
         print(f"stopped: {result.failure}")
     if result.identical:
-        print(f"round {number}: the same LoRA, byte for byte")
+        print(f"round {number}: the same weights, byte for byte")
         return
     if result.largest_difference is not None:
         print(f"largest difference of a weight {result.largest_difference:.1e}; the round moved weights by up to "
               f"{result.largest_move:.1e}")  # fmt: skip
     print(_conditions(result.made_on, result.computed_on))
-    print(f"round {number}: another LoRA")
+    print(f"round {number}: other weights")
     raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Commands that make a folder for others: preferences as a dataset, a LoRA with its model card."""
+"""Commands that make a folder for others: preferences as a dataset, a LoRA or a trained network with its model card."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,13 +28,14 @@ def export_preferences(
 def export_lora(
     campaign: Annotated[str, typer.Option(help="Name of the campaign")],
     output: OutputOption,
-    round: Annotated[int | None, typer.Option(help="Round whose LoRA it is; the last when not given")] = None,
+    round: Annotated[int | None, typer.Option(help="Round that trained it; the last when not given")] = None,
 ) -> None:
-    """Write a round's LoRA with a model card, ready to upload."""
+    """Write a round's LoRA (or its network, if all of it was trained) with a model card, ready to upload."""
     from d3po_core.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
     with loading():
         from d3po_core.export_lora import export_lora as export
+        from d3po_core.weights import loading_line
     number = export(folder, output, round)
-    print(f"round {number} in {output}: pipe.load_lora_weights({str(output)!r})")
+    print(f"round {number} in {output}: {loading_line(output, repr(str(output)))}")

@@ -35,6 +35,7 @@ from d3po_core.records import (
 )  # fmt: skip
 from d3po_core.report import REPORT_FILE, write_report
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.trainer import optimizer_class
 from tasks import tracking
 from tasks.showing import show_rounds
 from tasks.stage import STAGE_OPTIONS, load_scorers
@@ -47,6 +48,7 @@ def check_campaign(config: CampaignConfig) -> None:
         D3POError: one line on what is wrong and what to do.
     """
     check_model(config.model)
+    optimizer_class(config.train)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)

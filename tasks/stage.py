@@ -49,7 +49,7 @@ def loaded_policy(config: CampaignConfig) -> Policy:
 
 
 def policy_at(config: CampaignConfig, round_number: int) -> Policy:
-    """The loaded policy with the LoRA of a round's checkpoint; round 0 is the base model.
+    """The loaded policy with the weights of a round's checkpoint; round 0 is the base model.
 
     The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
     resumed round then computes with the same numbers as one that was not killed.
@@ -78,7 +78,8 @@ def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scor
     Raises:
         D3POError: one of them is not there.
     """
-    return {name: load_scorer(name, config.scoring, config.model.device) for name in names}
+    model = config.model
+    return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ AVERAGED = ("loss", "margin", "pair_accuracy", "kl", "clip_fraction")
 
 @task(name="train", **STAGE_OPTIONS)
 def train_policy(config: CampaignConfig, round_number: int) -> TrainRecord:
-    """Train the LoRA on the round's preferences and write the round's checkpoint."""
+    """Train the policy on the round's preferences and write the round's checkpoint."""
     record = finish_stage(config.folder, round_number, "train", TrainRecord, lambda: _train(config, round_number))
     tracking.deliver(config)
     return record

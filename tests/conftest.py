@@ -36,11 +36,11 @@ def loaded_policy() -> Policy:
 @pytest.fixture
 def policy(loaded_policy: Policy) -> Iterator[Policy]:
     """The embedded model on the CPU with a fresh LoRA of rank 4; loaded once, put back before and after each test."""
-    loaded_policy.reset_lora()
+    loaded_policy.reset_weights()
     for _, parameter in loaded_policy.trainable_parameters():
         parameter.grad = None
     yield loaded_policy
-    loaded_policy.reset_lora()
+    loaded_policy.reset_weights()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A campaign as one HTML file that needs nothing else: no network, no server, no file beside it."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from d3po_core.report import answers, plots
 from d3po_core.report.gather import STAGES, Facts, Row, gather
 from d3po_core.report.pictures import SHEETS, RoundPictures, choose, round_pictures, thumbnail
 from d3po_core.tables import atomic_path, connect
+from d3po_core.weights import loading_line, weights_file
 
 REPORT_FILE = "report.html"
 
@@ -131,7 +133,9 @@ def _checkpoint(facts: Facts) -> Row | None:
     if row["checkpoint_out"] is None:
         return None
     folder = facts.folder / row["checkpoint_out"]
-    return {"path": _short(folder), "sha256": row["lora_sha256"], "exists": any(folder.glob("*.safetensors"))}
+    path, exists = _short(folder), weights_file(folder).exists()
+    line = loading_line(folder, json.dumps(path)) if exists else None
+    return {"path": path, "sha256": row["lora_sha256"], "exists": exists, "line": line}
 
 
 def _curves(facts: Facts, scorers: list[answers.Scored]) -> list[Row]:

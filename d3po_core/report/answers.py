@@ -195,7 +195,9 @@ def _pairs(rounds: list[Row]) -> Check:
 def _trained(rounds: list[Row]) -> Check:
     hashes = [row["lora_sha256"] for row in rounds]
     same = [rounds[i]["round"] for i in range(1, len(rounds)) if hashes[i] and hashes[i] == hashes[i - 1]]
-    text = "Each LoRA differs from the one before." if not same else f"Unchanged LoRA in rounds {listed(same)}."
+    text = (
+        "Each checkpoint differs from the one before." if not same else f"Unchanged weights in rounds {listed(same)}."
+    )
     return Check(not same, "Every round changed the weights", text)
 
 

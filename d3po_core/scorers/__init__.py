@@ -40,7 +40,7 @@ BUILT_IN: dict[str, Scorer] = {
 }
 
 
-def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "auto") -> Scorer:
+def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "auto", memory: str = "fast") -> Scorer:
     """Find a scorer by name; its results are checked at every call.
 
     A learned scorer's files are found here (and fetched from the hub, if they were not yet); its weights are read at
@@ -50,6 +50,7 @@ def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "
         name: as in ``judge.scorers``.
         scoring: where models and servers are; all defaults when not given.
         device: where learned scorers run: ``auto``, ``cpu`` or ``cuda``.
+        memory: as ``model.memory``: unless ``fast``, a learned scorer leaves the device after each call.
 
     Raises:
         D3POError: no such scorer, or its model's files are not there or not safe to read.
@@ -59,7 +60,8 @@ def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "
     if name not in BUILT_IN and where is not None and is_url(where):
         return _checked(name, _remote(name, where, scoring.batch_size, scoring.timeout_seconds, scoring.tries))
     if name in MODELS:
-        return _checked(name, _model(name, where or MODELS[name].default, device, scoring.batch_size))
+        where = where or MODELS[name].default
+        return _checked(name, _model(name, where, device, scoring.batch_size, memory != "fast"))
     if where is not None:
         raise D3POError(
             f"scoring.models.{name} is {where!r}; only {', '.join(MODELS)} have weights: expected an http(s) URL"

@@ -24,24 +24,25 @@ from d3po_core.scorers.sources import Source
 HEAD_FILE = "head.safetensors"
 
 
-class Similarity:
+class Similarity(torch.nn.Module):
     """A factor times the cosine between CLIP's embeddings of an image and its prompt.
 
     ``clip_score``: 100, without the published cut at 0, below which images would tie. ``pickscore``: the factor that
     CLIP learned, about 100. ``hpsv2``: 1, as its authors give it.
     """
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, scale: float | None) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype, scale: float | None) -> None:
+        super().__init__()
         config = CLIPConfig.from_pretrained(source.place_of("config.json"))
         rename = open_clip_names if "visual.conv1.weight" in names_in(source) else None
         model = read_model(CLIPModel, source, config, rename)
         self._scale = float(model.logit_scale.exp()) if scale is None else scale
-        self._model = model.to(device, dtype)
+        self._model = model.to(dtype)
         self._processor = CLIPImageProcessorPil.from_pretrained(source.place_of("preprocessor_config.json"))
         self._tokenizer = CLIPTokenizer.from_pretrained(source.place_of("tokenizer_config.json"))
         self._most_tokens = config.text_config.max_position_embeddings
 
-    def __call__(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         """Scores ``[B]``; a prompt longer than CLIP reads is cut."""
         distinct = list(dict.fromkeys(prompts))
         tokens = self._tokenizer(
@@ -53,19 +54,20 @@ class Similarity:
         return self._scale * torch.cosine_similarity(image_BF.float(), text_BF.float())
 
 
-class Aesthetic:
+class Aesthetic(torch.nn.Module):
     """A linear head on CLIP's embedding of an image, of length 1: about 1 (ugly) to 10; prompts do not matter."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        super().__init__()
         place = source.place_of("preprocessor_config.json")
         config = CLIPVisionConfig.from_pretrained(place)
         model = read_model(CLIPVisionModelWithProjection, source, config, place=place)
         state = head_state(load_file(source.find(HEAD_FILE) or source.weights()))
-        self._head = Head(source, state, config.projection_dim, device)
-        self._model = model.to(device, dtype)
+        self._head = Head(source, state, config.projection_dim)
+        self._model = model.to(dtype)
         self._processor = CLIPImageProcessorPil.from_pretrained(place)
 
-    def __call__(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         """Scores ``[B]``."""
         image_BF = self._model(pixels(self._processor, images, self._model)).image_embeds.float()
         return self._head(torch.nn.functional.normalize(image_BF, dim=1))

@@ -44,21 +44,22 @@ class _Blip(BlipPreTrainedModel):
         self.post_init()
 
 
-class ImageReward:
+class ImageReward(torch.nn.Module):
     """How well an image fits its prompt and pleases: about 0 on average, 1 for a standard deviation more."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        super().__init__()
         own = source.find("config.json")
         config = BlipConfig.from_pretrained(own) if own else BlipConfig(**PUBLISHED)
         state = load_file(source.weights())
         model = read_model(_Blip, source, config, authors_names)
-        self._head = Head(source, head_state(state, "mlp."), config.text_config.hidden_size, device)
-        self._model = model.to(device, dtype)
+        self._head = Head(source, head_state(state, "mlp."), config.text_config.hidden_size)
+        self._model = model.to(dtype)
         size = config.vision_config.image_size
         self._processor = ImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         self._tokenizer = BertTokenizer.from_pretrained(source.place_of("tokenizer_config.json"))
 
-    def __call__(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         """Scores ``[B]``; a prompt of more than 35 tokens is cut."""
         tokens = self._tokenizer(
             prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"

@@ -3,7 +3,8 @@
 Half precision on a GPU, single on a CPU; similarities and heads are always computed in single precision.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,8 +16,6 @@ from d3po_core.scorers.sources import Source
 
 if TYPE_CHECKING:
     import torch
-
-    Judge = Callable[[np.ndarray, list[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,12 @@ def device_type(device: str) -> str:
 
 
 class ModelScorer:
-    """A learned scorer: its files are found at once, its weights are read at the first call."""
+    """A learned scorer: its files are found at once, its weights are read at the first call.
 
-    def __init__(self, name: str, where: str, device: str, batch_size: int) -> None:
+    Between calls its weights stay on the device, or wait in main memory when ``leaves_device``.
+    """
+
+    def __init__(self, name: str, where: str, device: str, batch_size: int, leaves_device: bool) -> None:
         from d3po_core.row_limit import RowLimit
 
         self.name, self._batch_size = name, batch_size
@@ -70,17 +72,27 @@ class ModelScorer:
         self._source.weights()
         for filename in model.files:
             self._source.place_of(filename)
-        self._device = device_type(device)
+        self._device, self._leaves_device = device_type(device), leaves_device
         self._rows = RowLimit(f"scorer {name!r}")
-        self._judge: Judge | None = None
+        self._judge: torch.nn.Module | None = None
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Scores ``[B]`` of images ``[B, height, width, 3]``."""
         if self._judge is None:
-            self._judge = _read(self.name, self._source, self._device)
-        return self._rows.fit(self._batch_size, partial(self._score, self._judge, images, prompts))
+            self._judge = _read(self.name, self._source, half_precision=self._device == "cuda")
+        with self._on_device(self._judge):
+            return self._rows.fit(self._batch_size, partial(self._score, self._judge, images, prompts))
 
-    def _score(self, judge: "Judge", images: np.ndarray, prompts: list[str], rows: int) -> np.ndarray:
+    @contextlib.contextmanager
+    def _on_device(self, judge: "torch.nn.Module") -> Iterator[None]:
+        judge.to(self._device)
+        try:
+            yield
+        finally:
+            if self._leaves_device:
+                judge.to("cpu")
+
+    def _score(self, judge: "torch.nn.Module", images: np.ndarray, prompts: list[str], rows: int) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
@@ -91,7 +103,8 @@ class ModelScorer:
         return torch.cat(parts).double().numpy() if parts else np.empty(0)
 
 
-def _read(name: str, source: Source, device_name: str) -> "Judge":
+def _read(name: str, source: Source, half_precision: bool) -> "torch.nn.Module":
+    """The model that gives scores ``[B]`` of images and prompts, on the CPU."""
     import torch
     from transformers.utils import logging
 
@@ -99,8 +112,7 @@ def _read(name: str, source: Source, device_name: str) -> "Judge":
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    device, dtype = torch.device(device_name), torch.float16 if device_name == "cuda" else torch.float32
-    readers: dict[str, Callable[[Source, torch.device, torch.dtype], Judge]] = {
+    readers: dict[str, Callable[[Source, torch.dtype], torch.nn.Module]] = {
         "aesthetic": clip.Aesthetic,
         "clip_score": partial(clip.Similarity, scale=100.0),
         "pickscore": partial(clip.Similarity, scale=None),
@@ -108,4 +120,4 @@ def _read(name: str, source: Source, device_name: str) -> "Judge":
         "image_reward": image_reward.ImageReward,
     }
     with source.explained():
-        return readers[name](source, device, dtype)
+        return readers[name](source, torch.float16 if half_precision else torch.float32)

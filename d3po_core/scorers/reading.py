@@ -52,13 +52,14 @@ def names_in(source: Source) -> set[str]:
         return set(file.keys())
 
 
-class Head:
+class Head(torch.nn.Module):
     """Linear layers one after the other, ``[B, width] -> [B]``, as the authors of both heads publish them.
 
     Between the layers there is nothing but dropout, which is off. Their names are ``layers.<n>.weight`` and ``.bias``.
     """
 
-    def __init__(self, source: Source, state: State, width: int, device: torch.device) -> None:
+    def __init__(self, source: Source, state: State, width: int) -> None:
+        super().__init__()
         numbers = sorted(int(name.split(".")[1]) for name in state if name.endswith(".weight"))
         if not numbers or any(f"layers.{n}.bias" not in state for n in numbers):
             raise source.error("has no head: weights named layers.0.weight, layers.0.bias and so on (docs/scorers.md)")
@@ -68,14 +69,19 @@ class Head:
             raise source.error(
                 f"its head takes {layers[0][0].shape[1]} numbers and gives {widths[-1]}; expected {width} and 1"
             )
-        self._layers = [(weight.float().to(device), bias.float().to(device)) for weight, bias in layers]
+        self.layers = torch.nn.Sequential(*(_linear(weight, bias) for weight, bias in layers))
 
-    def __call__(self, features_BF: torch.Tensor) -> torch.Tensor:
+    def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
         """One number for each of B features, in single precision."""
-        numbers_BF = features_BF.float()
-        for weight, bias in self._layers:
-            numbers_BF = torch.nn.functional.linear(numbers_BF, weight, bias)
-        return numbers_BF.squeeze(1)
+        return self.layers(features_BF.float()).squeeze(1)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
+    outputs, inputs = weight.shape
+    layer = torch.nn.Linear(inputs, outputs).requires_grad_(False)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+    return layer
 
 
 def head_state(state: State, prefix: str = "") -> State:

@@ -5,13 +5,12 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, copytree
 from typing import Any
 
 from d3po_core.agreement import round_metrics
 from d3po_core.campaign import campaign_id, read_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
-from d3po_core.policy import LORA_FILE
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -23,6 +22,7 @@ from d3po_core.records import (
 )
 from d3po_core.report import REPORT_FILE
 from d3po_core.tables import connect, partition, read_rows
+from d3po_core.weights import LORA_FILE, loading_line, weights_file
 from tasks.tracking.store import (
     Client,
     campaign_run_id,
@@ -110,7 +110,9 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     values["train/pair_steps_per_second"] = pair_steps / record.seconds
     values["seconds/train"] = record.seconds
     log_both(client, config, round_number, run_id, record.finished_at, values)
-    client.log_artifact(run_id, str(config.folder / record.checkpoint / LORA_FILE))
+    file = weights_file(config.folder / record.checkpoint)
+    if file.name == LORA_FILE:  # a whole network is large: it comes once, with the model
+        client.log_artifact(run_id, str(file))
     client.set_tag(run_id, "d3po.lora_sha256", record.lora_sha256)
 
 
@@ -174,11 +176,16 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
         "d3po.preferences_sha256": hashlib.sha256(preferences.read_bytes()).hexdigest(),
     }  # fmt: skip
     metrics = _held_out(evaluated) | _win_rates(guard)
+    checkpoint = config.folder / row["checkpoint_out"]
+    file = weights_file(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        copyfile(config.folder / row["checkpoint_out"] / LORA_FILE, Path(folder) / LORA_FILE)
+        if file.name == LORA_FILE:
+            copyfile(file, Path(folder) / LORA_FILE)
+        else:
+            copytree(file.parent, Path(folder) / file.parent.name)
         model = log_checkpoint(client, config, round_number, run_id, Path(folder), tags, metrics, row["finished_at"])
     version = register_version(client, config, model, run_id, tags)
-    text = _about_round(config, round_number, guard, row) + _loading_lines(config, version)
+    text = _about_round(config, round_number, guard, row) + _loading_lines(config, checkpoint, version)
     describe_version(client, config, model, version, text)
     describe(client, run_id, text)
     aliases = {"champion": guard.champion}
@@ -198,12 +205,12 @@ def _about_round(config: CampaignConfig, round_number: int, guard: GuardRecord, 
     )
 
 
-def _loading_lines(config: CampaignConfig, version: str) -> str:
+def _loading_lines(config: CampaignConfig, checkpoint: Path, version: str) -> str:
     return (
         f"\n```python\nmlflow.set_tracking_uri({tracking_uri()!r})\n"
-        f"pipe = diffusers.StableDiffusionPipeline.from_pretrained({config.model.path!r})\n"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
         f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n'
-        "pipe.load_lora_weights(folder)\n```\n"
+        f"{loading_line(checkpoint, 'folder')}\n```\n"
     )
 
 

@@ -209,7 +209,7 @@ def log_checkpoint(
         config: of the campaign.
         round_number: the checkpoint's round.
         run_id: the round's run.
-        folder: holds the LoRA's file and nothing else that is not to be shipped.
+        folder: holds the weights and nothing else that is not to be shipped.
         tags: of the model and of the version.
         metrics: of the model; MLflow sorts models by them.
         when: time of the metrics.
@@ -224,7 +224,7 @@ def log_checkpoint(
     if model is None or model.status != LoggedModelStatus.READY:
         model = client.create_logged_model(
             experiment(client), name=f"{config.campaign}-round-{round_number:03d}", source_run_id=run_id,
-            tags={**identity, **tags}, model_type="lora",
+            tags={**identity, **tags}, model_type=config.model.train,
         )  # fmt: skip
         client.log_model_artifacts(model.model_id, str(folder))
         values = [
@@ -247,7 +247,7 @@ def register_version(
     try:
         client.get_registered_model(name)
     except MlflowException:
-        client.create_registered_model(name, description=f"LoRA checkpoints of the D3PO campaign {config.campaign}.")
+        client.create_registered_model(name, description=f"Checkpoints of the D3PO campaign {config.campaign}.")
     present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if present:
         return str(present[0].version)

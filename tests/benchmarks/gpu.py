@@ -168,7 +168,7 @@ def _compare_path(
     expected: tuple[torch.Tensor, torch.Tensor],
 ) -> Results:  # fmt: skip
     """One path as it samples and as it trains, each against float32, and the two against each other."""
-    policy.reset_lora()
+    policy.reset_weights()
     stir(policy)
     found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
     log_probs, gradient_P = expected

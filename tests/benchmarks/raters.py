@@ -107,7 +107,7 @@ def speed(arguments: argparse.Namespace) -> list[Row]:
 
 def campaign(policy: Policy, arguments: argparse.Namespace, judge: str, seed: int) -> list[Row]:
     """Rounds of sampling, judging, deciding and training; a row an evaluation."""
-    policy.reset_lora()
+    policy.reset_weights()
     optimizer = make_optimizer(policy, CONFIG.train)
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
     started, rows = time.perf_counter(), []

@@ -121,7 +121,7 @@ def rate_sampling_published(published: Published, images: int, group_size: int) 
 
 def rate_training(policy: Policy, data: TrainingSet) -> float:
     """Pair-steps a second of a round's updates, with the configured micro-batch and the stored reference."""
-    policy.reset_lora()
+    policy.reset_weights()
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
     optimizer = make_optimizer(policy, CONFIG.train)
     started = time.perf_counter()

@@ -14,7 +14,8 @@ def image_seed(prompt: str, member: int, campaign: int = 0, round_number: int = 
 
 
 def stir_lora(policy: Policy, seed: int, size: float = 0.02) -> None:
-    """Move every LoRA weight at random, so that the policy is no longer what it was."""
+    """Move every trained weight at random, so that the policy is no longer what it was."""
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters():
             parameter.add_(size * gaussian(derive_seed(seed, name), *parameter.shape))
+    policy.weights_changed()

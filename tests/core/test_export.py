@@ -244,11 +244,16 @@ def test_lora_that_was_changed_or_lost_is_not_exported(campaign: Path, tmp_path:
 
 
 def test_paths_of_this_machine_are_not_shown_to_others(tmp_path: Path) -> None:
-    values = {"runs_dir": str(tmp_path), "model": {"path": str(tmp_path / "secret" / "sd")},
-              "sample": {"prompts": "~/private/prompts.txt"}}  # fmt: skip
+    values = {"runs_dir": str(tmp_path), "sample": {"prompts": "~/private/prompts.txt"},
+              "model": {"path": str(tmp_path / "secret" / "sd"), "single_file_config": str(tmp_path / "secret" / "v1")},
+              "judge": {"scorers": ["pickscore", "taste"]},
+              "scoring": {"models": {"pickscore": str(tmp_path / "clip"), "taste": "http://judge:9000/score"}},
+              }  # fmt: skip
     shown = public_config(load_config(values, "test"))
     assert "runs_dir" not in shown
     assert (shown["model"]["path"], shown["sample"]["prompts"]) == ("sd", "prompts.txt")
+    assert shown["model"]["single_file_config"] == "v1"
+    assert shown["scoring"]["models"] == {"pickscore": "clip", "taste": "http://judge:9000/score"}
     assert str(tmp_path) not in json.dumps(shown)
     assert shown["evaluate"]["prompts"] == CampaignConfig().evaluate.prompts
     assert hub_model(CampaignConfig()) is None

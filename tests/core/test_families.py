@@ -179,7 +179,7 @@ def test_saved_lora_loads_into_the_pipeline_and_draws_the_same(
     name: str, policy_of: Loader, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     policy, pipeline = policy_of(name, lora_alpha=3.0), pipeline_of(folders[name])
-    policy.save_lora(tmp_path)
+    policy.save_weights(tmp_path)
     assert load_file(tmp_path / LORA_FILE)
     latent, t_B = torch.stack([gaussian(i, *policy.latent_shape) for i in range(2)]), timesteps(policy)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_saved_lora_loads_into_the_pipeline_and_draws_the_same(
         after = plain_output(name, pipeline, latent[:1], t_B[:1], PROMPTS[0])
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(ours[:1], after, rtol=1e-4, atol=1e-4)
-    policy.load_lora(tmp_path)  # and back into the policy, unchanged
+    policy.load_weights(tmp_path)  # and back into the policy, unchanged
     with torch.no_grad():
         assert torch.equal(policy.predict(latent, t_B, policy.encode(PROMPTS, 1.0)), ours)
 
@@ -200,7 +200,7 @@ def test_kohya_file_draws_what_the_lora_draws(
 ) -> None:
     """Read back by diffusers, which takes kohya's names, alpha and rank as other programs do."""
     policy, pipeline = policy_of(name, lora_alpha=3.0), pipeline_of(folders[name])
-    assert write_kohya(policy.save_lora(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=3.0)
+    assert write_kohya(policy.save_weights(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=3.0)
     latent, t_B = gaussian(0, 1, *policy.latent_shape), timesteps(policy)[:1]
     with torch.no_grad():
         ours = policy.predict(latent, t_B, policy.encode(PROMPTS[:1], 1.0))
@@ -210,7 +210,7 @@ def test_kohya_file_draws_what_the_lora_draws(
 
 
 def test_a_transformers_lora_has_no_kohya_names(policy_of: Loader, tmp_path: Path) -> None:
-    assert not write_kohya(policy_of("sd3").save_lora(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=2.0)
+    assert not write_kohya(policy_of("sd3").save_weights(tmp_path), tmp_path / KOHYA_FILE, rank=2, alpha=2.0)
     assert not (tmp_path / KOHYA_FILE).exists()
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
 
+from d3po_core import scorers
 from d3po_core.config import ScoringConfig
 from d3po_core.errors import D3POError
 from d3po_core.scorers import MODELS, Scorer, load_scorer, models, use_device
@@ -272,7 +273,7 @@ def test_weights_are_read_once_and_not_before_they_are_needed(
 ) -> None:
     reads: list[str] = []
     read = models._read
-    monkeypatch.setattr(models, "_read", lambda name, *rest: reads.append(name) or read(name, *rest))  # type: ignore
+    monkeypatch.setattr(models, "_read", lambda name, *rest, **more: reads.append(name) or read(name, *rest, **more))  # type: ignore
     first = scorer("clip_score", folders("clip_score"), batch_size=3)
     assert reads == []
     second = scorer("clip_score", folders("clip_score"), batch_size=3)
@@ -283,16 +284,78 @@ def test_weights_are_read_once_and_not_before_they_are_needed(
 def test_memory_that_runs_out_halves_the_batch(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def judge(images: np.ndarray, prompts: list[str]) -> torch.Tensor:
-        sizes.append(len(images))
-        if len(images) > 2:
-            raise torch.OutOfMemoryError
-        return torch.arange(len(images))
+    class Judge(torch.nn.Module):
+        def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+            sizes.append(len(images))
+            if len(images) > 2:
+                raise torch.OutOfMemoryError
+            return torch.arange(len(images))
 
-    monkeypatch.setattr(models, "_read", lambda *_: judge)
+    monkeypatch.setattr(models, "_read", lambda *_, **__: Judge())
     score = scorer("clip_score", folders("clip_score"), batch_size=4)
     assert score(IMAGES, PROMPTS).tolist() == [0, 1, 0, 1, 0]
     assert sizes == [4, 2, 2, 1]
+
+
+class Moves:
+    """A GPU there is none of: notes where models were last sent, and leaves them where they are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place: dict[int, str] = {}
+        self.while_scoring: list[str] = []
+        to, score = torch.nn.Module.to, models.ModelScorer._score
+
+        def noted(module: torch.nn.Module, *target: object) -> torch.nn.Module:
+            if isinstance(target[0], torch.dtype):
+                return to(module, *target)
+            self.place |= {id(part): str(target[0]) for part in module.modules()}
+            return module
+
+        def watched(scorer: models.ModelScorer, judge: torch.nn.Module, *rest: object) -> np.ndarray:
+            self.while_scoring.append(self.of(judge))
+            return score(scorer, judge, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(torch.nn.Module, "to", noted)
+        monkeypatch.setattr(models.ModelScorer, "_score", watched)
+        monkeypatch.setattr(models, "device_type", lambda device: "cuda")
+
+    def of(self, judge: torch.nn.Module) -> str:
+        """Where a model and everything with weights in it is."""
+        holders = [part for part in judge.modules() if list(part.parameters(recurse=False))]
+        (place,) = {self.place.get(id(part), "cpu") for part in holders}
+        return place
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_learned_scorers_leave_the_gpu_when_idle_unless_memory_is_fast(
+    name: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorers, "_model", models.ModelScorer)
+    judges: list[torch.nn.Module] = []
+    read = models._read
+    monkeypatch.setattr(models, "_read", lambda *given, **more: judges.append(read(*given, **more)) or judges[-1])  # type: ignore
+    moves, scores = Moves(monkeypatch), []
+    for memory in ("fast", "balanced", "small"):
+        score = load_scorer(name, ScoringConfig(models={name: str(folders(name))}), "cuda", memory)
+        scores.append([score(IMAGES, PROMPTS).tolist() for _ in range(2)])
+        assert moves.while_scoring[-2:] == ["cuda", "cuda"]
+        assert moves.of(judges[-1]) == ("cuda" if memory == "fast" else "cpu")
+        with pytest.raises(D3POError, match="failed"):
+            score(IMAGES[:, 0], PROMPTS)  # rows of pixels are no images
+        assert moves.of(judges[-1]) == ("cuda" if memory == "fast" else "cpu")
+    assert scores[0] == scores[1] == scores[2]
+    assert scores[0][0] == scores[0][1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_idle_scorers_take_no_memory_of_the_gpu(name: str, folders: Callable[[str], Path]) -> None:
+    scoring = ScoringConfig(models={name: str(folders(name))}, batch_size=5)
+    stays, leaves = (load_scorer(name, scoring, "cuda", memory) for memory in ("fast", "small"))
+    expected = stays(IMAGES, PROMPTS)
+    before = torch.cuda.memory_allocated()
+    assert leaves(IMAGES, PROMPTS).tolist() == expected.tolist()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_only_learned_scorers_occupy_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

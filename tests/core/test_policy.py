@@ -78,7 +78,7 @@ def test_only_the_lora_is_trainable_and_it_has_its_rank(policy: Policy) -> None:
 def test_reset_puts_the_lora_back_to_its_seeded_start(policy: Policy) -> None:
     start = {name: parameter.clone() for name, parameter in policy.trainable_parameters()}
     stir_lora(policy, seed=1)
-    policy.reset_lora()
+    policy.reset_weights()
     assert all(torch.equal(parameter, start[name]) for name, parameter in policy.trainable_parameters())
 
 
@@ -93,7 +93,7 @@ def test_guidance_joins_output_with_and_without_prompt(stirred: Policy) -> None:
 def test_saved_lora_loads_with_diffusers_and_gives_the_same_output(tmp_path: Path, lora_alpha: float | None) -> None:
     policy = load_policy(ModelConfig(device="cpu", lora_rank=4, lora_alpha=lora_alpha), seed=0)
     stir_lora(policy, seed=1)
-    assert policy.save_lora(tmp_path) == tmp_path / LORA_FILE
+    assert policy.save_weights(tmp_path) == tmp_path / LORA_FILE
     pipeline = fresh_pipeline()
     before = plain_output(pipeline)
     pipeline.load_lora_weights(tmp_path)
@@ -105,9 +105,9 @@ def test_saved_lora_loads_with_diffusers_and_gives_the_same_output(tmp_path: Pat
 def test_saved_lora_is_read_back_bit_for_bit(stirred: Policy, tmp_path: Path) -> None:
     saved = {name: parameter.clone() for name, parameter in stirred.trainable_parameters()}
     before = output(stirred)
-    stirred.save_lora(tmp_path)
-    stirred.reset_lora()
-    stirred.load_lora(tmp_path)
+    stirred.save_weights(tmp_path)
+    stirred.reset_weights()
+    stirred.load_weights(tmp_path)
     assert all(torch.equal(parameter, saved[name]) for name, parameter in stirred.trainable_parameters())
     assert torch.equal(output(stirred), before)
 

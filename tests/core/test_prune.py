@@ -25,6 +25,7 @@ def fill(campaign: Path) -> None:
             f"checkpoints/{name}/pytorch_lora_weights.safetensors",
             f"checkpoints/{name}/optimizer.safetensors",
             f"checkpoints/{name}-update=000002/optimizer.safetensors",
+            f"checkpoints/{name}-update=000002/unet/config.json",
             f"checkpoints/.{name}.tmp/optimizer.safetensors",
         ):
             (campaign / file).parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,7 @@ def remade(number: int) -> set[str]:
         f"staging/{name}/shard-0000.parquet",
         f"images/{name}/.r1-g0-m0.png.77.tmp",
         f"checkpoints/{name}-update=000002/optimizer.safetensors",
+        f"checkpoints/{name}-update=000002/unet/config.json",
         f"checkpoints/.{name}.tmp/optimizer.safetensors",
     }
 
@@ -100,7 +102,7 @@ def test_plan_says_how_many_bytes_of_which_kind_go(campaign: Path) -> None:
     assert usage["trajectories"].bytes == 11 + 12 + 13 + 14 + 15
     assert usage["trajectories"].dropped_bytes == usage["staging"].dropped_bytes == 11 + 12
     assert usage["trajectories"].dropped_files == 2
-    assert usage["checkpoints"].dropped_bytes == 2 * (11 + 12)
+    assert usage["checkpoints"].dropped_bytes == 3 * (11 + 12)
     assert usage["tables"].dropped_files == usage["other"].dropped_files == 0
     apply_prune(campaign, plan)
     left = sum((campaign / file).stat().st_size for file in files(campaign))

@@ -202,10 +202,22 @@ def test_another_campaign_of_the_same_name_does_not_show_the_old_ones_images(tmp
 
 def test_removed_lora_is_not_offered_for_loading(tmp_path: Path) -> None:
     campaign = make(tmp_path / "one", [0.2, 0.5])
-    assert "Its LoRA is no longer on disk" in page_of(campaign).text
+    assert "Its weights are no longer on disk" in page_of(campaign).text
     (campaign.folder / "checkpoints/round=1").mkdir(parents=True)
     (campaign.folder / "checkpoints/round=1/pytorch_lora_weights.safetensors").touch()
     assert 'pipe.load_lora_weights("' in page_of(campaign).text
+
+
+def test_trained_network_is_loaded_by_its_class(tmp_path: Path) -> None:
+    campaign = make(tmp_path / "one", [0.2, 0.5])
+    folder = campaign.folder / "checkpoints/round=1/unet"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert "Its weights are no longer on disk" in page_of(campaign).text
+    (folder / "diffusion_pytorch_model.safetensors").touch()
+    text = page_of(campaign).text
+    assert 'pipe.unet = diffusers.UNet2DConditionModel.from_pretrained("' in text
+    assert 'subfolder="unet")' in text
 
 
 def test_people_appear_only_when_they_judged(tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(policy: Policy, tmp_p
     assert len(straight) == 4
     expected, expected_state = lora_weights(policy), optimizer.state_dict()["state"]
 
-    policy.reset_lora()
+    policy.reset_weights()
     optimizer = make_optimizer(policy, config)
     first = list(itertools.islice(train_updates(policy, optimizer, schedule, data, config, 1.0, seed=5), 2))
     assert not same(lora_weights(policy), expected)

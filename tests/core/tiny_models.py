@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from d3po_core.config import resolve_path
 
 TOKENIZER = resolve_path("data/shapes/model/tokenizer")
-WIDTH = 32  # of every text encoder's states
+WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders' states; XL's second is wider
 NAMES = ("sd", "sd2", "sd_sample", "sdxl", "sdxl_empty_text", "sd3")
 
 UNET: dict[str, Any] = {
@@ -31,7 +31,7 @@ UNET: dict[str, Any] = {
 SDXL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + WIDTH, "cross_attention_dim": 2 * WIDTH,
+    "projection_class_embeddings_input_dim": 6 * 8 + SECOND_WIDTH, "cross_attention_dim": WIDTH + SECOND_WIDTH,
     "transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4),
 }  # fmt: skip
 PREDICTIONS = {"sd2": "v_prediction", "sd_sample": "sample"}
@@ -52,10 +52,10 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
-def _text_config() -> CLIPTextConfig:
+def _text_config(width: int = WIDTH) -> CLIPTextConfig:
     marks = tokenizer()
     return CLIPTextConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, projection_dim=WIDTH,
+        hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
         vocab_size=len(marks), max_position_embeddings=marks.model_max_length, bos_token_id=marks.bos_token_id,
         eos_token_id=marks.eos_token_id, pad_token_id=marks.pad_token_id,
     )  # fmt: skip
@@ -87,8 +87,8 @@ def _sd(name: str) -> StableDiffusionPipeline:
 def _sdxl(name: str) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         unet=UNet2DConditionModel(**UNET | SDXL), vae=_vae(), text_encoder=CLIPTextModel(_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
-        scheduler=_scheduler(name), force_zeros_for_empty_prompt=name == "sdxl",
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(SECOND_WIDTH)), tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(), scheduler=_scheduler(name), force_zeros_for_empty_prompt=name == "sdxl",
     )  # fmt: skip
 
 

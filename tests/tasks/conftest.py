@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from d3po_core.campaign import begin_round, checkpoint_path, finish_stage, open_campaign
-from d3po_core.checkpoint import lora_sha256
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.policy import Policy
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import SCHEMAS, table_from_rows, write_table
+from d3po_core.weights import weights_sha256
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.sampling import _sample
@@ -74,7 +74,7 @@ def round_row(config: CampaignConfig, number: int, record: EvaluateRecord) -> di
     row |= {f"{stage}_seconds": 1.0 for stage in ("sample", "judge", "derive", "train", "evaluate", "publish")}
     return row | {
         "checkpoint_in": checkpoint_path(max(number - 1, 0)), "checkpoint_out": checkpoint,
-        "lora_sha256": lora_sha256(config.folder / checkpoint) if checkpoint else None, "num_samples": 15,
+        "lora_sha256": weights_sha256(config.folder / checkpoint) if checkpoint else None, "num_samples": 15,
         "num_pairs": 1, "num_ties": 0, "eval_scorer": "brightness", "eval_score_mean": score.mean,
         "eval_score_low": score.low, "eval_score_high": score.high, "config_sha256": config.sha256(),
         "finished_at": record.finished_at,

@@ -12,7 +12,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from d3po_core.checkpoint import lora_sha256
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.export_lora import export_lora
@@ -23,6 +22,7 @@ from d3po_core.regenerate import batch_of, largest_difference, regenerate
 from d3po_core.replay import replay_round
 from d3po_core.rollout import draw_images
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.weights import weights_sha256
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def test_replayed_round_gives_the_same_lora_and_writes_nothing(campaign: Path, m
     before = contents(campaign)
     result = replay_round(campaign, number, model)
     assert result.identical
-    assert result.sha256 == lora_sha256(campaign / f"checkpoints/round={number}")
+    assert result.sha256 == weights_sha256(campaign / f"checkpoints/round={number}")
     assert result.largest_difference == 0
     assert result.largest_move > 1e-4
     assert result.num_updates == 2

@@ -66,12 +66,12 @@ def test_command_replay_uses_the_recorded_threads_or_says_what_it_used(command: 
     torch.set_num_threads(1)
     same = command("replay", "tiny", "--round", "2")
     assert same.exit_code == 0, same.output
-    assert "round 2: the same LoRA, byte for byte" in same.output
+    assert "round 2: the same weights, byte for byte" in same.output
     (row,) = read_rows(partition(campaign, "rounds", 2) / "part.parquet")
     write_table(campaign, "rounds", 2, table_from_rows("rounds", [row | {"lora_sha256": "0" * 64}]))
     other = command("replay", "tiny", "--threads", "1")
     assert other.exit_code == 1
-    assert "round 2: another LoRA" in other.output
+    assert "round 2: other weights" in other.output
     assert re.search(r"computed on cpu, 1 CPU threads, .*the round on cpu, 2 CPU threads", other.output, re.S)
     base = command("replay", "tiny", "--round", "0")
     assert "0 is not a round that trained (0 is the base model); there are 1 to 2" in str(base.exception)

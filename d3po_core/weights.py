@@ -1,0 +1,34 @@
+"""Which file of a checkpoint holds what was trained: a LoRA, or a whole network in diffusers' format."""
+
+import hashlib
+import json
+from pathlib import Path
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+NETWORK_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with the trained weights, whether or not it is there: a network lies beside its configuration."""
+    network = next(folder.glob("*/config.json"), None)
+    return network.with_name(NETWORK_FILE) if network else folder / LORA_FILE
+
+
+def weights_sha256(folder: Path) -> str:
+    """Digest of a checkpoint's file of trained weights."""
+    with weights_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def loading_line(folder: Path, shown: str) -> str:
+    """The line of Python that gives a diffusers pipeline ``pipe`` a checkpoint's weights.
+
+    Args:
+        folder: the checkpoint.
+        shown: how the line names the folder, a Python expression.
+    """
+    file = weights_file(folder)
+    if file.name == LORA_FILE:
+        return f"pipe.load_lora_weights({shown})"
+    part, kind = file.parent.name, json.loads((file.parent / "config.json").read_text())["_class_name"]
+    return f'pipe.{part} = diffusers.{kind}.from_pretrained({shown}, subfolder="{part}")'
