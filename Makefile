@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ROUNDS ?= 16
-.PHONY: demo test lint bench bench-gpu up down chromium
+.PHONY: demo test lint bench bench-gpu bench-gpus up down chromium
 
 # The whole pinned install; made again when the pins change.
 .venv/ready: constraints.txt pyproject.toml
@@ -40,6 +40,10 @@ bench: .venv/ready
 # One NVIDIA GPU; the install must be one whose torch sees it.
 bench-gpu: .venv/ready
 	$(BIN)/python tests/benchmarks/gpu.py
+
+# As many NVIDIA GPUs as there are, up to four, one process each.
+bench-gpus: .venv/ready
+	$(BIN)/python tests/benchmarks/gpu_processes.py
 
 up: .venv/ready
 	$(BIN)/d3po up

@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         with disk_errors(folder):
             temporary.mkdir(parents=True)
             policy.save_weights(temporary)
-            save_file(_optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
+            save_file(optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
             record = {**record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale}
             (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,12 +78,16 @@ def load_round(
 
 
 def computed_on(policy: Policy) -> dict[str, Any]:
-    """What decides how sums are rounded: ``device``, ``threads`` of the CPU, version of ``torch``."""
+    """What decides how sums are rounded: ``device``, ``threads`` of the CPU, version of ``torch``, ``processes``."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "processes": policy.accelerator.num_processes,
+    }  # fmt: skip
 
 
-def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by the weights' names, on the CPU."""
     state = {}
     for name, parameter in policy.trainable_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

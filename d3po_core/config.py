@@ -61,6 +61,7 @@ class ModelConfig(_Section):
         "fast", description="All on the GPU; or idle parts moved off it; or also activations computed again, few rows"
     )
     compile: bool = Field(False, description="Compile the network's blocks: a slower start, faster passes on a GPU")
+    processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one a GPU")
 
 
 class SampleConfig(_Section):

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend; their message is one line that says what to do."""
+"""Errors that a user can cause and mend; their message is one line that says what to do. And one that trying mends."""
 
 
 class D3POError(ValueError):
@@ -11,3 +11,7 @@ class CampaignBusyError(D3POError):
 
 class NonFiniteLossError(D3POError):
     """Training produced a non-finite number; the last good checkpoint is kept."""
+
+
+class RankError(RuntimeError):
+    """One of several processes died, failed or computed something else than the others: worth trying again."""

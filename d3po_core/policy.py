@@ -73,7 +73,8 @@ class Policy:
             self._move(name, self.device)
         self._prepare_training(seed)
         self._make_fast()
-        self.network = self.accelerator.prepare_model(self._bare)
+        # Not wrapped for several processes: they sum their gradients once an update (trainer.py).
+        self.network = self._bare.to(self.device)
 
     @property
     def _moves_parts(self) -> bool:
@@ -231,18 +232,16 @@ class Policy:
         self.loss_scale /= SHRINK
         return True
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient; ranks exchange gradients only in the last one of an update."""
-        scale = self.loss_scale
-        (loss * scale).backward()
-        if last and scale != 1.0:
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient, scaled until all of an update's are there: see ``unscale``."""
+        (loss * self.loss_scale).backward()
+
+    def unscale(self) -> None:
+        """Make the gradient that ``backward`` has gathered the loss's own; once an update."""
+        if self.loss_scale != 1.0:
             for _, parameter in self.trainable_parameters():
                 if parameter.grad is not None:
-                    parameter.grad /= scale
-
-    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Context of one micro-batch of an update; ranks exchange gradients only in the last."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.network)
+                    parameter.grad /= self.loss_scale
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:

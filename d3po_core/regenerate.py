@@ -57,7 +57,7 @@ class Regenerated:
         same_bytes: whether its PNG file is the stored one, byte for byte.
         largest_difference: largest difference of a pixel's channel, 0 to 255; None when the stored image is gone.
         batch_size: images that were drawn with it.
-        made_on: device, threads and torch that the round was computed with, None when it did not record them.
+        made_on: what the round was computed with (``computed_on``), None when it did not record that.
         computed_on: the same of now.
     """
 
@@ -112,10 +112,13 @@ def largest_difference(image: np.ndarray, stored: Path) -> int | None:
 
 
 def made_on(campaign: Path, round_number: int) -> dict[str, Any] | None:
-    """Device, threads and torch that a round's checkpoint was computed with; None when that was not recorded."""
+    """Device, threads, torch and processes of a round's checkpoint, as ``computed_on``; None when not recorded."""
     path = campaign / str(checkpoint_path(round_number)) / RECORD_FILE
     record = json.loads(path.read_text()) if path.exists() else {}
-    return {key: record[key] for key in ("device", "threads", "torch")} if "threads" in record else None
+    if "threads" not in record:
+        return None
+    # Before there could be several processes, there was one.
+    return {key: record[key] for key in ("device", "threads", "torch")} | {"processes": record.get("processes", 1)}
 
 
 def batch_of(campaign: Path, sample_id: str) -> Batch:

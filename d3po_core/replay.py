@@ -35,7 +35,7 @@ class Replay:
         sampled_again: trajectory files that were gone and were sampled anew.
         images_compared: images of those whose stored file is still there.
         images_identical: how many of these came out the same in every pixel.
-        made_on: device, threads and torch that the round was computed with, None when it did not record them.
+        made_on: what the round was computed with (``computed_on``), None when it did not record that.
         computed_on: the same of now.
     """
 

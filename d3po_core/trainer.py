@@ -3,8 +3,11 @@
 One policy forward an image and step serves every pair that the image is in. The reference's log_probs are the stored
 ones of sampling (``round_start``) or one pass of the base model (``base``).
 
-Departures from the published code, beside the switches of the loss: ties are never batched, every rank's gradient goes
-through the prepared network, and a non-finite loss stops the round before it reaches the weights.
+With several processes each takes its share of an update's work; the gradient and all that is counted are summed over
+them once an update, after which every rank makes the same step.
+
+Departures from the published code, beside the switches of the loss: ties are never batched, the ranks' gradients are
+summed whole, and a non-finite loss stops the round before it reaches the weights.
 
 Tensor names carry their shape: N images with a pair, T steps, R rows (an image at a step) of a micro-batch, P pairs.
 """
@@ -23,6 +26,7 @@ from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.loss import pair_loss
 from d3po_core.policy import Policy
+from d3po_core.ranks import own_share, sum_over_ranks
 from d3po_core.rollout import replay_log_probs
 from d3po_core.seeds import derive_seed, permutation
 
@@ -157,20 +161,36 @@ def _take_gradient(
     lesson: "_Lesson", optimizer: torch.optim.Optimizer, groups: list[PairedGroup], seed: int
 ) -> "_Tally":
     """The gradient of one update's mean loss, whatever the size of the micro-batches that fit into memory."""
+    policy = lesson.policy
     num_pairs = sum(len(group.pairs) for group in groups)
+    # Shared out before they are packed: a rank that halves its micro-batches does not change who does what.
+    cells = _shuffled_cells(groups, lesson.steps, seed)[own_share(policy.accelerator)]
 
     def attempt(rows: int) -> _Tally:
         optimizer.zero_grad(set_to_none=True)
-        tally = _Tally(len(lesson.weight_T), num_pairs, lesson.policy.device)
-        batches = list(_micro_batches(groups, lesson.steps, rows, seed))
-        for index, cells in enumerate(batches):
-            _accumulate(lesson, cells, tally, rows, last=index == len(batches) - 1)
+        tally = _Tally(len(lesson.weight_T), num_pairs, policy.device)
+        for micro_batch in _micro_batches(cells, rows):
+            _accumulate(lesson, micro_batch, tally, rows)
         return tally
 
     while True:
-        tally = lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
-        if not lesson.policy.shrink_loss_scale():
+        tally = policy.training_rows.fit(lesson.config.micro_batch, attempt)
+        policy.unscale()
+        sum_over_ranks(policy.accelerator, [*_gradients(policy), tally.sums_7T])
+        # An overflow on one rank is in every rank's sum: all decide alike.
+        if not policy.shrink_loss_scale():
             return tally
+
+
+def _gradients(policy: Policy) -> list[torch.Tensor]:
+    """The gradients of all weights; those of a rank that had nothing to do are zeros."""
+    gradients = []
+    for _, parameter in policy.trainable_parameters():
+        if parameter.grad is None and policy.accelerator.num_processes > 1:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    return gradients
 
 
 class _Lesson:
@@ -207,31 +227,35 @@ class _Lesson:
 Cell = tuple[PairedGroup, int]
 
 
-def _micro_batches(groups: list[PairedGroup], steps: list[int], micro_batch: int, seed: int) -> Iterator[list[Cell]]:
-    """Cells (a group at a trainable step), in random order, packed until ``micro_batch`` rows are reached."""
+def _shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> list[Cell]:
+    """Cells (a group at a trainable step) in random order."""
     cells = [(group, step) for group in groups for step in steps]
+    return [cells[index] for index in permutation(seed, len(cells))]
+
+
+def _micro_batches(cells: list[Cell], micro_batch: int) -> Iterator[list[Cell]]:
+    """Cells in their order, packed until ``micro_batch`` rows are reached."""
     packed: list[Cell] = []
     rows = 0
-    for index in permutation(seed, len(cells)):
-        size = len(cells[index][0].images)
+    for cell in cells:
+        size = len(cell[0].images)
         if packed and rows + size > micro_batch:
             yield packed
             packed, rows = [], 0
-        packed.append(cells[index])
+        packed.append(cell)
         rows += size
     if packed:
         yield packed
 
 
-def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int, *, last: bool) -> None:
+def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) -> None:
     """Forward and backward of one micro-batch: one policy pass a row, then arithmetic for every pair."""
     policy, device = lesson.policy, lesson.policy.device
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     step_R = torch.tensor([step for group, step in cells for _ in group.images])
     if len(image_R) <= rows:
-        with policy.accumulating(last):
-            log_prob_R = lesson.log_probs(image_R, step_R)
-            policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally), last=last)
+        log_prob_R = lesson.log_probs(image_R, step_R)
+        policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally))
         return
     # A group that does not fit: the loss is a function of its log_probs, so their gradient is known after a pass that
     # keeps nothing, and a second pass takes it to the weights, some rows at a time.
@@ -241,10 +265,8 @@ def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int, 
     log_prob_R.requires_grad_()
     loss = _loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally)
     (slope_R,) = torch.autograd.grad(loss, log_prob_R)
-    for index, (part, slope) in enumerate(zip(parts, slope_R.split(rows), strict=True)):
-        last_part = last and index == len(parts) - 1
-        with policy.accumulating(last_part):
-            policy.backward((slope * lesson.log_probs(*part)).sum(), last=last_part)
+    for part, slope in zip(parts, slope_R.split(rows), strict=True):
+        policy.backward((slope * lesson.log_probs(*part)).sum())
 
 
 def _loss(
@@ -309,6 +331,8 @@ def _base_log_probs(lesson: _Lesson, num_images: int) -> torch.Tensor:
     """
     base_NT = torch.zeros_like(lesson.reference_NT)
     cells = torch.cartesian_prod(torch.arange(num_images), torch.tensor(lesson.steps))
+    accelerator = lesson.policy.accelerator
+    cells = cells[own_share(accelerator)]
 
     def attempt(rows: int) -> None:
         for chunk in cells.split(rows):
@@ -317,6 +341,7 @@ def _base_log_probs(lesson: _Lesson, num_images: int) -> torch.Tensor:
 
     with lesson.policy.base():
         lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
+    sum_over_ranks(accelerator, [base_NT])  # every entry is one rank's, and 0 elsewhere
     return base_NT
 
 
@@ -325,9 +350,9 @@ class _Tally:
 
     def __init__(self, num_steps: int, num_pairs: int, device: torch.device) -> None:
         self.num_pairs = num_pairs
-        self.pairs_T, self.rows_T = torch.zeros(2, num_steps, device=device).unbind(0)
-        sums_5T = torch.zeros(5, num_steps, device=device)
-        self.loss_T, self.margin_T, self.right_T, self.clipped_T, self.kl_T = sums_5T.unbind(0)
+        self.sums_7T = torch.zeros(7, num_steps, device=device)
+        self.pairs_T, self.rows_T, *sums = self.sums_7T.unbind(0)
+        self.loss_T, self.margin_T, self.right_T, self.clipped_T, self.kl_T = sums
 
     def add(
         self, step_P: torch.Tensor, step_R: torch.Tensor, loss_P: torch.Tensor, margin_P: torch.Tensor,

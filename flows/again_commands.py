@@ -135,7 +135,8 @@ def _conditions(made_on: dict[str, Any] | None, now: dict[str, Any]) -> str:
     """What decides how sums are rounded, then and now."""
 
     def told(values: dict[str, Any]) -> str:
-        return f"{values['device']}, {values['threads']} CPU threads, torch {values['torch']}"
+        processes = f"{values['processes']} processes, " if values["processes"] > 1 else ""
+        return f"{processes}{values['device']}, {values['threads']} CPU threads, torch {values['torch']}"
 
     if made_on is None:
         return (f"computed on {told(now)}; the round did not record what it was computed on. Another number of threads "

@@ -11,6 +11,7 @@ from tasks.evaluating import evaluate_checkpoint
 from tasks.guarding import guard_round, require_trust
 from tasks.judging import derive_pairs, judge_images
 from tasks.publishing import check_campaign, plan_rounds, publish_round
+from tasks.ranks import ranks_end_here
 from tasks.sampling import sample_images
 from tasks.training import train_policy
 from tasks.waiting import require_deployment, wait_for_people
@@ -29,7 +30,7 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
     logger = get_run_logger()
     try:
         check_campaign(config)
-        with campaign_lock(config.folder, who=f"flow run {flow_run.name}"):
+        with campaign_lock(config.folder, who=f"flow run {flow_run.name}"), ranks_end_here():
             numbers = plan_rounds(config, rounds, run_id=str(flow_run.id))
             require_deployment(config, numbers)
             for number in numbers:

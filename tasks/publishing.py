@@ -23,6 +23,7 @@ from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.policy import check_model
 from d3po_core.prompts import check_held_out, load_prompts
+from d3po_core.ranks import check_processes
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -49,6 +50,7 @@ def check_campaign(config: CampaignConfig) -> None:
     """
     check_model(config.model)
     optimizer_class(config.train)
+    check_processes(config.model)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)

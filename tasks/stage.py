@@ -1,4 +1,4 @@
-"""What the stages of a round share: the loaded policy, progress bars, the GPU's turn, and how a failure is told."""
+"""What the stages of a round share: progress bars, the GPU's turn, and how a failure is told."""
 
 import contextlib
 import time
@@ -8,11 +8,10 @@ from typing import Any
 from prefect.concurrency.sync import concurrency
 from tqdm import tqdm
 
-from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.policy import Policy, load_policy
 from d3po_core.scorers import Scorer, load_scorer, use_device
+from d3po_core.scorers.models import device_type
 from tasks.showing import StageProgress
 
 GPU_LIMIT = "gpu"
@@ -26,8 +25,6 @@ STAGE_OPTIONS: dict[str, Any] = {
     "retry_condition_fn": lambda task, run, state: not _is_users_to_mend(state),
 }
 
-_loaded: dict[str, Policy] = {}
-
 
 def _is_users_to_mend(state: Any) -> bool:
     try:
@@ -37,26 +34,6 @@ def _is_users_to_mend(state: Any) -> bool:
     except Exception:
         return False
     return False
-
-
-def loaded_policy(config: CampaignConfig) -> Policy:
-    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds."""
-    key = f"{config.model.model_dump_json()} {config.seed}"
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = load_policy(config.model, config.seed)
-    return _loaded[key]
-
-
-def policy_at(config: CampaignConfig, round_number: int) -> Policy:
-    """The loaded policy with the weights of a round's checkpoint; round 0 is the base model.
-
-    The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
-    resumed round then computes with the same numbers as one that was not killed.
-    """
-    policy = loaded_policy(config)
-    load_round(config.folder, round_number, policy)
-    return policy
 
 
 @contextlib.contextmanager
@@ -80,6 +57,13 @@ def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scor
     """
     model = config.model
     return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}
+
+
+@contextlib.contextmanager
+def model_turn(config: CampaignConfig) -> Iterator[None]:
+    """The GPU's turn, if the campaign's model runs there."""
+    with gpu_turn(device_type(config.model.device)):
+        yield
 
 
 @contextlib.contextmanager

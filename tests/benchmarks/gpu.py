@@ -194,7 +194,8 @@ def _gradient(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tenso
     )  # fmt: skip
     policy.network.zero_grad(set_to_none=True)
     sign_B = torch.tensor([1.0, -1.0], device=log_prob_B.device).repeat(len(seeds) // 2)
-    policy.backward((sign_B * log_prob_B).sum(), last=True)
+    policy.backward((sign_B * log_prob_B).sum())
+    policy.unscale()
     gradient_P = torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters() if p.grad is not None])
     policy.network.zero_grad(set_to_none=True)
     return gradient_P

@@ -198,8 +198,8 @@ def test_gradient_is_the_same_when_memory_runs_out_in_half_precision(
     policy = moved(precision="fp16")
     backward, calls = policy.backward, itertools.count()
 
-    def fails_once(loss: torch.Tensor, *, last: bool) -> None:
-        backward(loss, last=last)
+    def fails_once(loss: torch.Tensor) -> None:
+        backward(loss)
         if next(calls) == 1:
             raise torch.OutOfMemoryError
 

@@ -64,10 +64,13 @@ def run_rounds(prefect_server: dict[str, str]) -> Iterator[Callable[..., int]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flows.round"])
 
-    def run(values: dict[str, Any], rounds: int, kill_at: int | None = None, after: bool = False) -> int:
+    def run(
+        values: dict[str, Any], rounds: int, kill_at: int | None = None, after: bool = False,
+        kill_rank_in: str | None = None,
+    ) -> int:  # fmt: skip
         from tests.flows.rounds_in_processes import run_rounds as target
 
-        process = context.Process(target=target, args=(values, rounds, kill_at, after))
+        process = context.Process(target=target, args=(values, rounds, kill_at, after, kill_rank_in))
         process.start()
         process.join(300)
         assert process.exitcode is not None, "the rounds did not end in 300 s"

@@ -2,11 +2,16 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 
-def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: bool) -> None:
+def run_rounds(
+    values: dict[str, Any], rounds: int, kill_at: int | None, after: bool, kill_rank_in: str | None = None
+) -> None:
     """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it.
+
+    With ``kill_rank_in``, the second of several processes is killed when that stage has begun its work, once.
 
     Every file that a campaign keeps comes into being by ``os.replace``: these are all the points at which what a killed
     run leaves behind can differ.
@@ -27,7 +32,26 @@ def run_rounds(values: dict[str, Any], rounds: int, kill_at: int | None, after: 
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = counted  # type: ignore[assignment]
+    if kill_rank_in:
+        _kill_a_rank_once(kill_rank_in, data_folder() / f"{values['campaign']}.killed")
     state = d3po(load_config(values, "test"), rounds, return_state=True)
     (data_folder() / f"{values['campaign']}.commits").write_text(str(commits))
     (data_folder() / f"{values['campaign']}.message").write_text(str(state.message))
     os._exit(0 if state.is_completed() else 3)
+
+
+def _kill_a_rank_once(stage: str, note: Path) -> None:
+    from tasks.ranks import RankPool
+
+    run = RankPool.run
+
+    def killing(pool: RankPool, job: Any, config: Any, round_number: int, tell: Any) -> Any:
+        def told(count: int) -> None:
+            tell(count)
+            if stage in job.__name__ and not note.exists():
+                os.kill(pool.ranks[1].process.pid, signal.SIGKILL)
+                note.write_text("rank 1")
+
+        return run(pool, job, config, round_number, told)
+
+    RankPool.run = killing  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import torch
 
 from d3po_core.campaign import begin_round, checkpoint_path, finish_stage, open_campaign
 from d3po_core.config import CampaignConfig, load_config
+from d3po_core.jobs.loaded import loaded_policy
 from d3po_core.policy import Policy
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import SCHEMAS, table_from_rows, write_table
@@ -17,7 +18,6 @@ from d3po_core.weights import weights_sha256
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.sampling import _sample
-from tasks.stage import loaded_policy
 from tasks.training import _train
 
 TRAIN = [

@@ -1,0 +1,65 @@
+"""Draw a round's held-out images, batch by batch, and measure the drift; ranks take batches in turn."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d3po_core.config import CampaignConfig
+from d3po_core.evaluate import evaluation_seeds
+from d3po_core.images import save_pngs
+from d3po_core.jobs import Tell
+from d3po_core.jobs.loaded import policy_at
+from d3po_core.policy import Policy
+from d3po_core.prompts import load_prompts
+from d3po_core.ranks import own_share, sum_over_ranks
+from d3po_core.rollout import ImageSeed, draw_images, kl_from_base
+
+
+def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:
+    """What the held-out images are made from, prompt after prompt; the same in every round."""
+    settings = config.evaluate
+    prompts = load_prompts(settings.prompts, settings.prompt_column, "evaluate.prompts")[: settings.max_prompts]
+    return evaluation_seeds(prompts, settings.images_per_prompt, config.seed)
+
+
+def held_out_path(round_number: int, index: int) -> Path:
+    """Where a held-out image is kept, relative to the campaign; its name is its sample_id."""
+    return Path(f"images/round={round_number}/r{round_number}-e{index}.png")
+
+
+def draw_held_out(config: CampaignConfig, round_number: int, tell: Tell) -> float | None:
+    """The job: draw and write the held-out images with the round's checkpoint, telling of images.
+
+    Returns:
+        The drift: mean KL from the base over the trajectories of some of them, the same in every round; None for none.
+    """
+    policy = policy_at(config, round_number)
+    seeds = held_out_seeds(config)
+    wanted = min(config.evaluate.drift_images, len(seeds))
+    chosen = np.linspace(0, len(seeds) - 1, wanted).round().astype(int).tolist()
+    latents: dict[int, torch.Tensor] = {}  # [T+1, C, H, W] of the chosen images that this rank draws
+    size = config.sample.batch_size
+    for start in range(0, len(seeds), size)[own_share(policy.accelerator)]:
+        batch = range(start, min(start + size, len(seeds)))
+        drawn, images = draw_images(policy, config.sample, [seeds[i] for i in batch], torch.float32)
+        save_pngs(images, [config.folder / held_out_path(round_number, i) for i in batch])
+        latents |= {i: drawn.latents_BTCHW[i - start] for i in batch if i in chosen}
+        tell(len(batch))
+    return _drift(config, policy, seeds, chosen, latents) if wanted else None
+
+
+def _drift(
+    config: CampaignConfig, policy: Policy, seeds: list[ImageSeed], chosen: list[int], latents: dict[int, torch.Tensor]
+) -> float:
+    own = [place for place, i in enumerate(chosen) if i in latents]
+    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    kl_D = torch.zeros(len(chosen))
+    for start in range(0, len(own), config.sample.batch_size):
+        places = own[start : start + config.sample.batch_size]
+        prompts = [seeds[chosen[place]].prompt for place in places]
+        latents_BTCHW = torch.stack([latents[chosen[place]] for place in places])
+        kl_D[places] = kl_from_base(policy, schedule, prompts, latents_BTCHW, config.sample.guidance_scale)
+    kl_D = kl_D.to(policy.device)
+    sum_over_ranks(policy.accelerator, [kl_D])  # every entry is one rank's, and 0 elsewhere
+    return float(kl_D.cpu().mean())

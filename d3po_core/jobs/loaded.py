@@ -1,0 +1,27 @@
+"""The policy of a process that runs jobs: loaded once, its weights always from a checkpoint's file."""
+
+from d3po_core.checkpoint import load_round
+from d3po_core.config import CampaignConfig
+from d3po_core.policy import Policy, load_policy
+
+_loaded: dict[str, Policy] = {}
+
+
+def loaded_policy(config: CampaignConfig) -> Policy:
+    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds."""
+    key = f"{config.model.model_dump_json()} {config.seed}"
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_policy(config.model, config.seed)
+    return _loaded[key]
+
+
+def policy_at(config: CampaignConfig, round_number: int) -> Policy:
+    """The loaded policy with the weights of a round's checkpoint; round 0 is the base model.
+
+    The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
+    resumed round then computes with the same numbers as one that was not killed.
+    """
+    policy = loaded_policy(config)
+    load_round(config.folder, round_number, policy)
+    return policy

@@ -1,0 +1,127 @@
+"""Sample a round's images, shard by shard; ranks take shards in turn."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from d3po_core.campaign import checkpoint_path, start_of
+from d3po_core.config import CampaignConfig
+from d3po_core.images import save_pngs
+from d3po_core.jobs import Tell
+from d3po_core.jobs.loaded import policy_at
+from d3po_core.policy import Policy
+from d3po_core.prompts import draw_prompts, load_prompts
+from d3po_core.ranks import own_share
+from d3po_core.rollout import Drawn, ImageSeed, member_seed, start_drawing
+from d3po_core.tables import SCHEMAS, atomic_path, table_from_rows
+
+# sample_id, group_id, place in the group, what it is made from
+Member = tuple[str, str, int, ImageSeed]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Whole groups of a round that are sampled as one batch.
+
+    Attributes:
+        index: its place in the round.
+        members: its images.
+        rows_path: their rows of ``samples``; written last, so that what a killed run finished is not sampled again.
+    """
+
+    index: int
+    members: list[Member]
+    rows_path: Path
+
+
+def round_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
+    """All shards of a round, in order."""
+    groups = round_members(config, round_number)
+    per_shard = max(1, config.sample.batch_size // config.sample.group_size)
+    staging = config.folder / "staging" / f"round={round_number}"
+    return [
+        Shard(index, list(chain(*groups[first : first + per_shard])), staging / f"shard-{index:04d}.parquet")
+        for index, first in enumerate(range(0, len(groups), per_shard))
+    ]
+
+
+def round_members(config: CampaignConfig, round_number: int) -> list[list[Member]]:
+    """The members of the round's groups.
+
+    Every seed is a hash of (campaign seed, round, prompt, how often the prompt came before, member).
+    """
+    prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
+    drawn = draw_prompts(prompts, config.sample.groups_per_round, config.seed, round_number)
+    groups = []
+    for index, (prompt, occurrence) in enumerate(drawn):
+        group_id = f"r{round_number}-g{index}"
+        shared = config.sample.share_initial_latent
+        groups.append(
+            [
+                (
+                    f"{group_id}-m{member}", group_id, member,
+                    member_seed(config.seed, round_number, prompt, occurrence, member, shared),
+                )
+                for member in range(config.sample.group_size)
+            ]
+        )  # fmt: skip
+    return groups
+
+
+def sample_shards(config: CampaignConfig, round_number: int, tell: Tell) -> None:
+    """The job: sample and write the shards that are not there yet, each on one rank, telling of images."""
+    policy = policy_at(config, start_of(config.folder, round_number))
+    own = round_shards(config, round_number)[own_share(policy.accelerator)]
+    for images in _sample(config, round_number, policy, [shard for shard in own if not shard.rows_path.exists()]):
+        tell(images)
+
+
+def _sample(config: CampaignConfig, round_number: int, policy: Policy, shards: list[Shard]) -> Iterator[int]:
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        # While one shard is being written the next is being sampled; no more than that waits in memory.
+        writing: Future[int] | None = None
+        for shard in shards:
+            seeds = [seed for *_, seed in shard.members]
+            drawn = start_drawing(policy, config.sample, seeds, getattr(torch, config.sample.latent_dtype))
+            if writing:
+                yield writing.result()
+            writing = writer.submit(_write_shard, config, round_number, policy, shard, drawn)
+        if writing:
+            yield writing.result()
+
+
+def _write_shard(config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, drawn: Drawn) -> int:
+    trajectories, images = drawn.wait()
+    # Asked of the family: the policy's schedule is on the GPU, and to read from there is to wait for the next shard.
+    schedule = policy.family.schedule(config.sample.num_steps, config.sample.eta)
+    trajectory_path = f"trajectories/round={round_number}/shard-{shard.index:04d}.safetensors"
+    with atomic_path(config.folder / trajectory_path) as temporary:
+        save_file(
+            {
+                "latents": trajectories.latents_BTCHW.contiguous(),
+                "log_probs": trajectories.log_probs_BT,
+                "timesteps": schedule.timesteps_T,
+            },
+            temporary,
+        )
+    image_paths = [f"images/round={round_number}/{sample_id}.png" for sample_id, *_ in shard.members]
+    save_pngs(images, [config.folder / path for path in image_paths])
+    rows = []
+    for row, (sample_id, group_id, member, seed) in enumerate(shard.members):
+        rows.append(
+            {
+                "sample_id": sample_id, "group_id": group_id, "member": member, "prompt": seed.prompt,
+                "split": "train", "seed": seed.noise_seed, "image_path": image_paths[row],
+                "trajectory_path": trajectory_path, "trajectory_row": row,
+                "checkpoint": checkpoint_path(start_of(config.folder, round_number)),
+            }
+        )  # fmt: skip
+    with atomic_path(shard.rows_path) as temporary:
+        pq.write_table(table_from_rows("samples", rows).cast(SCHEMAS["samples"]), temporary)
+    return len(shard.members)

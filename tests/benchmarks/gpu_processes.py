@@ -1,0 +1,169 @@
+"""Sampling and training on several GPUs, one process each: images/s, pair-steps/s, and their ratios to one process.
+
+    python tests/benchmarks/gpu_processes.py                    1, 2 and 4 processes; needs as many GPUs
+    python tests/benchmarks/gpu_processes.py --device cpu       the embedded model on CPU processes: only that it works
+
+Through the same pool and jobs as a round. On GPUs Stable Diffusion's architecture with random weights, 512 px, 20
+steps, guidance 5, LoRA rank 4. The work is the same for every number of processes; with the defaults an update's
+image-steps are a multiple of what four ranks take at once. Sampling is timed from the job's start to its end, with
+files; training by its updates' seconds. The first turn of each is not counted: it loads and compiles.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from common import RESULTS, machine, show, spread, write_json
+from random_models import random_pipeline
+from rich.console import Console
+from rich.table import Table
+
+from d3po_core.campaign import begin_round, open_campaign
+from d3po_core.config import CampaignConfig, load_config
+from d3po_core.jobs.sampling import round_shards, sample_shards
+from d3po_core.jobs.training import train_checkpoint
+from d3po_core.loading import DTYPES
+from d3po_core.tables import partition, read_rows, table_from_rows, write_table
+from tasks.ranks import RankPool
+
+GOALS = {2: {"sampling": 1.9, "training": 1.8}, 4: {"sampling": 3.6, "training": 3.4}}
+GROUP_SIZE, UPDATES = 2, 2
+Results = dict[str, Any]
+
+
+def main() -> None:
+    """Measure every number of processes, print ratios to one, write JSON."""
+    arguments = _arguments()
+    gpus = torch.cuda.device_count() if arguments.device == "cuda" else 0
+    before = machine() | {"gpu": torch.cuda.get_device_name() if gpus else None, "gpus": gpus}
+    results: Results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model(arguments, Path(folder))
+        for processes in arguments.processes:
+            if arguments.device == "cuda" and processes > gpus:
+                print(f"{processes} processes: left out, there are {gpus} GPUs", flush=True)
+                continue
+            results[str(processes)] = measure(arguments, model | {"processes": processes}, Path(folder))
+            write_json(arguments.output, vars(arguments), before, {"processes": results})
+    report(results)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--processes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4], help="how many (1,2,4)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where (cuda)")
+    parser.add_argument("--batch", type=int, default=64, help="images, or image-steps of training, at once (64)")
+    parser.add_argument("--shards", type=int, default=8, help="batches of images to sample (8)")
+    parser.add_argument("--groups", type=int, default=64, help="groups of two to train on (64)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns that are counted (2)")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="fp16", help="on GPUs (fp16)")
+    parser.add_argument("--no-compile", action="store_true", help="without compilation")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_processes.json", help="JSON file")
+    return parser.parse_args()
+
+
+def _model(arguments: argparse.Namespace, folder: Path) -> Results:
+    """The section ``model``: the embedded one on CPUs, else random weights that every process reads from disk."""
+    if arguments.device == "cpu":
+        return {"device": "cpu", "lora_rank": 4}
+    precision = arguments.precision
+    random_pipeline("sd15", DTYPES[precision], "cpu").save_pretrained(folder / "model")
+    return {
+        "device": "cuda", "path": str(folder / "model"), "lora_rank": 4, "precision": precision,
+        "compile": not arguments.no_compile,
+    }  # fmt: skip
+
+
+def measure(arguments: argparse.Namespace, model: Results, folder: Path) -> Results:
+    """Rates of one number of processes."""
+    processes = model["processes"]
+    pool = RankPool(processes, arguments.device, folder / f"logs-{processes}")
+    turns: dict[str, list[float]] = {"sampling": [], "training": []}
+    first: dict[str, float] = {}
+    try:
+        for turn in range(-1, arguments.repeats):
+            config = _campaign(arguments, model, folder / "runs", f"{processes}-{turn + 1}")
+            for name, work in (("sampling", _sample), ("training", _train)):
+                started = time.perf_counter()
+                rate = work(pool, config, arguments)
+                if turn < 0:
+                    first[name] = time.perf_counter() - started
+                else:
+                    turns[name].append(rate)
+    finally:
+        pool.close()
+    rates = {name: spread(values) for name, values in turns.items()}
+    shown = f"sampling {show(rates['sampling'], 2)} images/s, training {show(rates['training'], 1)} pair-steps/s"
+    print(f"{processes} processes: {shown}; first turns {sum(first.values()):.0f} s", flush=True)
+    return {**rates, "first turn, seconds": first}
+
+
+def _campaign(arguments: argparse.Namespace, model: Results, runs: Path, name: str) -> CampaignConfig:
+    values = {
+        "campaign": name, "runs_dir": str(runs), "model": model,
+        "sample": {
+            "groups_per_round": arguments.shards * (arguments.batch // GROUP_SIZE), "group_size": GROUP_SIZE,
+            "num_steps": arguments.steps, "guidance_scale": 5.0, "batch_size": arguments.batch,
+            "latent_dtype": "float16",
+        },
+        "train": {"updates_per_round": UPDATES, "micro_batch": arguments.batch, "learning_rate": 1e-5, "beta": 0.1},
+    }  # fmt: skip
+    config = load_config(values, "benchmark")
+    open_campaign(config)
+    begin_round(config, 1)
+    return config
+
+
+def _sample(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+    """Images a second of a round's sampling, PNGs and trajectories written."""
+    started = time.perf_counter()
+    pool.run(sample_shards, config, 1, lambda count: None)
+    seconds = time.perf_counter() - started
+    table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in round_shards(config, 1)])
+    write_table(config.folder, "samples", 1, table)
+    return len(table) / seconds
+
+
+def _train(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+    """Pair-steps a second of the updates of a round in which the first image of every group wins."""
+    samples = read_rows(partition(config.folder, "samples", 1) / "part.parquet")
+    groups = [list(members) for _, members in itertools.groupby(samples, key=lambda row: row["group_id"])]
+    preferences = [
+        {"pair_id": f"{winner['sample_id']}>{loser['sample_id']}", "group_id": winner["group_id"],
+         "winner_id": winner["sample_id"], "loser_id": loser["sample_id"], "weight": 1.0, "num_raters": 1,
+         "agreement": 1.0}
+        for winner, loser in groups[: arguments.groups]
+    ]  # fmt: skip
+    write_table(config.folder, "preferences", 1, table_from_rows("preferences", preferences))
+    pool.run(train_checkpoint, config, 1, lambda count: None)
+    updates = read_rows(partition(config.folder, "updates", 1) / "part.parquet")
+    steps = len({row["step"] for row in read_rows(partition(config.folder, "update_steps", 1) / "part.parquet")})
+    return sum(row["num_pairs"] for row in updates) * steps / sum(row["seconds"] for row in updates)
+
+
+def report(results: Results) -> None:
+    """Rates and their ratios to one process, beside the goals."""
+    table = Table(title=r"median \[min, max]; times one process (goal)", title_justify="left")
+    for column in ("processes", "sampling, images/s", "", "training, pair-steps/s", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for processes, rates in results.items():
+        row = [processes]
+        for name in ("sampling", "training"):
+            goal = GOALS.get(int(processes), {}).get(name)
+            ratio = rates[name]["median"] / results["1"][name]["median"] if "1" in results else None
+            row += [show(rates[name], 2), (f"{ratio:.2f}x" if ratio else "") + (f" ({goal}x)" if goal else "")]
+        table.add_row(*row)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

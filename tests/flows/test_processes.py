@@ -1,0 +1,43 @@
+"""A round by two processes through the flow; one of them is killed, and the task's retry goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from d3po_core.campaign import finished_rounds
+from tests.flows.test_kill import SMALL, outcome
+
+MODEL = {"device": "cpu", "processes": 2}
+
+
+def rounds(run_rounds: Callable[..., int], data: Path, name: str, **how: Any) -> Path:
+    assert run_rounds({**SMALL, "campaign": name, "model": MODEL}, 1, **how) == 0
+    return data / "runs" / name
+
+
+def ranks_of(data: Path) -> list[psutil.Process]:
+    """Ranks that are alive on the tests' data."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if "tasks.rank_worker" in command and environment.get("D3PO_DATA") == str(data):
+            found.append(process)
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_round_of_two_processes_ends_alike_when_one_of_them_was_killed(
+    run_rounds: Callable[..., int], data: Path
+) -> None:
+    undisturbed = rounds(run_rounds, data, "two-processes")
+    assert [record.round for record in finished_rounds(undisturbed)] == [0, 1]
+    assert json.loads((undisturbed / "checkpoints/round=1/checkpoint.json").read_text())["processes"] == 2
+    assert {path.name for path in (undisturbed / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    disturbed = rounds(run_rounds, data, "two-processes-one-killed", kill_rank_in="train")
+    assert outcome(disturbed) == outcome(undisturbed)
+    assert (data / "two-processes-one-killed.killed").read_text() == "rank 1"
+    assert ranks_of(data) == []

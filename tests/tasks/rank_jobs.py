@@ -1,0 +1,87 @@
+"""Jobs for tests: they run in ranks, which import them by name. Not tests by themselves."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from d3po_core.checkpoint import load_round
+from d3po_core.config import CampaignConfig
+from d3po_core.jobs import Tell, training
+from d3po_core.jobs.loaded import loaded_policy
+from d3po_core.policy import Policy
+from d3po_core.trainer import TrainingSet, train_updates
+from d3po_core.training_set import load_training_set, training_seed
+from tests.core.drawing import stir_lora
+
+
+def gradient(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+    """The gradient of a round's first update, by a LoRA that matters, and what the update saw."""
+    return _gradient(config, loaded_policy(config), load_training_set(config.folder, round_number), steps=None)
+
+
+def gradient_of_one_cell(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+    """The same of one group at one step: there is nothing to do for a second rank."""
+    data = load_training_set(config.folder, round_number)
+    return _gradient(config, loaded_policy(config), replace(data, groups=data.groups[:1]), steps=1)
+
+
+def gradient_short_of_memory(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+    """The same when a second rank has room for two rows only."""
+    policy = loaded_policy(config)
+    whole = policy.training_rows._most
+    if policy.accelerator.process_index == 1:
+        policy.training_rows._most = 2
+    try:
+        return gradient(config, round_number, tell)
+    finally:
+        policy.training_rows._most = whole
+
+
+def gradient_overflowing_once(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+    """The same when the second rank's gradient overflows at the first loss scale."""
+    policy = loaded_policy(config)
+    backward = policy.backward
+
+    def overflow(loss: torch.Tensor) -> None:
+        too_large = policy.accelerator.process_index == 1 and policy.loss_scale == policy.first_loss_scale
+        backward(loss * torch.inf if too_large else loss)
+
+    policy.backward = overflow  # type: ignore[method-assign]
+    try:
+        return gradient(config, round_number, tell)
+    finally:
+        del policy.backward
+
+
+def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: int | None) -> dict[str, Any]:
+    load_round(config.folder, 0, policy)
+    stir_lora(policy, seed=1)
+    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    if steps is not None:
+        trained = torch.arange(config.sample.num_steps) < steps  # a step without noise is not trained on
+        schedule = replace(schedule, sigma_T=schedule.sigma_T * trained.to(policy.device))
+    still = torch.optim.SGD([parameter for _, parameter in policy.trainable_parameters()], lr=0.0)
+    updates = train_updates(policy, still, schedule, data, config.train, 1.0, training_seed(config, 1))
+    update = next(updates)
+    flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.trainable_parameters()])
+    seen = {key: getattr(update, key) for key in ("loss", "margin", "kl", "grad_norm", "num_pairs")}
+    return {"gradient": flat.tolist(), "seen": seen, "per_step": update.per_step, "loss_scale": policy.loss_scale}
+
+
+def save_own_lora(config: CampaignConfig, round_number: int, tell: Tell) -> None:
+    """Every rank writes the LoRA that it holds."""
+    policy = loaded_policy(config)
+    policy.save_weights(config.folder / f"of-rank-{policy.accelerator.process_index}")
+
+
+def train_apart(config: CampaignConfig, round_number: int, tell: Tell) -> Any:
+    """Training in which rank 1 learns a little faster."""
+    make = training.make_optimizer
+
+    def faster(policy: Policy, settings: Any) -> Any:
+        factor = 1.001 if policy.accelerator.process_index == 1 else 1.0
+        return make(policy, settings.model_copy(update={"learning_rate": factor * settings.learning_rate}))
+
+    training.make_optimizer = faster
+    return training.train_checkpoint(config, round_number, tell)
