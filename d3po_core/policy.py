@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,10 @@ class Conditioning:
     embeddings: Embedding
     empty: Embedding
     guidance_scale: float
+
+    def at(self, row_R: torch.Tensor) -> "Conditioning":
+        """The same of some of the prompts, by their places."""
+        return replace(self, embeddings={name: value[row_R] for name, value in self.embeddings.items()})
 
 
 class Policy:

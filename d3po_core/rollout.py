@@ -15,7 +15,7 @@ import torch
 
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
-from d3po_core.policy import Policy
+from d3po_core.policy import Conditioning, Policy
 from d3po_core.seeds import derive_seed, gaussian, gaussian_steps
 
 
@@ -119,7 +119,10 @@ def _denoise(
     with policy.merged():
         for step in range(num_steps):
             step_B = torch.full((count,), step, device=policy.device)
-            output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
+            if step == 0:
+                output = _first_output(policy, latent, schedule.timesteps_T[step_B], conditioning, seeds)
+            else:
+                output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
             noise_BCHW = _send(torch.stack([next(noise) for noise in noises]), policy.device)
@@ -130,6 +133,25 @@ def _denoise(
             if on_step:
                 on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+
+
+def _first_output(
+    policy: Policy, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning, seeds: list[ImageSeed]
+) -> torch.Tensor:
+    """The network's output at x_T, where a group's members are still equal: in half precision computed once a group.
+
+    In full precision every row is computed, so that a step replayed in its batch has the stored log_prob's bits.
+    """
+    starts = [(seed.prompt, seed.initial_seed) for seed in seeds]
+    distinct = {start: index for index, start in reversed(list(enumerate(starts)))}
+    rows = sorted(distinct.values())
+    if len(rows) == len(seeds) or policy.config.precision == "no":
+        return policy.predict(latent_BCHW, t_B, conditioning)
+    place = {row: index for index, row in enumerate(rows)}
+    row_G = _send(torch.tensor(rows), policy.device)
+    place_B = _send(torch.tensor([place[distinct[start]] for start in starts]), policy.device)
+    output_GCHW = policy.predict(latent_BCHW[row_G], t_B[row_G], conditioning.at(row_G))
+    return output_GCHW[place_B]
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -165,6 +165,27 @@ def test_log_probs_in_half_precision_are_replayed_as_they_were_stored(precision:
         torch.testing.assert_close(replayed(policy, data, step), drawn.log_probs_BT[:, step], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "first_rows"), [("fp16", len(PROMPTS)), ("no", len(SEEDS))])
+def test_a_group_is_computed_once_where_its_members_are_still_equal(
+    precision: str, first_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = embedded(precision=precision)
+    rows: list[int] = []
+    predict = Policy.predict
+
+    def counted(policy: Policy, latent_BCHW: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(latent_BCHW))
+        return predict(policy, latent_BCHW, *rest)
+
+    monkeypatch.setattr(Policy, "predict", counted)
+    shuffled = SEEDS[::-1][1:] + SEEDS[-1:]
+    drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), shuffled, GUIDANCE, torch.float32)
+    assert rows == [first_rows] + [len(SEEDS)] * (STEPS - 1)
+    for index, seed in enumerate(shuffled):
+        alone = sample_trajectories(policy, policy.schedule(STEPS, 1.0), [seed], GUIDANCE, torch.float32)
+        torch.testing.assert_close(drawn.latents_BTCHW[index, 1], alone.latents_BTCHW[0, 1], rtol=0, atol=5e-3)
+
+
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Trace the blocks, but let Python run what was traced; and count them."""
     counts: list[int] = []
