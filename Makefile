@@ -37,9 +37,10 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/import_judgements.py
 	$(BIN)/python tests/benchmarks/page.py
 
-# One NVIDIA GPU; the install must be one whose torch sees it.
+# One NVIDIA GPU; the install must be one whose torch sees it. First the passes, then whole rounds.
 bench-gpu: .venv/ready
 	$(BIN)/python tests/benchmarks/gpu.py
+	$(BIN)/python tests/benchmarks/gpu_round.py --warm-start
 
 # As many NVIDIA GPUs as there are, up to four, one process each.
 bench-gpus: .venv/ready
