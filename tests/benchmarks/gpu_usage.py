@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import shutil
 import subprocess
 import threading
@@ -30,7 +31,7 @@ class Usage:
 
 @contextlib.contextmanager
 def watching(path: Path) -> Iterator[bool]:
-    """Append what the first GPU does to a CSV file until the block ends; gives whether there is one to watch.
+    """Append what the first visible GPU does to a CSV file until the block ends; gives whether there is one to watch.
 
     Asks NVML if ``pynvml`` is there, else ``nvidia-smi``; with neither it notes nothing.
     """
@@ -76,12 +77,17 @@ def _note(moments: Generator[Usage], path: Path, ended: threading.Event) -> None
                 return
 
 
+def _first_visible() -> int:
+    """The number that the driver gives to the GPU that CUDA calls 0."""
+    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or 0)
+
+
 def _nvml() -> Generator[Usage] | None:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByIndex(0)
+        card = pynvml.nvmlDeviceGetHandleByIndex(_first_visible())
     except Exception:  # no module, no driver or no card, each with an error of its own
         return None
 
@@ -101,8 +107,8 @@ def _nvidia_smi() -> Generator[Usage] | None:
 
     def ask() -> Generator[Usage]:
         command = [
-            program, "--id=0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits",
-            f"--loop-ms={INTERVAL_SECONDS * 1000:.0f}",
+            program, f"--id={_first_visible()}", "--query-gpu=utilization.gpu,memory.used",
+            "--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_SECONDS * 1000:.0f}",
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
