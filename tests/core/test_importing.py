@@ -55,6 +55,8 @@ def files(campaign: CampaignConfig) -> list[Path]:
     [
         (choice("first", "r3-g1-m0,r3-g1-m5"),
          "second_id 'r3-g1-m5' is not in round 3 of campaign 'shapes' (group r3-g1 has members 0 to 3)"),
+        (choice("first", "r3-g1-m5,r3-g1-m0"),
+         "first_id 'r3-g1-m5' is not in round 3 of campaign 'shapes' (group r3-g1 has members 0 to 3)"),
         (choice("first", "r3-g9-m0,r3-g0-m1"), "first_id 'r3-g9-m0' is not in round 3 of campaign 'shapes'"),
         (choice("first", "r2-g0-m0,r3-g0-m1"), "first_id 'r2-g0-m0' is of round 2, not of round 3"),
         (choice("first", "cat.png,r3-g0-m1"), "first_id 'cat.png' is no sample id; expected one like r3-g0-m1"),
