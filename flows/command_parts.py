@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
+CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder when it lies elsewhere")]
 
 
 def console(stream: Any = None) -> Console:
