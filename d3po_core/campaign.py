@@ -124,15 +124,32 @@ def finished_rounds(campaign: Path) -> list[RoundRecord]:
 def campaign_named(name: str) -> CampaignConfig:
     """The saved configuration of a campaign.
 
+    Args:
+        name: the campaign's, or the path of its folder when it lies elsewhere than in the data folder (``runs_dir``).
+
     Raises:
         D3POError: there is none of that name; says which there are.
     """
-    folder = load_config({"campaign": name}, "--campaign").folder
+    if os.sep in name:
+        folder = Path(name).expanduser().resolve()
+        if not (folder / CAMPAIGN_FILE).exists():
+            raise D3POError(f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder")
+    else:
+        folder = load_config({"campaign": name}, "--campaign").folder
     if not (folder / CAMPAIGN_FILE).exists():
         known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
-        raise D3POError(f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}")
-    saved = load_config(json.loads((folder / CAMPAIGN_FILE).read_text())["config"], str(folder / CAMPAIGN_FILE))
-    return _lying_in(saved, folder)
+        raise D3POError(
+            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}; "
+            "of one that lies elsewhere give the folder"
+        )
+    return _lying_in(_saved_config(folder / CAMPAIGN_FILE), folder)
+
+
+def _saved_config(path: Path) -> CampaignConfig:
+    try:
+        return load_config(json.loads(path.read_text())["config"], str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise D3POError(f"{path}: cannot be read ({error!r}); restore it or start a new campaign") from None
 
 
 def round_config(campaign: Path, round_number: int) -> CampaignConfig:
@@ -170,10 +187,7 @@ def open_campaign(config: CampaignConfig) -> None:
     """
     path = config.folder / CAMPAIGN_FILE
     if path.exists():
-        try:
-            saved = load_config(json.loads(path.read_text())["config"], str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise D3POError(f"{path}: cannot be read ({error!r}); restore it or start a new campaign") from None
+        saved = _saved_config(path)
         # A server may move; what weights say of an image decides what the held-out scores mean.
         models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
         changed = [

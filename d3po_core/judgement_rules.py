@@ -145,8 +145,9 @@ def checks_of(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str
 
 def _sample_checks(column: str, group: str, scope: Scope) -> Iterator[tuple[str, str, str]]:
     here = f"round {scope.round_number} of campaign {_quoted(scope.campaign)}".replace("'", "''")
-    named = rf"regexp_extract({column}, '^(r[0-9]+-g[0-9]+)-m[0-9]+$', 1)"
-    its_round = rf"regexp_extract({column}, '^r([0-9]+)-g[0-9]+-m[0-9]+$', 1)"
+    # Of the file's row: alone, sample_id would be that of the samples that the message looks through.
+    named = rf"regexp_extract(said.{column}, '^(r[0-9]+-g[0-9]+)-m[0-9]+$', 1)"
+    its_round = rf"regexp_extract(said.{column}, '^r([0-9]+)-g[0-9]+-m[0-9]+$', 1)"
     yield column, f"{column} IS NULL", "'is empty; expected the id of an image'"
     yield (
         column, f"{column} IS NOT NULL AND {group} IS NULL",

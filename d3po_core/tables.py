@@ -146,10 +146,20 @@ def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, n
     return path
 
 
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# What a user can do then, but making the folder writable.
+ELSEWHERE = "or set runs_dir or D3PO_DATA to another folder"
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes it when the block ends well, and vanishes when it does not."""
-    with disk_errors(path):
+def atomic_path(path: Path, remedy: str = ELSEWHERE) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes it when the block ends well, and vanishes when it does not.
+
+    Args:
+        path: the file, or folder, to be made.
+        remedy: see ``disk_errors``.
+    """
+    with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -186,8 +196,12 @@ def exclusive(path: Path, mode: int = 0o644, wait: bool = True) -> Iterator[int]
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
     """Say in one line what to do when the disk is full or cannot be written.
+
+    Args:
+        path: what is written.
+        remedy: what can be done but making its folder writable.
 
     Raises:
         D3POError: in place of the OSError; other OSErrors pass.
@@ -201,11 +215,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(path) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise D3POError(
-                f"cannot write {path} ({error.strerror}); make its folder writable, or set runs_dir"
-            ) from None
+        if error.errno in _NOT_WRITABLE or _folder_cannot_be_made(error, path):
+            raise D3POError(f"cannot write {path} ({error.strerror}); make its folder writable, {remedy}") from None
         raise
+
+
+def _folder_cannot_be_made(error: OSError, path: Path) -> bool:
+    """Whether a folder on the way to a file is refused as if it were missing, as on a share that is not there."""
+    return (
+        error.errno == errno.ENOENT
+        and isinstance(error.filename, str | Path)
+        and path != Path(error.filename)
+        and (path.is_relative_to(error.filename))
+    )
 
 
 def _disk_full(path: Path) -> D3POError:

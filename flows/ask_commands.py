@@ -1,7 +1,8 @@
 """Commands that ask a campaign: query and show."""
 
-import contextlib
+import shutil
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from rich.table import Table
 
 from d3po_core.errors import D3POError
-from flows.command_parts import CampaignOption, console
+from flows.command_parts import CampaignOption, console, writing
 
 Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
 
@@ -27,14 +28,15 @@ def query(
     from d3po_core.campaign import campaign_named
     from d3po_core.views import connect_views
 
-    with connect_views(campaign_named(campaign).folder) as connection:
-        try:
+    folder = campaign_named(campaign).folder
+    try:
+        with connect_views(folder) as connection:
             relation = connection.sql(sql)
             if relation is None:
                 raise D3POError("query: the statement gives no rows; expected a SELECT")
             _write(relation, format.value, output)
-        except duckdb.Error as error:
-            raise D3POError(f"query: {' '.join(str(error).split())}") from None
+    except duckdb.Error as error:
+        raise D3POError(f"query: {' '.join(str(error).split())}") from None
 
 
 def show(
@@ -85,23 +87,28 @@ def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> N
 
 
 def _write(relation: Any, format: str, output: Path | None) -> None:
-    if format == "parquet":
-        if output is None:
-            raise D3POError("query: parquet is not for terminals; add --output FILE.parquet")
-        relation.write_parquet(str(output))
-        return
-    if format == "csv":
-        text = relation.to_df().to_csv(index=False)
-    elif format == "json":
-        text = relation.to_df().to_json(orient="records", date_format="iso", lines=True)
-    else:
+    """Write an answer; csv, json (an object a line) and parquet as DuckDB does, which keeps numbers as they are."""
+    if format == "parquet" and output is None:
+        raise D3POError("query: parquet is not for terminals; add --output FILE.parquet")
+    if format == "table":
         table = Table(*relation.columns)
         for row in relation.fetchall():
             table.add_row(*("" if value is None else str(value) for value in row))
-        with output.open("w") if output else contextlib.nullcontext(sys.stdout) as stream:
+        with writing(output) as stream:
             console(stream).print(table)
-        return
-    if output:
-        output.write_text(text)
+    elif output:
+        from d3po_core.tables import atomic_path
+
+        with atomic_path(output, "or name another --output") as temporary:
+            _copy(relation, format, temporary)
     else:
-        print(text, end="" if text.endswith("\n") else "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            _copy(relation, format, Path(folder) / "answer")
+            with (Path(folder) / "answer").open(encoding="utf-8", newline="") as stream:
+                shutil.copyfileobj(stream, sys.stdout)
+
+
+def _copy(relation: Any, format: str, path: Path) -> None:
+    options = "FORMAT csv, HEADER" if format == "csv" else f"FORMAT {format}"
+    quoted = str(path).replace("'", "''")
+    relation.query("answer", f"COPY answer TO '{quoted}' ({options})")

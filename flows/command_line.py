@@ -2,16 +2,16 @@
 
 import atexit
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-import yaml
 from rich.table import Table
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder, load_config, merge
+from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.errors import D3POError
 from flows.again_commands import prune, regenerate, replay
 from flows.ask_commands import query, show
@@ -19,6 +19,7 @@ from flows.command_parts import CampaignOption, console, loading, short
 from flows.export_commands import export_lora, export_preferences
 from flows.import_command import export_sheet, import_judgements
 from flows.label_command import label
+from flows.presets import command_that_goes_on, deployment_config
 from flows.raters_command import raters
 from flows.report_commands import compare, report
 
@@ -142,39 +143,13 @@ def status() -> None:
     print("\n".join(servers.status()))
 
 
-def deployment_config(deployment: str, campaign: str | None, settings: list[str]) -> CampaignConfig:
-    """Configuration of a deployment of prefect.yaml, with changes.
-
-    Raises:
-        D3POError: no such deployment, or a setting that is not a field or does not fit it.
-    """
-    deployments = {d["name"]: d for d in yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]}
-    if deployment not in deployments:
-        raise D3POError(f"deployment {deployment!r} is not in prefect.yaml; it has {', '.join(deployments)}")
-    values: dict[str, Any] = (deployments[deployment].get("parameters") or {}).get("config") or {}
-    for setting in settings:
-        name, separator, text = setting.partition("=")
-        if not separator or not name:
-            raise D3POError(f"--set {setting!r}: expected field=value, such as train.learning_rate=1e-3")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        values = merge(values, value)
-    if campaign:
-        values = merge(values, {"campaign": campaign})
-    return load_config(values, f"deployment {deployment!r}")
-
-
 def show_campaign(config: CampaignConfig) -> None:
     """Print the rounds so far, where everything is, and what to type next."""
-    from d3po_core.campaign import finished_rounds
+    from d3po_core.campaign import finished_rounds, round_config
 
     records = finished_rounds(config.folder)
     if not records:
-        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: d3po run round")
+        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate", "publish")
     for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
@@ -189,6 +164,7 @@ def show_campaign(config: CampaignConfig) -> None:
     console().print(table)
     first, last = records[0], records[-1]
     folder = short(config.folder)
+    name = str(config.folder) if config.runs_dir else config.campaign  # how the commands find it
     lines = (
         f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
@@ -197,8 +173,8 @@ def show_campaign(config: CampaignConfig) -> None:
         f"MLflow      {short(data_folder())}/mlflow  (make up opens it on http://127.0.0.1:5000)",
         "",
         "next:",
-        f"  d3po run round --campaign {config.campaign} --rounds 3",
-        f"  d3po query --campaign {config.campaign} "
+        f"  {command_that_goes_on(round_config(config.folder, last.round))}",
+        f"  d3po query --campaign {shlex.quote(name)} "
         '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
         "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
     )

@@ -1,4 +1,4 @@
-"""What the commands share: the option --campaign, how tables and paths are shown, and a word while something loads."""
+"""What the commands share: --campaign, how tables and paths are shown, files to write, a word while something loads."""
 
 import contextlib
 import os
@@ -10,13 +10,31 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign")]
+CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder when it lies elsewhere")]
 
 
 def console(stream: Any = None) -> Console:
-    """A console as wide as its terminal; where there is none, wide enough for tables."""
+    """A console as wide as its terminal; where there is none, wide enough for tables. Cells are shown as they are."""
     stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 240, highlight=False)
+    width = None if stream.isatty() else 240
+    # A prompt or a name with square brackets or colons is neither markup nor an emoji.
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def writing(output: Path | None) -> Iterator[Any]:
+    """A text stream to the file, which is there whole or not at all; without one, to standard output.
+
+    Raises:
+        D3POError: the file cannot be written.
+    """
+    if output is None:
+        yield sys.stdout
+        return
+    from d3po_core.tables import atomic_path
+
+    with atomic_path(output, "or name another --output") as temporary, temporary.open("w", encoding="utf-8") as stream:
+        yield stream
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """``d3po raters``: who judged, how well, and how far they agree."""
 
-import contextlib
 import json
-import sys
 from dataclasses import asdict, fields
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.command_parts import CampaignOption, console
+from flows.command_parts import CampaignOption, console, writing
 
 if TYPE_CHECKING:
     from d3po_core.agreement import RaterReport, RaterSummary
@@ -39,7 +37,7 @@ def raters(
     if not report.raters:
         where = f"campaign {campaign!r}" if round_number is None else f"round {round_number} of campaign {campaign!r}"
         raise D3POError(f"raters: no person has judged anything in {where} yet; judge.labeller says who judges")
-    with output.open("w") if output else contextlib.nullcontext(sys.stdout) as stream:
+    with writing(output) as stream:
         if format is RaterFormat.json:
             json.dump(asdict(report), stream, indent=1)
             stream.write("\n")
@@ -53,10 +51,11 @@ def _write_csv(report: "RaterReport", stream: Any) -> None:
     import csv
 
     from d3po_core.agreement import RaterSummary
+    from d3po_core.delimited import neutralise
 
     writer = csv.DictWriter(stream, [field.name for field in fields(RaterSummary)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(rater) for rater in report.raters)
+    writer.writerows(asdict(rater) | {"rater": neutralise(rater.rater)} for rater in report.raters)
 
 
 def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> None:
@@ -78,8 +77,6 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
 
 
 def _cells(rater: "RaterSummary") -> list[str]:
-    from rich.markup import escape
-
     gold, place = "-", "-"
     if rater.gold_answered:
         gold = f"{rater.gold_right:.3g}/{rater.gold_answered} [{rater.gold_low:.2f}, {rater.gold_high:.2f}]"
@@ -88,11 +85,10 @@ def _cells(rater: "RaterSummary") -> list[str]:
     notes = ["left out"] if rater.left_out else []
     if rater.first_p is not None and rater.first_share is not None and rater.first_p < BIAS_P:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
-    texts = [
+    return [
         rater.rater, str(rater.judgements), str(rater.skips), str(rater.groups), _number(rater.seconds, 1), gold,
         _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
     ]  # fmt: skip
-    return [escape(text) for text in texts]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -24,6 +24,7 @@ import psutil
 
 from d3po_core.config import PROJECT_ROOT, data_folder
 from d3po_core.errors import D3POError
+from d3po_core.tables import disk_errors
 
 HOST = "127.0.0.1"
 NAMES = ("prefect", "mlflow", "label", "worker")
@@ -32,6 +33,7 @@ WORKER = "d3po-worker"
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect in the process of a flow run
 RUN_OWNER = "D3PO_RUN_OWNER"  # set by us in the process of a d3po run, and so in its temporary server
 START_SECONDS = 120.0
+SET_DATA = "or set D3PO_DATA to another folder"
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -103,7 +105,8 @@ def down() -> list[str]:
     if "profile" in state and _active_profile() == PROFILE:
         _prefect("profile", "use", state["profile"], check=False)  # complains when that profile's server is away
         lines.append(f"Prefect profile: {_active_profile()}")
-    _file("servers.json").unlink(missing_ok=True)
+    with contextlib.suppress(NotADirectoryError):
+        _file("servers.json").unlink(missing_ok=True)
     return lines or ["nothing to end: no servers are running"]
 
 
@@ -215,8 +218,9 @@ def _read_state() -> State:
 
 def _write_state(state: State) -> None:
     temporary = _file("servers.json.tmp")
-    temporary.write_text(json.dumps(state, indent=2))
-    temporary.replace(_file("servers.json"))
+    with disk_errors(temporary, SET_DATA):
+        temporary.write_text(json.dumps(state, indent=2))
+        temporary.replace(_file("servers.json"))
 
 
 def _process(state: State, name: str) -> psutil.Process | None:
@@ -236,8 +240,11 @@ def _living(pid: int, created: float) -> psutil.Process | None:
 
 def _start(state: State, name: str) -> None:
     for folder in ("servers", "prefect", "mlflow/artifacts"):
-        (data_folder() / folder).mkdir(parents=True, exist_ok=True)
-    with _file(f"{name}.log").open("ab") as log:
+        with disk_errors(data_folder() / folder, SET_DATA):
+            (data_folder() / folder).mkdir(parents=True, exist_ok=True)
+    with disk_errors(_file(f"{name}.log"), SET_DATA):
+        log = _file(f"{name}.log").open("ab")
+    with log:
         child = subprocess.Popen(
             _command(name, state["ports"]), env=_environment(state["ports"]), cwd=PROJECT_ROOT,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

@@ -26,7 +26,7 @@ from prefect.states import State
 from pydantic import Field
 
 from d3po_core.campaign import finish_stage, round_config, stage_path
-from d3po_core.config import CampaignConfig
+from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.errors import D3POError
 from d3po_core.journal import export_judgements
 from d3po_core.questions import label_progress
@@ -109,10 +109,17 @@ def require_deployment(config: CampaignConfig, round_numbers: list[int]) -> None
     """Refuse at once, before anything is sampled, a run that would have to wait for people and cannot.
 
     Raises:
-        D3POError: the run was not started from a deployment.
+        D3POError: the run was not started from a deployment, or the campaign lies where the page does not find it.
     """
     rounds = [n for n in round_numbers if n > 0]
-    if config.judge.labeller == "proxy" or not rounds or deployment.id:
+    if config.judge.labeller == "proxy" or not rounds:
+        return
+    if config.folder.parent != data_folder() / "runs":
+        raise D3POError(
+            f"people judge this campaign and runs_dir is {config.runs_dir!r}, where neither the labelling page nor a "
+            f"deadline looks; leave runs_dir out, or set D3PO_DATA (now {data_folder()}) for the servers and the run"
+        )
+    if deployment.id:
         return
     first_is_judged = (
         stage_path(config.folder, rounds[0], "judge").exists() and label_progress(config, rounds[0]).complete

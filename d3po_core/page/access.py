@@ -74,7 +74,7 @@ class Raters:
                         raise D3POError(f"{self.path} can be read by others; type: chmod 600 {self.path}")
                     self._values = json.loads(self.path.read_text())
                     self._stamp = (status.st_mtime_ns, status.st_ino)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._values = {"secret": secrets.token_hex(32), "raters": {}}
             except (json.JSONDecodeError, UnicodeDecodeError):
                 raise D3POError(

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from prefect import get_run_logger
+from prefect.exceptions import MissingContextError
+
 from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
 from tasks.tracking.stages import LOGGERS
@@ -43,10 +46,18 @@ def deliver(config: CampaignConfig) -> None:
                 _delivered_path(config.folder, round_number, stage).touch()
     except Exception as error:
         # Whatever keeps MLflow from listening, the round is worth more than its log.
-        logger.warning(
+        _run_logger().warning(
             "MLflow at %s did not take %d finished stages (%s); they are kept and delivered with the next one",
             tracking_uri(), len(waiting), " ".join(str(error).split())[:200],
         )  # fmt: skip
+
+
+def _run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """The run's own logger, whose lines Prefect's page shows; outside of a run the module's."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logger
 
 
 def _is_left_alone() -> bool:

@@ -25,7 +25,7 @@ from d3po_core.campaign import last_finished_round
 from d3po_core.config import PROJECT_ROOT
 from d3po_core.evaluate import summarize
 from d3po_core.tables import atomic_path, connect
-from flows.command_line import deployment_config
+from flows.presets import deployment_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

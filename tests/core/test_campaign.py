@@ -22,6 +22,7 @@ from d3po_core.campaign import (
     begin_round,
     campaign_id,
     campaign_lock,
+    campaign_named,
     check_space,
     checkpoint_path,
     discard_round,
@@ -432,6 +433,9 @@ def test_damaged_campaign_file_is_a_one_line_error(tmp_path: Path, text: str) ->
     with pytest.raises(D3POError) as caught:
         open_campaign(config_in(tmp_path, seed=3))
     assert "\n" not in str(caught.value)
+    if text != '{"config": {}}':  # readable, of another campaign
+        with pytest.raises(D3POError, match=r"campaign.json: cannot be read .*; restore it"):
+            campaign_named(str(tmp_path / "c"))
 
 
 def test_saved_configuration_is_the_resolved_one(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def files(campaign: CampaignConfig) -> list[Path]:
     [
         (choice("first", "r3-g1-m0,r3-g1-m5"),
          "second_id 'r3-g1-m5' is not in round 3 of campaign 'shapes' (group r3-g1 has members 0 to 3)"),
+        (choice("first", "r3-g1-m5,r3-g1-m0"),
+         "first_id 'r3-g1-m5' is not in round 3 of campaign 'shapes' (group r3-g1 has members 0 to 3)"),
         (choice("first", "r3-g9-m0,r3-g0-m1"), "first_id 'r3-g9-m0' is not in round 3 of campaign 'shapes'"),
         (choice("first", "r2-g0-m0,r3-g0-m1"), "first_id 'r2-g0-m0' is of round 2, not of round 3"),
         (choice("first", "cat.png,r3-g0-m1"), "first_id 'cat.png' is no sample id; expected one like r3-g0-m1"),
@@ -326,5 +328,16 @@ def test_campaign_that_does_not_exist_is_named_with_those_that_do(
     assert campaign_named("shapes").folder == config.folder
     with pytest.raises(D3POError, match=r"campaign 'shape' is not in .*; there are shapes"):
         campaign_named("shape")
-    with pytest.raises(D3POError, match=r"campaign is '\.\./x'"):
-        campaign_named("../x")
+    with pytest.raises(D3POError, match=r"campaign is '\.\.'"):
+        campaign_named("..")
+
+
+def test_campaign_that_lies_elsewhere_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
+    config = sampled_campaign(tmp_path / "disk")
+    found = campaign_named(str(config.folder))
+    assert (found.folder, found.campaign) == (config.folder, "shapes")
+    with pytest.raises(D3POError, match=r"not in .*data/runs; there are none; of one that lies elsewhere give the fol"):
+        campaign_named("shapes")
+    with pytest.raises(D3POError, match=r"disk holds no campaign; expected a name, or a campaign's folder"):
+        campaign_named(str(tmp_path / "disk"))

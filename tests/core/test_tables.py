@@ -183,6 +183,16 @@ def test_failing_write_leaves_the_old_file_and_no_other(
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
+def test_folder_that_cannot_be_made_is_told_and_a_missing_file_inside_is_not_taken_for_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(D3POError, match=r"cannot write /proc/none/here/x.json .*D3PO_DATA"),
+        atomic_path(Path("/proc/none/here/x.json")),
+    ):
+        raise AssertionError("nothing can be written there")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "x.json"):
+        (tmp_path / "missing").read_text()
+
+
 def test_block_that_raises_leaves_no_temporary_file(tmp_path: Path) -> None:
     def interrupted() -> None:
         with atomic_path(tmp_path / "new.json") as temporary:

@@ -59,6 +59,22 @@ def test_csv_and_json_hold_the_same_raters(folder: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+def test_a_name_is_neither_markup_nor_a_formula(folder: Path) -> None:
+    campaign(folder, {1: marks("=1+[/bold]", "r1-g0", "100") + marks(":smile:", "r1-g0", "100")}, groups=1)
+    assert "=1+[/bold]" in ask().output
+    assert ":smile:" in ask().output
+    rows = csv.DictReader(ask("--format", "csv").output.splitlines())
+    assert {row["rater"] for row in rows} == {"'=1+[/bold]", ":smile:"}
+
+
+def test_a_file_that_cannot_be_written_is_one_line(folder: Path) -> None:
+    filled(folder)
+    (folder / "file").touch()
+    error = ask("--output", str(folder / "file" / "raters.csv")).exception
+    assert isinstance(error, D3POError)
+    assert "name another --output" in str(error)
+
+
 def test_a_round_can_be_asked_for_alone(folder: Path) -> None:
     filled(folder)
     report = json.loads(ask("--round", "2", "--format", "json").output)

@@ -69,7 +69,7 @@ def test_compare_names_its_picture_after_the_rounds(runs: Path) -> None:
         (("1", "9"), "'9' is no finished round of campaign 'one'"),
         (("1", "champion"), "is one checkpoint .*expected two or more"),
         (("1", "four:1"), "campaign 'four' is not in .*one, three, two"),
-        (("1", "../x:1"), "names a folder"),
+        (("1", "../x:1"), "holds no campaign"),
     ],
 )
 def test_compare_refuses_in_one_line(runs: Path, words: tuple[str, ...], message: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlflow
 import numpy as np
 import pytest
@@ -209,6 +210,16 @@ def test_second_run_of_a_busy_campaign_is_refused_in_one_line(
     assert len(finished_rounds(campaign)) == 3
 
 
+def lines_of(run_name: str) -> list[str]:
+    """What Prefect's page shows of the runs of a campaign; lines arrive a moment after they were written."""
+    api = os.environ["PREFECT_API_URL"]
+    named = {"flow_runs": {"name": {"any_": [run_name]}}}
+    (run,) = httpx.post(f"{api}/flow_runs/filter", json=named, trust_env=False).json()
+    time.sleep(3)
+    body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "limit": 200}
+    return [line["message"] for line in httpx.post(f"{api}/logs/filter", json=body, trust_env=False).json()]
+
+
 def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
     run_rounds: Callable[..., int], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +235,7 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
         folder.unlink()
         aside.rename(folder)
     assert [record.mlflow_run_id for record in finished_rounds(data / "runs" / "unheard")] == [None, None]
+    assert any("they are kept and delivered with the next one" in line for line in lines_of("unheard"))
     assert run_rounds(values, 1) == 0
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")

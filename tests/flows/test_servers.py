@@ -289,6 +289,15 @@ def test_busy_port_is_one_line_that_names_port_and_option(
     assert not (home / "unused").exists()
 
 
+def test_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "file"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(D3POError, match=r"cannot write .*; make its folder writable, or set D3PO_DATA"):
+        servers.up(*free_ports(3))
+    assert servers.down() == ["nothing to end: no servers are running"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("PREFECT_API_URL", "http://example.invalid/api"), ("PREFECT_PROFILE", "cloud")]
 )

@@ -104,3 +104,40 @@ def test_commands_show_query_and_export_answer(command: Command, tmp_path: Path)
         done = command(name, "--campaign", "tiny", "--output", str(tmp_path / name))
         assert done.exit_code == 0, done.output
         assert (tmp_path / name / "README.md").is_file()
+
+
+def test_an_answer_is_shown_as_it_is(command: Command) -> None:
+    def answer(sql: str, format: str) -> str:
+        done = command("query", sql, "--campaign", "tiny", "--format", format)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    # A prompt may hold anything; neither is this markup, nor an emoji.
+    assert re.search(r"a \[red\] circle \[/\] +│ :smile:", answer("SELECT 'a [red] circle [/]', ':smile:'", "table"))
+    # Whole numbers beside missing ones stay whole, and no digit is lost.
+    exact = "SELECT unnest([9007199254740993, NULL]) AS n, 1 / 3 AS third, DATE '2020-01-31' AS day, [1, 2] AS list"
+    row, other = (json.loads(line) for line in answer(exact, "json").splitlines())
+    assert row == {"n": 9007199254740993, "third": 1 / 3, "day": "2020-01-31", "list": [1, 2]}
+    assert other["n"] is None
+    assert answer(exact, "csv").splitlines()[1] == '9007199254740993,0.3333333333333333,2020-01-31,"[1, 2]"'
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json", "parquet"])
+def test_answer_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, format: str
+) -> None:
+    asked = ("query", "SELECT 1 AS one", "--campaign", "tiny", "--format", format, "--output")
+    (tmp_path / "file").touch()
+    wrong = command(*asked, str(tmp_path / "file" / "answer"))
+    assert isinstance(wrong.exception, D3POError)
+    assert re.fullmatch("cannot write .*make its folder writable, or name another --output", str(wrong.exception))
+    assert command(*asked, str(tmp_path / "new folder's" / "answer")).exit_code == 0
+    assert (tmp_path / "new folder's" / "answer").stat().st_size
+
+
+def test_damaged_table_is_one_line_that_names_the_file(command: Command, campaign: Path) -> None:
+    (campaign / "samples/round=1/part.parquet").write_text("garbage")
+    wrong = command("query", "SELECT count(prompt) FROM samples", "--campaign", "tiny")
+    assert isinstance(wrong.exception, D3POError)
+    assert "samples/round=1/part.parquet" in str(wrong.exception)
+    assert "\n" not in str(wrong.exception)

@@ -1,0 +1,74 @@
+"""Presets: the deployments of prefect.yaml that advance a campaign, and which of them goes on with a given one."""
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, load_config, merge
+from d3po_core.errors import D3POError
+
+ENTRYPOINT = "flows/round.py:d3po"
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Configuration values of every deployment of the flow ``d3po``, by name, in the file's order."""
+    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    return {
+        deployment["name"]: (deployment.get("parameters") or {}).get("config") or {}
+        for deployment in deployments
+        if deployment["entrypoint"] == ENTRYPOINT
+    }
+
+
+def deployment_config(deployment: str, campaign: str | None, settings: list[str]) -> CampaignConfig:
+    """Configuration of a deployment of prefect.yaml, with changes.
+
+    Raises:
+        D3POError: no such deployment, or a setting that is not a field or does not fit it.
+    """
+    known = presets()
+    if deployment not in known:
+        raise D3POError(f"{deployment!r} is no deployment of rounds in prefect.yaml; it has {', '.join(known)}")
+    values = known[deployment]
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not name:
+            raise D3POError(f"--set {setting!r}: expected field=value, such as train.learning_rate=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    if campaign:
+        values = merge(values, {"campaign": campaign})
+    return load_config(values, f"deployment {deployment!r}")
+
+
+def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
+    """The command that adds rounds to a campaign as it is: the nearest deployment, and what differs from it.
+
+    A campaign that people judge needs a server; ``d3po run`` would refuse it.
+    """
+    changed = {
+        name: [(field, new) for field, _, new in changed_fields(deployment_config(name, None, []), config)]
+        for name in presets()
+    }
+    nearest = min(changed, key=lambda name: len(changed[name]))
+    if config.judge.labeller != "proxy":
+        values = json.dumps(config.model_dump(mode="json", exclude_defaults=True))
+        other = f" -p {shlex.quote(f'config={values}')}" if changed[nearest] else ""
+        return f"prefect deployment run d3po/{nearest} -p rounds={rounds}{other}"
+    options = [
+        f" --campaign {value}" if field == "campaign" else f" --set {shlex.quote(f'{field}={_yaml(value)}')}"
+        for field, value in changed[nearest]
+    ]
+    return f"d3po run {nearest}{''.join(options)} --rounds {rounds}"
+
+
+def _yaml(value: Any) -> str:
+    """A value as one types it: without quotes where it is read back as the same."""
+    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)

@@ -1,0 +1,58 @@
+"""The deployments that ``d3po run`` knows, and the command that goes on with a campaign."""
+
+import json
+import shlex
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from d3po_core.config import CampaignConfig, load_config
+from d3po_core.errors import D3POError
+from flows.presets import command_that_goes_on, deployment_config
+
+
+@pytest.mark.parametrize("name", ["nope", "deadline", "file"])
+def test_only_deployments_of_rounds_are_run(name: str) -> None:
+    with pytest.raises(
+        D3POError, match=f"'{name}' is no deployment of rounds in prefect.yaml; it has round, published"
+    ):
+        deployment_config(name, None, [])
+
+
+def meant(command: str) -> CampaignConfig:
+    """The configuration that a printed command stands for."""
+    words = shlex.split(command)
+    assert words[:2] == ["d3po", "run"]
+    values = {option: [v for o, v in pairwise(words) if o == option] for option in words}
+    campaign = values.get("--campaign", [None])[0]
+    return deployment_config(words[2], campaign, values.get("--set", []))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"campaign": "bright", "judge": {"scorers": ["brightness", "jpeg_compressibility"]}},
+        {"campaign": "b", "runs_dir": "/a disk/of 'mine'", "train": {"learning_rate": 1e-5, "max_grad_norm": 0.5}},
+        {"model": {"path": "123", "compile": True, "lora_alpha": 2.0}, "sample": {"prompts": "null"}, "seed": 4},
+    ],
+)
+@pytest.mark.parametrize("name", ["round", "published", "sd15"])
+def test_printed_command_goes_on_with_the_same_configuration(name: str, changes: dict[str, Any]) -> None:
+    config = deployment_config(name, None, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
+    assert meant(command_that_goes_on(config)) == config
+
+
+def test_campaign_that_follows_a_preset_is_named_by_it_alone() -> None:
+    assert command_that_goes_on(deployment_config("published", None, [])) == "d3po run published --rounds 3"
+    assert command_that_goes_on(CampaignConfig(), 1) == "d3po run round --rounds 1"
+
+
+def test_campaign_that_people_judge_goes_on_by_its_deployment() -> None:
+    human = deployment_config("human", None, [])
+    assert command_that_goes_on(human) == "prefect deployment run d3po/human -p rounds=3"
+    other = load_config({**human.model_dump(), "campaign": "hands"}, "test")
+    *words, parameter = shlex.split(command_that_goes_on(other))
+    assert words == ["prefect", "deployment", "run", "d3po/human", "-p", "rounds=3", "-p"]
+    assert load_config(json.loads(parameter.removeprefix("config=")), "test") == other
