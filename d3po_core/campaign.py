@@ -27,7 +27,7 @@ from d3po_core.config import (
 )
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
-from d3po_core.tables import atomic_path, disk_errors, exclusive, partition, read_rows
+from d3po_core.tables import SCHEMAS, atomic_path, disk_errors, exclusive, partition, read_rows
 
 CAMPAIGN_FILE = "campaign.json"
 TARGET_FILE = "target.json"
@@ -308,8 +308,8 @@ def sweep_leftovers(campaign: Path, round_number: int) -> None:
     """Remove the half-written files that a killed run left in a round; the caller holds the campaign's lock."""
     for pattern in (".*.tmp", f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp", "report/.*.tmp"):
         for path in campaign.glob(pattern):
-            if path.parent.parent.name == "judgements":
-                continue  # maybe of an import that is running now, which needs no lock
+            if path.parent.parent.name in ("judgements", "comparisons"):
+                continue  # maybe of an import or an export that is running now, which need no lock
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -323,8 +323,8 @@ def discard_round(campaign: Path) -> int | None:
     for path in stages.iterdir():
         if path.name != "config.json":
             path.unlink()
-    for folder in ("samples", "groups", "judgements", "preferences", "updates", "update_steps", "evaluations"):
-        shutil.rmtree(partition(campaign, folder, number), ignore_errors=True)
+    for table in SCHEMAS:
+        shutil.rmtree(partition(campaign, table, number), ignore_errors=True)
     for folder in ("images", "trajectories", "staging", "checkpoints"):
         for path in (campaign / folder).glob(f"*round={number}*"):
             if path.name in (f"round={number}", f".round={number}.tmp") or path.name.startswith(f"round={number}-"):

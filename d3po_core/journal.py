@@ -16,7 +16,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +66,7 @@ class Submission:
 
     Attributes:
         submission: unique name that the page made.
-        sampling: whose images; see ``sampling_of``.
+        sampling: whose images; see ``sampling_of``, or the id of a blind comparison.
         rater: who.
         question_id: which question.
         attempt: number of the rater's earlier entries on that question.
@@ -270,14 +270,25 @@ def judgement_rows(entry: Entry) -> list[dict[str, Any]]:
 
 
 def export_judgements(campaign: Path, round_number: int) -> list[Path]:
-    """Write what the journal holds and no file does yet into a round's ``judgements``.
+    """Write what the journal holds of a round and no file does yet into its ``judgements``; see ``export_entries``."""
+    sampling = sampling_of(campaign, round_number)
+    return export_entries(campaign, sampling, "judgements", round_number, judgement_rows) if sampling else []
+
+
+def export_entries(
+    campaign: Path, sampling: str, table: str, round_number: int, rows_of: Callable[[Entry], list[dict[str, Any]]]
+) -> list[Path]:
+    """Write what the journal holds of a sampling and no file does yet into a table.
 
     A file is named by the sampling and the entries it holds, so that a name always has the same content; what is
     on disk says what was exported. May be called at any time, by several processes at once.
 
     Args:
         campaign: the campaign's folder.
+        sampling: whose entries.
+        table: the table.
         round_number: the round.
+        rows_of: makes an entry's rows.
 
     Returns:
         The files that were written now; none when there is nothing new.
@@ -285,18 +296,17 @@ def export_judgements(campaign: Path, round_number: int) -> list[Path]:
     Raises:
         D3POError: the journal cannot be read, or the disk is full or read-only.
     """
-    sampling = sampling_of(campaign, round_number)
-    if sampling is None or not (campaign / JOURNAL_FILE).exists():
+    if not (campaign / JOURNAL_FILE).exists():
         return []
     with contextlib.closing(Journal(campaign)) as journal, journal.exclusively():
         name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
-        found = map(name.fullmatch, (path.name for path in partition(campaign, "judgements", round_number).glob("*")))
+        found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
         entries = journal.entries_while_exclusive(sampling, max((int(match[2]) for match in found if match), default=0))
         if not entries:
             return []
-        table = table_from_rows("judgements", [row for entry in entries for row in judgement_rows(entry)])
+        rows = table_from_rows(table, [row for entry in entries for row in rows_of(entry)])
         file = f"{FILE_PREFIX}{sampling}-{entries[0].seq}-{entries[-1].seq}"
-        return [write_table(campaign, "judgements", round_number, table, name=file)]
+        return [write_table(campaign, table, round_number, rows, name=file)]
 
 
 def _same(entry: Entry, said: Submission) -> bool:

@@ -46,6 +46,7 @@ class ImageStory:
         held_out: whether it is a held-out image.
         judgements: rows of ``judgements`` that name it, in the order in which they were made.
         pairs: rows of ``pairs`` that it is in.
+        compared: rows of ``human_comparisons`` that it is in.
         scores: held-out scores of the same prompt and seed in every round: round, scorer, score.
         run: the row of ``rounds``, None while the round is not finished.
         settings: fields of the round's configuration that are not the default: name, default, value.
@@ -56,6 +57,7 @@ class ImageStory:
     held_out: bool
     judgements: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
+    compared: list[dict[str, Any]]
     scores: list[dict[str, Any]]
     run: dict[str, Any] | None
     settings: list[tuple[str, Any, Any]]
@@ -81,6 +83,9 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
             held_out=held_out,
             judgements=rows("SELECT * FROM judgements WHERE $id IN (sample_id, other_id) ORDER BY judged_at, rater"),
             pairs=rows("SELECT * FROM pairs WHERE $id IN (winner_id, loser_id) ORDER BY pair_id"),
+            compared=rows(
+                "SELECT * FROM human_comparisons WHERE $id IN (sample_id, against_id) ORDER BY judged_at, rater"
+            ),
             scores=rows(
                 "SELECT e.round, e.scorer, e.score FROM evaluations e JOIN evaluations me "
                 "ON me.sample_id = $id AND me.prompt = e.prompt AND me.seed = e.seed AND me.scorer = e.scorer "

@@ -87,9 +87,9 @@ def _droppable(parts: tuple[str, ...], names: set[str]) -> bool:
         return inner[0] in names
     if kind == "checkpoints":  # progress of a killed training, and a checkpoint that was being written
         return any(inner[0].startswith((f"{name}-update=", f".{name}.tmp", f".{name}-update=")) for name in names)
-    # Judgements come in without the campaign's lock: a temporary file there may be in somebody's hands.
+    # What people say comes in without the campaign's lock: a temporary file there may be in somebody's hands.
     half_written = inner[-1].startswith(".") and inner[-1].endswith(".tmp")
-    return half_written and inner[0] in names and kind != "judgements"
+    return half_written and inner[0] in names and kind not in ("judgements", "comparisons")
 
 
 def _sizes(campaign: Path) -> Iterator[tuple[Path, int]]:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from d3po_core.errors import D3POError
 
 # 2: judgements got `seconds` and `position`, and a `value` that may be missing.
-SCHEMA_VERSION = 2
+# 3: the table comparisons.
+SCHEMA_VERSION = 3
 
 
 def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
@@ -50,6 +51,11 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "evaluations": _schema(
         sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
+    ),
+    # Not judgements, which preferences are made of: these are about held-out images.
+    "comparisons": _schema(
+        comparison=_text, against=_int, rater=_text, sample_id=_text, against_id=_text, value=(_real, True),
+        judged_at=_time, seconds=(_real, True), position=_int,
     ),
     "rounds": _schema(
         checkpoint_in=(_text, True), checkpoint_out=(_text, True), lora_sha256=(_text, True), num_samples=_int,

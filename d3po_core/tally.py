@@ -35,13 +35,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Deck:
-    """All that a round asks.
+    """All that a round asks, or a blind comparison.
 
     Attributes:
         campaign: the campaign's folder.
         config: the configuration with which the round was begun.
-        round_number: the round.
-        sampling: name of what was sampled; see ``journal.sampling_of``.
+        round_number: the round; 0 in a blind comparison, whose page does not say which rounds it compares.
+        sampling: name of what was sampled; see ``journal.sampling_of``, or the id of a blind comparison.
         mode: pair, mark_bad, best or rank.
         questions: the questions, group by group; first those of the groups for people.
         group_of: [Q] number of each question's group.

@@ -79,14 +79,37 @@ FROM rounds r LEFT JOIN (
 ) e USING (round)
 """
 
-VIEWS = {"votes": VOTES.format(rounds="true"), "pairs": _PAIRS, "raters": _RATERS, "checkpoints": _CHECKPOINTS}
+# Every rater's last word on a pair of held-out images; what was skipped or taken back says nothing.
+_HUMAN_COMPARISONS = """
+WITH last_word AS (
+    SELECT * FROM comparisons
+    QUALIFY row_number() OVER (PARTITION BY round, against, rater, sample_id, against_id ORDER BY judged_at DESC) = 1
+), images AS (
+    SELECT DISTINCT round, sample_id, prompt, seed, image_path FROM evaluations
+)
+SELECT c.round, c.against, c.rater, mine.prompt, mine.seed, c.sample_id, c.against_id, mine.image_path AS image,
+       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote, c.position, c.seconds, c.judged_at
+FROM last_word c
+JOIN images mine ON mine.round = c.round AND mine.sample_id = c.sample_id
+JOIN images other ON other.round = c.against AND other.sample_id = c.against_id
+WHERE c.value IS NOT NULL
+"""
+
+VIEWS = {
+    "votes": VOTES.format(rounds="true"),
+    "pairs": _PAIRS,
+    "raters": _RATERS,
+    "checkpoints": _CHECKPOINTS,
+    "human_comparisons": _HUMAN_COMPARISONS,
+}
 
 
 def connect_views(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB over a campaign's tables, with the views ``votes``, ``pairs``, ``raters``, ``checkpoints``.
+    """An in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
 
     A row is, in ``votes``: what a rater's last word says of a pair of a group; in ``pairs``: a preference with both
-    images, their scores, and who voted how; in ``raters``: a rater in a round; in ``checkpoints``: a finished round.
+    images, their scores, and who voted how; in ``raters``: a rater in a round; in ``checkpoints``: a finished round; in
+    ``human_comparisons``: what a rater's last word says of a round's held-out image beside a reference's, seen blind.
     """
     connection = connect(campaign)
     for name, sql in VIEWS.items():

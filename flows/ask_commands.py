@@ -22,13 +22,17 @@ def query(
     format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
 ) -> None:
-    """Ask SQL over all rounds: the tables, and the views pairs, votes, raters and checkpoints (docs/questions.md)."""
+    """Ask SQL over all rounds: tables, and views such as pairs, checkpoints, human_comparisons (docs/questions.md)."""
     import duckdb
 
+    from d3po_core.blind import collect_comparisons
     from d3po_core.campaign import campaign_named
     from d3po_core.views import connect_views
 
     folder = campaign_named(campaign).folder
+    # A folder that cannot be written is asked all the same, only without what people said last.
+    with contextlib.suppress(D3POError):
+        collect_comparisons(folder)
     try:
         with connect_views(folder) as connection:
             relation = connection.sql(sql)
@@ -73,6 +77,8 @@ def show(
                                            "judged_at", "source"))  # fmt: skip
     _rows("pairs", story.pairs, ("winner_id", "loser_id", "weight", "agreement", "people_for", "people_against",
                                  "proxies_for", "proxies_against"))  # fmt: skip
+    if story.held_out:
+        _rows("compared blind", story.compared, ("rater", "sample_id", "against_id", "vote", "judged_at"))
     _rows("the same prompt and seed in every round", story.scores, ("round", "scorer", "score"))
 
 

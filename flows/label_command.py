@@ -1,4 +1,4 @@
-"""``d3po label``: serve the labelling page and print every rater's link."""
+"""``d3po label``: serve the labelling page, print every rater's link, begin blind comparisons of checkpoints."""
 
 import getpass
 import re
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from d3po_core.page.desk import Priority
 
 Mode = Literal["pair", "mark_bad", "best", "rank"]
+BLIND = "Compare checkpoints, blind"
 
 
 def label(
@@ -26,11 +27,53 @@ def label(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Name by which other machines reach this one; may be repeated")
     ] = None,
-) -> None:
-    """Serve the page on which people judge the rounds that wait for them; Ctrl-C ends it and loses nothing."""
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Also let people compare this round's held-out images with a reference's, blind: a number, champion "
+            "or latest; d3po compare says how often they prefer it", rich_help_panel=BLIND,
+        ),
+    ] = None,
+    against: Annotated[str, typer.Option(help="The reference: base or a round", rich_help_panel=BLIND)] = "base",
+    pairs: Annotated[int, typer.Option(min=1, help="How many pairs, in all", rich_help_panel=BLIND)] = 48,
+    raters_per_pair: Annotated[
+        int, typer.Option(min=1, max=100, help="People asked about each pair", rich_help_panel=BLIND)
+    ] = 1,
+    campaign: Annotated[str, typer.Option(help="Campaign of the two rounds", rich_help_panel=BLIND)] = "shapes",
+) -> None:  # fmt: skip
+    """Serve the page on which people judge rounds and compare checkpoints blind; Ctrl-C ends it and loses nothing."""
     from d3po_core.information import question_priority
 
-    serve_page(_wake, question_priority, rater, mode, host, port, allow_host)
+    if compare is not None:
+        begin_blind(campaign, compare, against, pairs, raters_per_pair)
+    elif against != "base":
+        raise D3POError(f"--against {against} needs the round that is compared with it: add --compare ROUND")
+    serve_page(_wake, question_priority, rater, mode, host, port, allow_host, _compared)
+
+
+def begin_blind(campaign: str, compare: str, against: str, pairs: int, raters: int) -> None:
+    """Put a blind comparison on the page, or more pairs of one that is there, and say how far it is.
+
+    Raises:
+        D3POError: there is no such campaign or round, or nothing to compare.
+    """
+    from d3po_core.blind import begin_comparison, comparison_progress, title_of
+    from d3po_core.campaign import campaign_named
+    from d3po_core.comparison import round_named
+
+    folder = campaign_named(campaign).folder
+    found, missing = begin_comparison(folder, round_named(folder, compare), round_named(folder, against), pairs, raters)
+    progress = comparison_progress(folder, found)
+    prompts = len({pair.prompt for pair in found.pairs})
+    people = f", {found.raters} people each" if found.raters > 1 else ""
+    reference = f"round {found.against}" if found.against else "the base"
+    print(
+        f"{title_of(found.id)}: round {found.round} against {reference} "
+        f"of campaign {campaign}, {len(found.pairs)} pairs of {prompts} held-out prompts{people}; "
+        f"{progress.groups_done} done"
+    )
+    if missing:
+        print(f"{missing} pairs cannot be asked: their images are no longer on disk")
 
 
 def _wake(campaign: str, round_number: int) -> None:
@@ -47,9 +90,17 @@ def _wake(campaign: str, round_number: int) -> None:
         raise D3POError("no Prefect server runs here, so the round cannot be woken yet; type: d3po up")
 
 
+def _compared(campaign: str, round_number: int) -> None:
+    """Tell MLflow what people said in blind comparisons; one that is down is told by the campaign's next run."""
+    from d3po_core.campaign import campaign_named
+    from tasks.tracking import deliver_comparisons
+
+    deliver_comparisons(campaign_named(campaign))
+
+
 def serve_page(
     on_complete: "OnComplete", priority: "Priority | None", rater: list[str] | None, mode: str | None, host: str,
-    port: int, allow_host: list[str] | None,
+    port: int, allow_host: list[str] | None, on_compared: "OnComplete" = lambda *_: None,
 ) -> None:  # fmt: skip
     """Print the links and serve until the process is told to end.
 
@@ -61,6 +112,7 @@ def serve_page(
         host: address to listen on.
         port: port to listen on.
         allow_host: further names by which the page is reached.
+        on_compared: see ``d3po_core.page.app.create_app``.
 
     Raises:
         D3POError: the port is taken by something else, or the data folder cannot be written.
@@ -83,7 +135,7 @@ def serve_page(
     from d3po_core.page.guard import LOCAL_HOSTS
 
     hosts = {*LOCAL_HOSTS, *(allow_host or ()), *({host} - {"0.0.0.0", "::"})}
-    app = create_app(data, on_complete, priority, mode=mode, hosts=hosts)
+    app = create_app(data, on_complete, priority, mode=mode, hosts=hosts, on_compared=on_compared)
     print("Ctrl-C ends the page; what was judged is kept", flush=True)
     uvicorn.run(
         app, host=host, port=port, log_level="error", access_log=False, server_header=False,

@@ -20,7 +20,7 @@ def compare(
     campaign: CampaignOption = "shapes",
     output: Annotated[Path | None, typer.Option(help="Picture to write; in the campaign's folder if not given")] = None,
 ) -> None:
-    """Compare checkpoints on the same held-out prompts and seeds: a table, and a picture with a row a checkpoint."""
+    """Compare checkpoints on the same held-out prompts and seeds: scores, what people prefer, and a picture."""
     from d3po_core.campaign import campaign_named
     from d3po_core.comparison import read_held_out, round_named
     from d3po_core.report.pictures import comparison_picture
@@ -42,6 +42,7 @@ def compare(
                         "such as: d3po compare base latest")  # fmt: skip
     held_out = read_held_out(chosen)
     print_comparison(held_out, labels)
+    print_preferred(chosen, labels)
     if output is None:
         words = "-".join(
             f"{folder.name}.{number}" if folder != chosen[0][0] else str(number) for folder, number in chosen
@@ -85,3 +86,31 @@ def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
                 cells[3:] = f"{number(c.win_rate.mean)} {interval(c.win_rate)}", c.verdict
             table.add_row(*cells, number(float(np.mean(spreads[row]))) if spreads[row] else "images removed")
         console().print(table)
+
+
+def print_preferred(chosen: list[tuple[Path, int]], labels: list[str]) -> None:
+    """Print how often people preferred each checkpoint to the first, seen blind, or how to ask them."""
+    from rich.table import Table
+
+    from d3po_core.blind import collect_comparisons
+    from d3po_core.preferred import human_win_rate, human_win_rates
+    from d3po_core.report.answers import interval, number
+
+    (folder, reference), *_ = chosen
+    others = [(label, n) for label, (place, n) in zip(labels[1:], chosen[1:], strict=True) if place == folder]
+    collect_comparisons(folder)
+    rates = human_win_rates(folder)
+    found = [(label, rate) for label, n in others if (rate := human_win_rate(rates, n, reference))]
+    if found:
+        table = Table(title=f"people, blind, against {labels[0]}; [95 % interval over prompts]", title_justify="left")
+        for column in ("checkpoint", "preferred, ties half", "verdict", "pairs", "judgements", "ties", "people"):
+            table.add_column(column, justify="left" if column in ("checkpoint", "verdict") else "right")
+        for label, rate in found:
+            counts = (rate.num_pairs, rate.num_judgements, rate.num_ties, rate.num_raters)
+            share = f"{number(rate.win_rate.mean)} {interval(rate.win_rate)}"
+            table.add_row(label, share, rate.verdict, *map(str, counts))
+        console().print(table)
+    elif others:
+        asked, against = sorted((others[-1][1], reference), reverse=True)
+        print(f"people have not compared these; ask them: d3po label --compare {asked} --against {against or 'base'} "
+              f"--campaign {folder.name}")  # fmt: skip

@@ -1,8 +1,9 @@
 """The web application of the labelling page; every page is rendered here, and a little JavaScript exchanges its middle.
 
-/                 campaigns that wait for people
+/                 campaigns and blind comparisons that wait for people
 /enter?key=TOKEN  turns the token of a link into a cookie
-/c/NAME           the labelling page; /next, /judge and /undo below it answer with the middle of the page
+/c/NAME           the labelling page of a campaign, or as /c/CAMPAIGN~ID of a blind comparison; /next, /judge and /undo
+                  below it answer with the middle of the page
 /i/TOKEN          an image, by a name that says nothing about it and is another one for every rater
 """
 
@@ -19,11 +20,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from d3po_core.blind import comparisons_of
 from d3po_core.campaign import CAMPAIGN_FILE
 from d3po_core.config import load_config
 from d3po_core.errors import D3POError
 from d3po_core.journal import ConflictError
 from d3po_core.page.access import Raters
+from d3po_core.page.comparing import ComparisonDesk, desk_name
 from d3po_core.page.completion import OnComplete
 from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError
 from d3po_core.page.guard import LOCAL_HOSTS, Guard, Pace
@@ -63,7 +66,7 @@ class Undone(BaseModel):
 class _Page:
     """What the routes share: campaigns, raters, templates, and the table of image names."""
 
-    def __init__(self, data: Path, make_desk: Callable[[Path], Desk], per_second: float) -> None:
+    def __init__(self, data: Path, make_desk: Callable[[Path, str | None], Desk], per_second: float) -> None:
         self.runs, self.raters, self._make_desk = data / "runs", Raters(data), make_desk
         self.pace, self.tries = Pace(per_second, 3 * per_second), Pace(2, 20)
         self.desks: dict[str, Desk] = {}
@@ -91,14 +94,29 @@ class _Page:
                     names.append(path.parent.name)
         return names
 
+    def comparisons(self) -> list[str]:
+        """Blind comparisons of all campaigns, by the names of their desks; some may be done."""
+        return list(self._comparisons())
+
+    def _comparisons(self) -> dict[str, tuple[Path, str]]:
+        found = {}
+        for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}")):
+            with contextlib.suppress(D3POError):
+                for one in comparisons_of(path.parent):
+                    found[desk_name(path.parent, one)] = (path.parent, one.id)
+        return found
+
     def desk(self, name: str) -> Desk:
         with self._lock:
             if name not in self.desks:
                 # Compared with what is there, never joined to a path.
-                folders = {path.parent.name: path.parent for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")}
-                if name not in folders:
+                there: dict[str, tuple[Path, str | None]] = {
+                    path.parent.name: (path.parent, None) for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")
+                }
+                there |= self._comparisons() if "~" in name else {}
+                if name not in there:
                     raise HTTPException(404, "There is no campaign of that name.")
-                self.desks[name] = self._make_desk(folders[name])
+                self.desks[name] = self._make_desk(*there[name])
             return self.desks[name]
 
     def image_url(self, rater: str, deck: Deck, sample_id: str) -> str:
@@ -123,7 +141,7 @@ class _Page:
             for ids in (view.shown, view.ahead)
         )
         template = self._templates.get_template("middle.html")
-        return template.render(view=view, images=images, ahead=ahead, rater=rater, campaign=desk.campaign.name)
+        return template.render(view=view, images=images, ahead=ahead, rater=rater, desk=desk)
 
 
 def create_app(
@@ -134,6 +152,7 @@ def create_app(
     hosts: Iterable[str] = LOCAL_HOSTS,
     per_second: float = 20.0,
     retry_seconds: float = 10.0,
+    on_compared: OnComplete = lambda *_: None,
 ) -> Guard:
     """The labelling page over the campaigns of a data folder, as an ASGI application.
 
@@ -145,15 +164,22 @@ def create_app(
         mode: how people judge, in place of the configuration's.
         hosts: names by which the page may be reached.
         per_second: how many judgements a second a rater may send; three times as many at once.
-        retry_seconds: pause after ``on_complete`` raised.
+        retry_seconds: pause after ``on_complete`` or ``on_compared`` raised.
+        on_compared: called likewise when people have judged a blind comparison of a round; wakes nothing.
     """
-    page = _Page(data, lambda folder: Desk(folder, on_complete, priority, mode, retry_seconds), per_second)
+
+    def make_desk(folder: Path, comparison: str | None) -> Desk:
+        if comparison is None:
+            return Desk(folder, on_complete, priority, mode, retry_seconds)
+        return ComparisonDesk(folder, comparison, on_compared, retry_seconds)
+
+    page = _Page(data, make_desk, per_second)
     ended = threading.Event()
 
     def watch() -> None:
         # Rounds end without a request too: by judgements that are brought in, or before this server was started.
         while not ended.wait(WATCH_SECONDS):
-            for name in page.campaigns():
+            for name in [*page.campaigns(), *page.comparisons()]:
                 with contextlib.suppress(D3POError, HTTPException):
                     page.desk(name).current()
 
@@ -195,13 +221,16 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
     @app.get("/")
     def start(request: Request) -> Response:
         rater = _signed_in(page, request)
-        views = {name: page.desk(name).view(rater) for name in page.campaigns()}
-        return page.html("start.html", rater=rater, views=views)
+        desks = {name: page.desk(name) for name in [*page.campaigns(), *page.comparisons()]}
+        entries = [(name, desk, desk.view(rater)) for name, desk in desks.items()]
+        waiting = [entry for entry in entries if not (entry[1].blind and entry[2].state == "done")]
+        return page.html("start.html", rater=rater, entries=waiting)
 
     @app.get("/c/{name}")
     def label(request: Request, name: str) -> Response:
         rater = _signed_in(page, request)
-        return page.html("label.html", rater=rater, campaign=name, middle=page.middle(rater, page.desk(name)))
+        desk = page.desk(name)
+        return page.html("label.html", rater=rater, name=name, desk=desk, middle=page.middle(rater, desk))
 
     @app.get("/i/{token}")
     def image(request: Request, token: str) -> Response:

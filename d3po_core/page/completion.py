@@ -21,10 +21,15 @@ class Completion:
         campaign: the campaign's folder.
         on_complete: what to call.
         retry_seconds: how long to wait after it raised.
+        lock: file in the campaign's folder that keeps a second caller out; calls that must not wait for each other have
+            different ones.
     """
 
-    def __init__(self, campaign: Path, on_complete: OnComplete, retry_seconds: float) -> None:
+    def __init__(
+        self, campaign: Path, on_complete: OnComplete, retry_seconds: float, lock: str = ".labels.lock"
+    ) -> None:
         self._campaign, self._on_complete, self._retry_seconds = campaign, on_complete, retry_seconds
+        self._lock_file = campaign / lock
         self._lock = threading.Lock()
         self._begun: set[str] = set()
         self.error: str | None = None
@@ -41,7 +46,7 @@ class Completion:
     def _tell(self, journal: Journal, sampling: str, round_number: int) -> None:
         while not self.ended.is_set():
             try:
-                with exclusive(self._campaign / ".labels.lock"):
+                with exclusive(self._lock_file):
                     if journal.read_note(sampling, NOTE) is None:
                         self._on_complete(self._campaign.name, round_number)
                         journal.note(sampling, NOTE, "yes")

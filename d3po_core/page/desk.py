@@ -39,9 +39,9 @@ class View:
     """What a rater sees.
 
     Attributes:
-        state: ``question``, ``idle`` (nothing left for this rater), ``done`` (the round has enough) or ``waiting``
-            (no round to judge).
-        deck: the round, None when there is none.
+        state: ``question``, ``idle`` (nothing left for this rater), ``done`` (the deck has enough) or ``waiting``
+            (no deck to judge).
+        deck: what is asked in all, None when there is nothing.
         question: what is asked.
         shown: its sample ids as they stand on the page.
         ahead: sample ids of the questions that probably come next.
@@ -71,6 +71,8 @@ class View:
 class Desk:
     """A campaign's journal and the round that waits for people; may be used by many threads.
 
+    What else can be judged has a subclass, which finds another deck (``comparing.ComparisonDesk``).
+
     Args:
         campaign: the campaign's folder.
         on_complete: called in the background with (campaign's name, round number) when a round has enough.
@@ -79,6 +81,10 @@ class Desk:
         mode: how people judge, in place of the configuration's.
         retry_seconds: pause after ``on_complete`` raised.
     """
+
+    blind, title = False, ""
+    # Whether what is complete is used at once, so that nothing can be taken back any more.
+    final = True
 
     def __init__(
         self, campaign: Path, on_complete: OnComplete, priority: Priority | None = None, mode: str | None = None,
@@ -114,7 +120,7 @@ class Desk:
             assert self._journal is not None
             self._tally.add(self._journal.entries(self._deck.sampling, after=self._tally.last_seq))
             if self._tally.progress().complete:
-                self._completion.begin(self._journal, self._deck.sampling, self._deck.round_number)
+                self._tell(self._deck)
             else:
                 self._prioritise()
             return self._deck
@@ -128,10 +134,11 @@ class Desk:
             standing, progress = self._tally.standing(rater), self._tally.progress()
             times = [entry.judged_at for entry in standing if entry.action == "answer"]
             problem = self._completion.error if progress.complete else self._problem
-            view = View("done", deck, progress=progress, own=len(times), rate=_rate(times), problem=problem)
+            undo = standing[-1].seq if standing and not (progress.complete and self.final) else None
+            state = "done" if progress.complete else "idle"
+            view = View(state, deck, undo=undo, progress=progress, own=len(times), rate=_rate(times), problem=problem)
             if progress.complete:
                 return view
-            view = replace(view, state="idle", undo=standing[-1].seq if standing else None)
             indices = self._queue.next(rater)
             if not indices:
                 return view
@@ -171,7 +178,7 @@ class Desk:
             return "You judged this in another window; that judgement was kept. Undo takes it back."
         current = self.current()
         if current is None or current.sampling != deck.sampling:
-            return f"Kept. Round {deck.round_number} had gone on by then, so training may not have used it."
+            return self._late_note(deck)
         return ""
 
     def undo(self, rater: str, number: int, submission: str) -> str:
@@ -190,7 +197,7 @@ class Desk:
                 entry = next((e for e in self._tally.standing(rater) if e.seq == number), None) if deck else None
                 if deck is None or entry is None:
                     return "That was taken back already."
-                if self._tally.progress().complete:
+                if self._tally.progress().complete and self.final:
                     return "The round is done, so this stays."
                 attempt = self._tally.attempt(rater, entry.question_id)
                 said = Submission(
@@ -236,6 +243,15 @@ class Desk:
             self._deck, self._stamp, self._problem = None, None, str(error)
             return
         self._stamp, self._problem = stamp, None
+
+    def _tell(self, deck: Deck) -> None:
+        """What happens when the deck has enough; called again at every look."""
+        assert self._journal is not None
+        self._completion.begin(self._journal, deck.sampling, deck.round_number)
+
+    def _late_note(self, deck: Deck) -> str:
+        """What a rater is told whose judgement was kept when its deck was no longer asked."""
+        return f"Kept. Round {deck.round_number} had gone on by then, so training may not have used it."
 
     def _open(self, deck: Deck) -> None:
         assert self._journal is not None

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from d3po_core.agreement import rater_report
+from d3po_core.blind import collect_comparisons
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.report import answers, plots
 from d3po_core.report.gather import STAGES, Facts, Row, gather
@@ -37,6 +38,7 @@ def write_report(campaign: CampaignConfig | Path, output: Path | None = None) ->
     """
     folder = campaign.folder if isinstance(campaign, CampaignConfig) else Path(campaign)
     path = output or folder / REPORT_FILE
+    collect_comparisons(folder)
     facts = gather(folder)
     page = render(facts, _raters(facts) if facts.raters else None)
     with atomic_path(path) as temporary:

@@ -15,6 +15,7 @@ from d3po_core.comparison import (
     mean_intervals,
     unit_means,
 )
+from d3po_core.preferred import HumanWinRate
 from d3po_core.records import ScoreSummary
 from d3po_core.report.gather import Facts, Row
 from d3po_core.report.pictures import RoundPictures
@@ -137,6 +138,7 @@ def checks(facts: Facts, scorers: list[Scored], pictures: list[RoundPictures], p
         _jumps(facts.training),
         _clipping(facts.rounds[-1]),
         _people(facts.crossing_counts),
+        _preferred(facts.champion_preferred),
         _same_config(facts.config_changes),
     ]
     return sorted((check for check in found if check), key=lambda check: {False: 0, None: 1, True: 2}[check.fine])
@@ -232,6 +234,16 @@ def _people(counts: list[Row]) -> Check | None:
     share = agree / (agree + disagree)
     text = f"Of {agree + disagree} pairs that both decided, people and proxies agree on {share:.0%}."
     return Check(share >= 0.6, "People and proxies want the same", text)
+
+
+def _preferred(rate: HumanWinRate | None) -> Check | None:
+    if rate is None:
+        return None
+    text = (
+        f"Blind, they chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of {rate.num_pairs} "
+    )
+    text += f"pairs, ties half: {rate.verdict}."
+    return Check(rate.verdict != WORSE, "People do not prefer the base to the champion", text)
 
 
 def _same_config(changes: list[Row]) -> Check:

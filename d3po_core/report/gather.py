@@ -11,6 +11,7 @@ from d3po_core.campaign import CAMPAIGN_FILE, stage_path
 from d3po_core.comparison import HeldOut, champions, read_held_out
 from d3po_core.errors import D3POError
 from d3po_core.preferences import collect_votes
+from d3po_core.preferred import HumanWinRate, human_win_rate, human_win_rates
 from d3po_core.tables import SCHEMAS, connect
 
 STAGES = ("sample", "judge", "derive", "train", "evaluate", "publish")
@@ -34,12 +35,18 @@ class Facts:
     crossings: list[Row]  # pairs on which people and a proxy disagree
     crossing_counts: list[Row]  # a row a round and proxy
     raters: list[Row]  # people, from judgements
+    preferred: list[HumanWinRate]  # what people prefer in blind comparisons of held-out images
     files: list[Row]  # a row a table: where its Parquet files are
 
     @property
     def champion(self) -> int:
         """Position of the champion among the rounds."""
         return self.reigns[-1]
+
+    @property
+    def champion_preferred(self) -> HumanWinRate | None:
+        """How often people prefer the champion to the base; None if they did not compare them."""
+        return human_win_rate(self.preferred, self.rounds[self.champion]["round"], 0)
 
 
 def gather(folder: Path, examples: int = 6) -> Facts:
@@ -80,6 +87,7 @@ def gather(folder: Path, examples: int = 6) -> Facts:
             crossings=crossings,
             crossing_counts=counts,
             raters=_rows(connection, _RATERS),
+            preferred=human_win_rates(folder),
             files=[_files(connection, folder, table) for table in SCHEMAS],
         )
 

@@ -14,9 +14,13 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.exceptions import MissingContextError
 
+from d3po_core.blind import collect_comparisons, comparison_path, comparisons_of
 from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
-from tasks.tracking.stages import LOGGERS
+from d3po_core.errors import D3POError
+from d3po_core.preferred import HumanWinRate, human_win_rates
+from d3po_core.tables import atomic_path
+from tasks.tracking.stages import LOGGERS, log_human_win_rate
 from tasks.tracking.store import mlflow_client, round_run_id, run_page, tracking_uri
 
 STAGES = tuple(LOGGERS)
@@ -30,7 +34,54 @@ logger = logging.getLogger(__name__)
 
 
 def deliver(config: CampaignConfig) -> None:
-    """Tell MLflow of every finished stage of the campaign that it was not told of yet."""
+    """Tell MLflow of every finished stage, and of what people said of checkpoints, that it was not told of yet."""
+    _deliver_stages(config)
+    deliver_comparisons(config)
+
+
+def deliver_comparisons(config: CampaignConfig) -> None:
+    """Tell MLflow how often people prefer a round, seen blind, where it was not told so yet.
+
+    Only of rounds of which it knows everything else: this is also called while a run advances the campaign, and only
+    one of the two may make the round's run.
+    """
+    try:
+        rates = _untold_rates(config.folder)
+    except D3POError as error:
+        logger.warning("blind comparisons of campaign %r: %s", config.campaign, error)
+        return
+    if not rates or _is_left_alone():
+        return
+    try:
+        with _patience():
+            client = mlflow_client()
+            for rate in rates:
+                config_then = _config_of(config, rate.round)
+                log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
+                with atomic_path(_told_path(config.folder, rate)) as temporary:
+                    temporary.write_text(rate.model_dump_json())
+    except Exception as error:
+        _warn(f"{len(rates)} blind comparisons", error)
+
+
+def _untold_rates(campaign: Path) -> list[HumanWinRate]:
+    """Win rates that MLflow was not told of, or was told otherwise."""
+    if not comparisons_of(campaign):
+        return []
+    collect_comparisons(campaign)
+    known = [rate for rate in human_win_rates(campaign) if _delivered_path(campaign, rate.round, "publish").exists()]
+    return [rate for rate in known if _told(_told_path(campaign, rate)) != rate.model_dump_json()]
+
+
+def _told_path(campaign: Path, rate: HumanWinRate) -> Path:
+    return comparison_path(campaign, rate.round, rate.against).with_suffix(".delivered")
+
+
+def _told(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def _deliver_stages(config: CampaignConfig) -> None:
     waiting = sorted(_undelivered(config.folder))
     if not waiting or _is_left_alone():
         return
@@ -45,11 +96,15 @@ def deliver(config: CampaignConfig) -> None:
                 LOGGERS[stage](client, config_then, round_number, run_id)
                 _delivered_path(config.folder, round_number, stage).touch()
     except Exception as error:
-        # Whatever keeps MLflow from listening, the round is worth more than its log.
-        _run_logger().warning(
-            "MLflow at %s did not take %d finished stages (%s); they are kept and delivered with the next one",
-            tracking_uri(), len(waiting), " ".join(str(error).split())[:200],
-        )  # fmt: skip
+        _warn(f"{len(waiting)} finished stages", error)
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Whatever keeps MLflow from listening, the round is worth more than its log."""
+    _run_logger().warning(
+        "MLflow at %s did not take %s (%s); they are kept and delivered with the next one",
+        tracking_uri(), what, " ".join(str(error).split())[:200],
+    )  # fmt: skip
 
 
 def _run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:

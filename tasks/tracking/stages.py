@@ -11,6 +11,7 @@ from typing import Any
 from d3po_core.agreement import round_metrics
 from d3po_core.campaign import campaign_id, read_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
+from d3po_core.preferred import HumanWinRate
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -34,6 +35,7 @@ from tasks.tracking.store import (
     log_lineage,
     log_metrics,
     log_report,
+    log_to_model,
     milliseconds,
     register_version,
     registered_name,
@@ -221,6 +223,18 @@ def _about_campaign(config: CampaignConfig, round_number: int) -> str:
         "`held_out/*` (intervals `_low`, `_high`), `report.html` and the held-out images among the artifacts, and the "
         f"model `{registered_name(config)}` with its aliases champion, current and previous.\n"
     )
+
+
+def log_human_win_rate(client: Client, config: CampaignConfig, rate: HumanWinRate, run_id: str) -> None:
+    """How often people prefer the round's images to a reference's: in its run, the campaign's and its model."""
+    name = f"held_out/human_win_rate_{rate.reference.replace(' ', '_')}"
+    values: dict[str, float | None] = {
+        name: rate.win_rate.mean, f"{name}_low": rate.win_rate.low, f"{name}_high": rate.win_rate.high,
+        f"{name}_judgements": rate.num_judgements,
+    }  # fmt: skip
+    log_both(client, config, rate.round, run_id, rate.last_at, values)
+    log_to_model(client, config, rate.round, run_id, {name: rate.win_rate.mean}, rate.last_at)
+    log_lineage(client, config, rate.round, run_id, "comparisons")
 
 
 ALIASES = ("champion", "current", "previous")

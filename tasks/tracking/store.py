@@ -214,27 +214,48 @@ def log_checkpoint(
         metrics: of the model; MLflow sorts models by them.
         when: time of the metrics.
     """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(round_number)}
-    found = client.search_logged_models(
-        [experiment(client)], " AND ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-    )
-    model = next(iter(found), None)
+    model = _logged_model(client, identity)
     if model is None or model.status != LoggedModelStatus.READY:
         model = client.create_logged_model(
             experiment(client), name=f"{config.campaign}-round-{round_number:03d}", source_run_id=run_id,
             tags={**identity, **tags}, model_type=config.model.train,
         )  # fmt: skip
         client.log_model_artifacts(model.model_id, str(folder))
-        values = [
-            Metric(name, _rounded(value), milliseconds(when), round_number, model_id=model.model_id)
-            for name, value in metrics.items() if value is not None
-        ]  # fmt: skip
-        client.log_batch(run_id, metrics=values)
+        _log_model_metrics(client, model, round_number, run_id, metrics, when)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, round_number)])
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model
+
+
+def log_to_model(
+    client: Client, config: CampaignConfig, round_number: int, run_id: str, metrics: dict[str, float | None],
+    when: datetime,
+) -> None:  # fmt: skip
+    """Add metrics to the model that is a round's checkpoint, if it was logged."""
+    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(round_number)}
+    if (model := _logged_model(client, identity)) is not None:
+        _log_model_metrics(client, model, round_number, run_id, metrics, when)
+
+
+def _logged_model(client: Client, tags: dict[str, str]) -> "LoggedModel | None":
+    wanted = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return next(iter(client.search_logged_models([experiment(client)], wanted)), None)
+
+
+def _log_model_metrics(
+    client: Client, model: "LoggedModel", round_number: int, run_id: str, metrics: dict[str, float | None],
+    when: datetime,
+) -> None:  # fmt: skip
+    from mlflow.entities import Metric
+
+    values = [
+        Metric(name, _rounded(value), milliseconds(when), round_number, model_id=model.model_id)
+        for name, value in metrics.items() if value is not None
+    ]  # fmt: skip
+    client.log_batch(run_id, metrics=values)
 
 
 def register_version(

@@ -49,6 +49,13 @@ PEOPLE = {
 }
 
 
+# Blind comparisons of round 4 with the base: (rater, held-out image, value, where round 4's stood, minute).
+COMPARED = [
+    ("ann", 0, 1.0, 0, 0), ("ann", 1, -1.0, 1, 1), ("ann", 1, None, 1, 2), ("ann", 1, 1.0, 1, 3),
+    ("ann", 2, -1.0, 0, 4), ("bob", 0, 0.0, 1, 5), ("bob", 3, None, 0, 6),
+]  # fmt: skip
+
+
 def small_config(folder: Path) -> CampaignConfig:
     sample = {"groups_per_round": 2, "group_size": 3, "num_steps": 2}
     evaluate = {"images_per_prompt": 2, "scorers": ["prompt_alignment"]}
@@ -64,6 +71,8 @@ def write_campaign(folder: Path) -> Path:
         begin_round(config, number)
         if number:
             _write_images(config.folder, number)
+        if number == ROUNDS:
+            _write_comparison(config.folder, number)
         _write_evaluation(config.folder, number)
         _write_round(config, number)
     return config.folder
@@ -115,6 +124,18 @@ def _write_evaluation(campaign: Path, number: int) -> None:
     summary = ScoreSummary(mean=mean, low=mean - 0.1, high=mean + 0.1)
     record = EvaluateRecord(num_images=len(rows), scores={"prompt_alignment": summary}, grid="")
     stage_path(campaign, number, "evaluate").write_text(record.model_dump_json())
+
+
+def _write_comparison(campaign: Path, number: int) -> None:
+    rows = [
+        {
+            "comparison": "0123456789abcdef", "against": 0, "rater": rater, "sample_id": f"r{number}-e{image}",
+            "against_id": f"r0-e{image}", "value": value, "judged_at": MORNING + timedelta(minutes=minute),
+            "seconds": 2.0, "position": position,
+        }
+        for rater, image, value, position, minute in COMPARED
+    ]  # fmt: skip
+    write_table(campaign, "comparisons", number, table_from_rows("comparisons", rows))
 
 
 def _write_round(config: CampaignConfig, number: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d3po_core.blind import begin_comparison
 from d3po_core.campaign import stage_path
 from d3po_core.errors import D3POError
 from d3po_core.report import duration, render, write_report
@@ -18,6 +19,7 @@ from d3po_core.report.answers import pairings, scored
 from d3po_core.report.gather import gather
 from d3po_core.report.pictures import SHEET_BYTES, SHEETS, comparison_picture
 from d3po_core.tables import read_rows
+from tests.core.compared import say_all
 from tests.core.little_campaign import LittleCampaign
 
 PROMPTS = [f"a thing of kind {i}" for i in range(8)]
@@ -248,6 +250,25 @@ def test_gold_answers_are_no_people(tmp_path: Path) -> None:
     campaign.judge(1, "ann", "rating", {"r1-g0-m0": 1.0, "r1-g0-m1": 0.0})
     (counts,) = gather(campaign.folder).crossing_counts
     assert (counts["agree"], counts["disagree"]) == (1, 0)
+
+
+def test_what_people_prefer_is_told_when_they_compared(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x", [0.2, 0.8, 0.5]).folder
+    assert "People, seeing both" not in write_report(folder).read_text()
+    assert "What people prefer" not in write_report(folder).read_text()
+    for number, vote in ((1, 1), (2, -1)):
+        say_all(folder, begin_comparison(folder, number, 0, pairs=16).comparison, lambda _, vote=vote: vote)
+    page = Page(write_report(folder).read_text())
+    assert "prefer it in 100% of 16 pairs (63 to 100%)" in page.text
+    assert "round 1, champion base 1.000 [0.631, 1.000] better 16 16 0 1" in page.text
+    assert "round 2 base 0.000 [0.000, 0.369] worse 16 16 0 1" in page.text
+    assert "Not so: people do not prefer" not in page.text
+
+
+def test_champion_that_people_like_less_than_the_base_is_an_alarm(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x", [0.2, 0.8]).folder
+    say_all(folder, begin_comparison(folder, 1, 0, pairs=16).comparison, lambda _: -1)
+    assert "Not so: people do not prefer the base to the champion" in Page(write_report(folder).read_text()).text
 
 
 def test_clear_pairs_and_doubtful_pairs_are_told_apart_by_agreement_then_margin(tmp_path: Path) -> None:

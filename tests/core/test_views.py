@@ -48,6 +48,10 @@ ANSWERS: dict[str, list[tuple[Any, ...]]] = {
         ("cat", 1, 1.0),
     ],
     "Who is right on the gold questions?": [("bob", 1, 0.0), ("ann", 1, 1.0), ("cat", 1, 1.0)],
+    "Which held-out prompts do people like better than the base's images, seen blind?": [
+        (4, "up", 3, pytest.approx(2.5 / 3), pytest.approx(2 / 3)),
+        (4, "down", 1, 0.0, 0.0),
+    ],
     "Who changed their mind, and about what?": [(4, "ann", "choice", "r4-g0-m0", "r4-g0-m1", [1.0, -1.0])],
 }
 
@@ -63,10 +67,10 @@ def asked(campaign: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-def test_page_asks_twenty_questions_in_order() -> None:
+def test_page_asks_its_questions_in_order() -> None:
     numbers = re.findall(r"^## (\d+)\. ", PAGE, re.M)
-    assert [int(number) for number in numbers] == list(range(1, 21))
-    assert len(QUESTIONS) == 20
+    assert [int(number) for number in numbers] == list(range(1, 22))
+    assert len(QUESTIONS) == 21
     assert ANSWERS.keys() <= QUESTIONS.keys()
 
 

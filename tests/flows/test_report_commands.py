@@ -8,8 +8,10 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from d3po_core.blind import begin_comparison
 from d3po_core.errors import D3POError
 from flows import report_commands
+from tests.core.compared import say
 from tests.core.little_campaign import LittleCampaign
 
 app = typer.Typer()
@@ -55,6 +57,22 @@ def test_compare_takes_rounds_of_other_campaigns_and_writes_a_row_for_each(runs:
     assert [row[4] for row in cells(output)] == ["", "better", "worse"]
     with Image.open(picture) as image:
         assert image.height == 64 + 3 * 100 + 4
+
+
+def test_compare_says_how_often_people_preferred_a_checkpoint_or_how_to_ask_them(runs: Path) -> None:
+    folder = runs / "one"
+    words = " ".join(invoke("compare", "base", "1", "--campaign", "one").split())
+    assert "ask them: d3po label --compare 1 --against base --campaign one" in words
+    found = begin_comparison(folder, 1, 0, pairs=8).comparison
+    for number, vote in enumerate((1, 1, 1, 1, 1, 1, 1, 0)):
+        say(folder, found, number, vote)
+    *_, row = cells(invoke("compare", "base", "1", "2", "--campaign", "one"))
+    assert row[0] == "round 1"
+    assert row[1].startswith("0.938 [0.")
+    assert row[2:] == ["better", "8", "8", "1", "1"]
+    *_, row = cells(invoke("compare", "1", "base", "--campaign", "one"))
+    assert row[:1] + row[2:] == ["base", "worse", "8", "8", "1", "1"]
+    assert "people" not in invoke("compare", "one:1", "two:1")
 
 
 def test_compare_names_its_picture_after_the_rounds(runs: Path) -> None:

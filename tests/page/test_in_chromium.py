@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from d3po_core.blind import begin_comparison
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.journal import active, read_entries, sampling_of
 from d3po_core.page.access import Raters
+from tests.core.compared import evaluated
 from tests.core.labelling import waiting_campaign
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -346,3 +348,24 @@ def test_what_comes_next_is_fetched_before_it_is_asked(browser: Any, served: Ser
         shown,
     )
     assert all(number <= 1 for number in transfers), "an image that was fetched ahead came again over the network"
+
+
+def test_checkpoints_are_compared_blind_by_keys_and_the_last_answer_is_taken_back(browser: Any, served: Served) -> None:
+    campaign = evaluated(served.data / "runs" / "x", size=16)
+    comparison = begin_comparison(campaign, 1, 0, pairs=4).comparison
+    page = enter(browser, served)
+    for name in ("ArrowLeft", "ArrowDown", "s", "ArrowRight"):
+        key(page, name)
+    assert page.get_by_text("you skipped this one before").is_visible()
+    assert page.evaluate("document.documentElement.outerHTML.search(/r[01]-e[0-9]|round=|base model/)") == -1
+    key(page, "ArrowRight")
+    page.get_by_role("heading", name="Done: every pair is judged").wait_for()
+    key(page, "u")
+    key(page, "ArrowLeft")
+    page.get_by_role("heading", name="Done: every pair is judged").wait_for()
+    kept = [entry.answer for entry in active(read_entries(campaign, comparison.id)) if entry.action == "answer"]
+    assert kept == [(1, -1), (0, 0), (-1, 1), (1, -1)]
+    page.get_by_role("link", name="What else waits for you").click()
+    page.get_by_role("heading", name="What waits for you, ann").wait_for()
+    assert page.get_by_text("blind comparison").count() == 0
+    assert page.complaints == []

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from d3po_core.blind import begin_comparison
 from d3po_core.config import CampaignConfig
 from tasks import tracking
 from tasks.tracking.store import mlflow_client
+from tests.core.compared import say, say_all
 
 
 class Mute:
@@ -78,6 +80,36 @@ def test_a_store_that_answers_again_gets_what_it_missed(
     experiment = client.get_experiment_by_name("d3po")
     names = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
     assert names == dict.fromkeys(("campaign tiny", "tiny base", "tiny round 001", "tiny round 002"), "FINISHED")
+
+
+def test_what_people_prefer_is_told_once_and_again_when_it_changed(
+    config: CampaignConfig, campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    own = config.model_copy(update={"runs_dir": str(campaign.parent)})
+    found = begin_comparison(campaign, 2, 0, pairs=12).comparison
+    say_all(campaign, found, lambda _: 1)
+    tracking.deliver_comparisons(own)  # MLflow knows nothing of the round yet: its run tells it first
+    assert not (campaign / "comparisons" / "2-0.delivered").exists()
+    tracking.deliver(own)
+    client = MlflowClient(uri)
+    name = "held_out/human_win_rate_base"
+
+    def told(run_name: str) -> list[tuple[float, int]]:
+        experiment = client.get_experiment_by_name("d3po")
+        (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{run_name}'")
+        return [(metric.value, metric.step) for metric in client.get_metric_history(run.info.run_id, name)]
+
+    assert told("tiny round 002") == told("campaign tiny") == [(1.0, 2)]
+    assert told("tiny round 001") == []
+    tracking.deliver(own)
+    tracking.deliver_comparisons(own)
+    assert told("tiny round 002") == [(1.0, 2)]
+    say(campaign, found, 0, -1, rater="bob")
+    tracking.deliver_comparisons(own)
+    assert [step for _, step in told("tiny round 002")] == [2, 2]
+    assert 0.9 < told("tiny round 002")[1][0] < 1
 
 
 def test_mlflow_s_own_patience_is_the_user_s_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
