@@ -1,5 +1,6 @@
 """Commands that ask a campaign: query and show."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
