@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from d3po_core.errors import D3POError
 
 # 2: judgements got `seconds` and `position`, and a `value` that may be missing.
-# 3: the table comparisons.
+# 3: the table comparisons; intervals of the win rates in `rounds`.
 SCHEMA_VERSION = 3
 
 
@@ -65,7 +65,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         judge_seconds=_real, derive_seconds=_real, train_seconds=_real, evaluate_seconds=_real, publish_seconds=_real,
         finished_at=_time, label_seconds=(_real, True), diversity=(_real, True), drift=(_real, True),
         win_rate_base=(_real, True), win_rate_before=(_real, True), win_rate_champion=(_real, True),
-        champion=(_int, True), verdict=(_text, True), findings=(_text, True),
+        champion=(_int, True), verdict=(_text, True), findings=(_text, True), win_rate_base_low=(_real, True),
+        win_rate_base_high=(_real, True), win_rate_before_low=(_real, True), win_rate_before_high=(_real, True),
+        win_rate_champion_low=(_real, True), win_rate_champion_high=(_real, True),
     ),
 }  # fmt: skip
 

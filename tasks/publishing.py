@@ -35,7 +35,7 @@ from d3po_core.records import (
     TrainRecord,
 )  # fmt: skip
 from d3po_core.report import REPORT_FILE, write_report
-from d3po_core.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
 from d3po_core.trainer import optimizer_class
 from tasks import tracking
 from tasks.showing import show_rounds
@@ -108,10 +108,9 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
 
     evaluated: EvaluateRecord = record("evaluate", EvaluateRecord)
     scorer = config.evaluation_scorers[0]
-    row: dict[str, Any] = dict.fromkeys(("loss_mean", "clip_fraction", "pair_accuracy", "lora_sha256"))
+    row: dict[str, Any] = dict.fromkeys(field.name for field in SCHEMAS["rounds"] if field.nullable)
     row |= {"num_samples": 0, "num_pairs": 0, "num_ties": 0}
     row |= {f"{stage}_seconds": 0.0 for stage in ("sample", "judge", "derive", "train")}
-    row |= {"label_seconds": None}
     if round_number > 0:
         sampled: SampleRecord = record("sample", SampleRecord)
         judged: JudgeRecord = record("judge", JudgeRecord)
@@ -127,8 +126,8 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
             labelled: LabelRecord = record("label", LabelRecord)
             row["label_seconds"] = labelled.waited_seconds
     guarded: GuardRecord = record("guard", GuardRecord)
-    rates = guarded.win_rates
-    row |= {f"win_rate_{name}": rates[name].mean if rates else None for name in ("base", "before", "champion")}
+    for name, rate in guarded.win_rates.items():
+        row |= {f"win_rate_{name}": rate.mean, f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high}
     return row | {
         "diversity": evaluated.diversity,
         "drift": evaluated.drift,

@@ -131,7 +131,10 @@ def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run
 
 def _log_guard(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
     record = read_record(config.folder, round_number, "guard", GuardRecord)
-    log_both(client, config, round_number, run_id, record.finished_at, _win_rates(record))
+    values = _win_rates(record)
+    for name, rate in record.win_rates.items():
+        values[f"held_out/win_rate_{name}_low"], values[f"held_out/win_rate_{name}_high"] = rate.low, rate.high
+    log_both(client, config, round_number, run_id, record.finished_at, values)
     client.set_tag(run_id, "d3po.verdict", record.verdict)
     if record.findings:
         client.set_tag(run_id, "d3po.findings", "; ".join(record.findings))

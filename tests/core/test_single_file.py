@@ -46,8 +46,11 @@ def test_single_file_draws_what_its_folder_draws(name: str, precision: str, mode
         )
     ]
     (ours, images), (theirs, others) = drawn
-    assert torch.equal(ours.latents_BTCHW, theirs.latents_BTCHW)
-    assert np.array_equal(images, others)
+    # The same weights may lie otherwise aligned in memory, which some processors' kernels round otherwise.
+    torch.testing.assert_close(
+        ours.latents_BTCHW, theirs.latents_BTCHW, rtol=0, atol=1e-4 if precision == "no" else 0.1
+    )
+    assert np.abs(images.astype(int) - others).max() <= (1 if precision == "no" else 4)
     assert len({image.tobytes() for image in images}) == len(SEEDS)
 
 

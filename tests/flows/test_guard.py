@@ -72,6 +72,7 @@ def test_rounds_say_how_they_compare(run_rounds: Callable[..., int], data: Path)
     row = row_of(campaign, 1)
     assert 0 <= row["win_rate_base"] <= 1
     assert row["win_rate_base"] == row["win_rate_before"] == row["win_rate_champion"]  # all are the base
+    assert row["win_rate_base_low"] <= row["win_rate_base"] <= row["win_rate_base_high"]
     assert row["drift"] > 0
     assert 0 < row["diversity"] < 1
     scorers = {r["scorer"] for r in read_rows(partition(campaign, "evaluations", 1) / "part.parquet")}
