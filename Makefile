@@ -16,7 +16,7 @@ demo: .venv/ready
 
 # Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
 test: .venv/ready chromium
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
 chromium:

@@ -85,7 +85,9 @@ class Night:
     def ask(self, path: str, body: Results) -> Any:
         """Answer of Prefect's API."""
         url = f"http://127.0.0.1:{self.ports['prefect']}/api{path}"
-        return httpx.post(url, json=body, timeout=60).raise_for_status().json()
+        while (answer := httpx.post(url, json=body, timeout=60)).status_code == 503:
+            time.sleep(1)  # its database is busy, and it asks to be asked again, as Prefect's own clients do
+        return answer.raise_for_status().json()
 
     def states(self) -> dict[str, int]:
         """Runs of the deployment that are not of its nightly schedule, by the name of their state."""

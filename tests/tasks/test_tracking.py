@@ -5,9 +5,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Request, Response
 
 from d3po_core.blind import begin_comparison
 from d3po_core.config import CampaignConfig
@@ -119,3 +122,55 @@ def test_mlflow_s_own_patience_is_the_user_s_to_set(monkeypatch: pytest.MonkeyPa
     mlflow_client()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+class Guarded:
+    """MLflow's server behind a login, as the Flask application that it is."""
+
+    def __init__(self, folder: Path) -> None:
+        from mlflow.server import app
+        from mlflow.server.handlers import initialize_backend_stores
+
+        initialize_backend_stores(
+            f"sqlite:///{folder}/mlflow.db", f"sqlite:///{folder}/mlflow.db", str(folder / "files")
+        )
+        self._app, self.refused = app, 0
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
+        login = Request(environ).authorization
+        if login is None or (login.username, login.password) != ("ann", "secret"):
+            self.refused += 1
+            return Response("who are you?", status=401)(environ, start_response)
+        return self._app(environ, start_response)
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+
+def test_a_server_with_a_login_is_told_with_mlflows_variables(
+    config: CampaignConfig, campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    server = Guarded(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.setattr(tracking, "_left_alone_until", {})
+    own = config.model_copy(update={"runs_dir": str(campaign.parent)})
+    try:
+        tracking.deliver(own)
+        assert server.refused > 0
+        assert "they are kept and delivered with the next one" in caplog.text
+        monkeypatch.setattr(tracking, "_left_alone_until", {})
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+        tracking.deliver(own)
+    finally:
+        server.close()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("d3po")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 4
