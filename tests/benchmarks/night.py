@@ -177,7 +177,11 @@ def account(night: Night) -> Results:
         doubled = connection.sql("SELECT count(*) - count(DISTINCT sample_id) FROM samples").fetchall()[0][0]
     client = MlflowClient(tracking_uri=f"sqlite:///{night.data / 'mlflow' / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = [run for run in client.search_runs(experiments, max_results=1000) if "d3po.round" in run.data.tags]
+    runs = [
+        run
+        for run in client.search_runs(experiments, max_results=1000)
+        if run.data.tags.get("d3po.round", "").isdigit()
+    ]
     told = collections.Counter(int(run.data.tags["d3po.round"]) for run in runs)
     complete = [
         int(run.data.tags["d3po.round"])
