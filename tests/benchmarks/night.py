@@ -1,11 +1,12 @@
-"""An unattended night: queued rounds on real servers, two killed workers, an MLflow server that is down for a while.
+"""An unattended night: scheduled rounds on real servers, two killed workers, an MLflow server that is down for a while.
 
     python tests/benchmarks/night.py [--runs 24]
 
 Prefect server, worker, MLflow and page as ``d3po up`` starts them, in a folder of their own; rounds are told to MLflow
-through its server. All runs are queued at once, each of one round of the deployment ``round``. Then this script only
-kills, and does what a cron job does: ``d3po up`` now and then. At the end every round is looked for in the tables, in
-MLflow and in Prefect, and with ``--undisturbed`` the checkpoints are compared with those of a campaign left in peace.
+through its server. Runs of one round each of the deployment ``round`` are scheduled so close that they come to wait for
+each other. Then this script only kills, and does what a cron job does: ``d3po up`` now and then. At the end every round
+is looked for in the tables, in MLflow and in Prefect; with ``--undisturbed`` the checkpoints are compared with those
+of a campaign left in peace.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ Results = dict[str, Any]
 
 
 class Night:
-    """Servers in a folder of their own, and what happens to them; times are seconds from the first run's queueing."""
+    """Servers in a folder of their own, and what happens to them; times are seconds since the servers were up."""
 
     def __init__(self, data: Path) -> None:
         self.ports = dict(zip(("prefect", "mlflow", "label"), _free_ports(3), strict=True))
@@ -94,13 +96,16 @@ class Night:
         body = {"deployments": {"name": {"any_": ["round"]}}, "flow_runs": {"tags": {"all_": ["night"]}}}
         return dict(collections.Counter(run["state"]["name"] for run in self.ask("/flow_runs/filter", body)))
 
-    def queue(self, count: int) -> None:
-        """Queue runs of one round each."""
+    def schedule(self, count: int, every: float) -> None:
+        """Schedule runs of one round each; those that come while another runs are queued by Prefect."""
         url = f"http://127.0.0.1:{self.ports['prefect']}/api/deployments/name/d3po/round"
         deployment = httpx.get(url, timeout=60).raise_for_status().json()["id"]
-        for _ in range(count):
-            self.ask(f"/deployments/{deployment}/create_flow_run", {"parameters": {"rounds": 1}, "tags": ["night"]})
-        self.note(f"{count} runs of one round queued")
+        now = datetime.now(UTC)
+        for index in range(count):
+            at = {"scheduled_time": (now + timedelta(seconds=every * index)).isoformat()}
+            body = {"parameters": {"rounds": 1}, "tags": ["night"], "state": {"type": "SCHEDULED", "state_details": at}}
+            self.ask(f"/deployments/{deployment}/create_flow_run", body)
+        self.note(f"{count} runs of one round scheduled, {every:.0f} s apart")
 
     def wait_for_round(self, number: int) -> None:
         """Until a round is finished."""
@@ -124,7 +129,8 @@ def main() -> None:
         night = Night(Path(temporary))
         try:
             with _servers(night):
-                disturb(night, arguments.runs)
+                night.schedule(arguments.runs, arguments.every)
+                disturb(night)
                 night.wait_for_rest(minutes=arguments.runs)
                 results = account(night)
         finally:
@@ -138,7 +144,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=24, help="runs to queue, of one round each, at least 16 (24)")
+    parser.add_argument("--runs", type=int, default=24, help="runs to schedule, of one round each, at least 16 (24)")
+    parser.add_argument("--every", type=float, default=25, help="seconds between their scheduled times (25)")
     parser.add_argument("--undisturbed", action="store_true", help="afterwards the same rounds in peace, to compare")
     parser.add_argument("--output", type=Path, default=RESULTS / "night.json", help="JSON file")
     return parser.parse_args()
@@ -151,9 +158,8 @@ def _servers(night: Night) -> Iterator[None]:
     yield
 
 
-def disturb(night: Night, runs: int) -> None:
-    """Queue the runs, and kill."""
-    night.queue(runs)
+def disturb(night: Night) -> None:
+    """Kill, and start again what was killed."""
     night.wait_for_round(3)
     night.kill("worker")
     time.sleep(5)
