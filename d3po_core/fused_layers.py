@@ -6,11 +6,16 @@ layer almost as much time as the layer itself otherwise. The backward pass makes
 
 A group norm becomes a scale and a shift a channel, which compiled code applies in half the time.
 
+While a batch is sampled neither the LoRA nor the text changes: what depends on them alone is computed once and held.
+
 Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
 be joined first, which compiled code does by computing both for every element.
 
 Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R ranks.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -90,6 +95,8 @@ class FusedLoRA:
         self.sizes = [base.weight.shape[0] for base in bases]
         for base, rows in zip(bases, self.weight_NK.split(self.sizes), strict=True):
             base.weight.data = rows
+        # What ``_low_rank`` gives, while the weights stay as they are.
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         biases = [base.bias for base in bases]
         assert len(biases) == 1 or not any(b is not None for b in biases), "fused projections have no bias"
         self.bias_N = biases[0]
@@ -101,8 +108,13 @@ class FusedLoRA:
         if self.layers[0].disable_adapters:
             out_MN = functional.linear(x_MK, self.weight_NK, self.bias_N)
         else:
-            out_MN, _ = lora_linear(x_MK, self.weight_NK, self.bias_N, *self._low_rank(dtype))
+            low_rank = self._low_rank(dtype) if self.held is None else self.held
+            out_MN, _ = lora_linear(x_MK, self.weight_NK, self.bias_N, *low_rank)
         return out_MN.view(*x_BLK.shape[:-1], -1).split(self.sizes, dim=-1)
+
+    def hold(self) -> None:
+        """Compute A and B now, once for all calls that follow."""
+        self.held = self._low_rank(self.weight_NK.dtype)
 
     def _low_rank(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A one below the other ``[R, K]`` and scaled B on a block diagonal ``[N, R]``, R padded with zeros."""
@@ -139,6 +151,26 @@ class FusedAttention:
         else:
             self.query_key_value = FusedLoRA([attention.to_q, attention.to_k, attention.to_v])
         self.out, self.reads_text = FusedLoRA([out]), reads_text
+        # Key and value of the text, while it stays the same.
+        self.held_text: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def layers(self) -> list[FusedLoRA]:
+        """Its projections."""
+        return [self.query, self.key_value, self.out] if self.reads_text else [self.query_key_value, self.out]
+
+    def hold(self, text_BLK: torch.Tensor) -> None:
+        """Compute what depends only on the LoRA and on the text now, once for all calls that follow."""
+        for layer in self.layers:
+            layer.hold()
+        if self.reads_text:
+            self.held_text = tuple(x_BLN.contiguous() for x_BLN in self.key_value(text_BLK))
+
+    def let_go(self) -> None:
+        """Compute everything at every call again."""
+        self.held_text = None
+        for layer in self.layers:
+            layer.held = None
 
     def __call__(
         self,
@@ -154,7 +186,7 @@ class FusedAttention:
         if self.reads_text:
             (query,) = self.query(hidden_states)
             assert encoder_hidden_states is not None
-            key, value = self.key_value(encoder_hidden_states)
+            key, value = self.key_value(encoder_hidden_states) if self.held_text is None else self.held_text
         else:
             query, key, value = self.query_key_value(hidden_states)
         heads = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
@@ -232,6 +264,20 @@ def fuse_attention(network: torch.nn.Module) -> None:
     for attention in network.modules():
         if isinstance(attention, Attention) and _can_be_fused(attention):
             attention.set_processor(FusedAttention(attention, reads_text=attention.is_cross_attention))
+
+
+@contextlib.contextmanager
+def constants_held(network: torch.nn.Module, text_BLK: torch.Tensor) -> Iterator[None]:
+    """Within this context all passes have this text, the LoRA as it is now, and no gradient: see FusedAttention.hold."""
+    processors = [getattr(module, "processor", None) for module in network.modules()]
+    fused = [processor for processor in processors if isinstance(processor, FusedAttention)]
+    try:
+        for processor in fused:
+            processor.hold(text_BLK)
+        yield
+    finally:
+        for processor in fused:
+            processor.let_go()
 
 
 def share_rows_until_text(unet: UNet2DConditionModel) -> SharedRows:

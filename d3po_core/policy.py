@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,13 @@ from d3po_core.config import ModelConfig
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError
 from d3po_core.families import Embedding, Family
-from d3po_core.fused_layers import fuse_attention, scale_group_norms, share_rows_until_text, split_gated_layers
+from d3po_core.fused_layers import (
+    constants_held,
+    fuse_attention,
+    scale_group_norms,
+    share_rows_until_text,
+    split_gated_layers,
+)
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
 from d3po_core.weights import LORA_FILE
@@ -47,9 +53,10 @@ class Conditioning:
     empty: Embedding
     guidance_scale: float
 
-    def at(self, row_R: torch.Tensor) -> "Conditioning":
-        """The same of some of the prompts, by their places."""
-        return replace(self, embeddings={name: value[row_R] for name, value in self.embeddings.items()})
+    @property
+    def guided(self) -> bool:
+        """Whether a pass has two rows an image, one of them for the empty prompt."""
+        return self.guidance_scale != 1.0
 
 
 class Policy:
@@ -182,26 +189,42 @@ class Policy:
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The network's output at timesteps t_B, float32, with classifier-free guidance when its scale is not 1."""
-        rows, guided = len(latent_BCHW), conditioning.guidance_scale != 1.0
-        embeddings = conditioning.embeddings
+        rows, embeddings = len(latent_BCHW), self._texts(conditioning, len(latent_BCHW))
         if self.sizes is not None:
             size = self.sizes.fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
-            embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
-        if guided:  # the empty prompt's rows come first
+        if conditioning.guided:
             latent_BCHW, t_B = latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2)
+        if self._shared_rows is not None:
+            self._shared_rows.come_twice = conditioning.guided
+        output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
+        if not conditioning.guided:
+            return output[:rows]
+        without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
+        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
+
+    def _texts(self, conditioning: Conditioning, rows: int) -> Embedding:
+        """What the network is told in a pass of so many images: with guidance the empty prompt's rows come first."""
+        embeddings = conditioning.embeddings
+        if self.sizes is not None:
+            size = self.sizes.fitting(rows)
+            embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
+        if conditioning.guided:
             embeddings = {
                 name: torch.cat([conditioning.empty[name].expand_as(value), value])
                 for name, value in embeddings.items()
             }
-        if self._shared_rows is not None:
-            self._shared_rows.come_twice = guided
-        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
-        output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
-        if not guided:
-            return output[:rows]
-        without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
-        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
+        return {name: value.to(self.dtype) for name, value in embeddings.items()}
+
+    @contextlib.contextmanager
+    def steady(self, conditioning: Conditioning) -> Iterator[None]:
+        """Within this context all passes have this conditioning and no gradient, and the LoRA stays as it is.
+
+        What depends on nothing else is then computed once: the same function, bit by bit, and faster.
+        """
+        texts = self._texts(conditioning, len(next(iter(conditioning.embeddings.values()))))
+        with torch.no_grad(), constants_held(self._bare, texts["encoder_hidden_states"]):
+            yield
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
         """Images of final latents: uint8 ``[B, height, width, 3]``."""

@@ -19,6 +19,10 @@ from d3po_core.policy import Conditioning, Policy
 from d3po_core.seeds import derive_seed, gaussian, gaussian_steps
 
 
+# A prompt and the seed of x_T.
+Start = tuple[str, int]
+
+
 @dataclass(frozen=True)
 class ImageSeed:
     """What one image is made from: its prompt, the seed of x_T, and the seed of the noise of its T steps."""
@@ -99,59 +103,97 @@ def sample_trajectories(
         latent_dtype: dtype in which latents are stored, float32 or float16.
         on_step: called with the number of images after each step.
     """
-    drawn = _denoise(policy, schedule, seeds, guidance_scale, latent_dtype, on_step)
+    drawn = _denoise(policy, schedule, seeds, guidance_scale, latent_dtype, on_step=on_step)
     return Trajectories(drawn.latents_BTCHW.cpu(), drawn.log_probs_BT.cpu())
+
+
+class FirstOutputs:
+    """The network's outputs at x_T, where a group's members are still equal: computed once a group, in full batches.
+
+    Only in half precision. In full precision every row is computed, so that a step replayed in its batch has the stored
+    log_prob's bits.
+
+    Args:
+        policy: the current policy.
+        config: steps and guidance.
+        to_come: all images whose outputs will be asked for, in that order.
+        latent_dtype: dtype in which latents are stored.
+    """
+
+    def __init__(
+        self, policy: Policy, config: SampleConfig, to_come: list[ImageSeed], latent_dtype: torch.dtype
+    ) -> None:
+        starts = list(dict.fromkeys(map(_start, to_come)))
+        helps = len(starts) < len(to_come) and policy.config.precision != "no"
+        self._to_come, self._known = starts if helps else [], dict[Start, torch.Tensor]()
+        self._policy, self._config, self.latent_dtype = policy, config, latent_dtype
+        self._schedule = policy.schedule(config.num_steps, config.eta)
+
+    def of(self, seeds: list[ImageSeed]) -> torch.Tensor | None:
+        """Outputs ``[B, C, H, W]`` on the policy's device; None if they are better computed row by row.
+
+        Raises:
+            D3POError: not even one image fits into memory.
+        """
+        if not self._to_come and not self._known:
+            return None
+        while any(_start(seed) not in self._known for seed in seeds):
+            self._known |= self._policy.sampling_rows.fit(len(seeds), self._next)
+        return torch.stack([self._known[_start(seed)] for seed in seeds])
+
+    def _next(self, rows: int) -> dict[Start, torch.Tensor]:
+        """Outputs of the next starts; always of as many rows as a batch has, for which there is compiled code."""
+        starts = self._to_come[:rows]
+        padded = starts + starts[:1] * (rows - len(starts))
+        conditioning = self._policy.encode([prompt for prompt, _ in padded], self._config.guidance_scale)
+        latent_BCHW = _first_latent(self._policy, [seed for _, seed in padded], self.latent_dtype).float()
+        t_B = self._schedule.timesteps_T[torch.zeros(rows, dtype=torch.long, device=self._policy.device)]
+        with self._policy.steady(conditioning):
+            outputs = self._policy.predict(latent_BCHW, t_B, conditioning)
+        self._to_come = self._to_come[rows:]
+        return dict(zip(starts, outputs, strict=False))
+
+
+def _start(seed: ImageSeed) -> Start:
+    """What an image's first step depends on."""
+    return seed.prompt, seed.initial_seed
+
+
+def _first_latent(policy: Policy, initial_seeds: list[int], latent_dtype: torch.dtype) -> torch.Tensor:
+    """x_T ``[B, C, H, W]`` in its stored dtype, on the policy's device."""
+    drawn = {seed: gaussian(seed, *policy.latent_shape) for seed in dict.fromkeys(initial_seeds)}
+    return _send(torch.stack([drawn[seed] for seed in initial_seeds]).to(latent_dtype), policy.device)
 
 
 def _denoise(
     policy: Policy, schedule: Schedule, seeds: list[ImageSeed], guidance_scale: float, latent_dtype: torch.dtype,
-    on_step: Callable[[int], None] | None = None,
+    first_BCHW: torch.Tensor | None = None, on_step: Callable[[int], None] | None = None,
 ) -> Trajectories:  # fmt: skip
-    """Trajectories on the policy's device; the device is never waited for."""
+    """Trajectories on the policy's device; the device is never waited for.
+
+    The first step starts from the network's output ``first_BCHW``, if that is known.
+    """
     count, num_steps = len(seeds), len(schedule.timesteps_T)
-    shape = policy.latent_shape
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
-    initial = torch.stack([gaussian(seed.initial_seed, *shape) for seed in seeds])
     # Drawn step by step, while the device works.
-    noises = [gaussian_steps(seed.noise_seed, *shape) for seed in seeds]
-    latent = _send(initial.to(latent_dtype).float(), policy.device)
-    latents, log_probs = [latent.to(latent_dtype)], []
-    with policy.merged():
+    noises = [gaussian_steps(seed.noise_seed, *policy.latent_shape) for seed in seeds]
+    latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype)], []
+    with policy.merged(), policy.steady(conditioning):
         for step in range(num_steps):
-            step_B = torch.full((count,), step, device=policy.device)
-            if step == 0:
-                output = _first_output(policy, latent, schedule.timesteps_T[step_B], conditioning, seeds)
+            latent, step_B = latents[-1].float(), torch.full((count,), step, device=policy.device)
+            if step == 0 and first_BCHW is not None:
+                output = first_BCHW
             else:
                 output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
             noise_BCHW = _send(torch.stack([next(noise) for noise in noises]), policy.device)
             stored = (mean + sigma_B[:, None, None, None] * noise_BCHW).to(latent_dtype)
-            latent = stored.float()
-            log_probs.append(log_prob(latent, mean, sigma_B))
+            log_probs.append(log_prob(stored.float(), mean, sigma_B))
             latents.append(stored)
             if on_step:
                 on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
-
-
-def _first_output(
-    policy: Policy, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning, seeds: list[ImageSeed]
-) -> torch.Tensor:
-    """The network's output at x_T, where a group's members are still equal: in half precision computed once a group.
-
-    In full precision every row is computed, so that a step replayed in its batch has the stored log_prob's bits.
-    """
-    starts = [(seed.prompt, seed.initial_seed) for seed in seeds]
-    distinct = {start: index for index, start in reversed(list(enumerate(starts)))}
-    rows = sorted(distinct.values())
-    if len(rows) == len(seeds) or policy.config.precision == "no":
-        return policy.predict(latent_BCHW, t_B, conditioning)
-    place = {row: index for index, row in enumerate(rows)}
-    row_G = _send(torch.tensor(rows), policy.device)
-    place_B = _send(torch.tensor([place[distinct[start]] for start in starts]), policy.device)
-    output_GCHW = policy.predict(latent_BCHW[row_G], t_B[row_G], conditioning.at(row_G))
-    return output_GCHW[place_B]
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -167,23 +209,33 @@ def draw_images(
     The same batch gives the same bytes on the same machine with as many threads; the same images in another batch agree
     within float rounding.
     """
-    return start_drawing(policy, config, seeds, latent_dtype).wait()
+    return start_drawing(policy, config, seeds, FirstOutputs(policy, config, seeds, latent_dtype)).wait()
 
 
 @torch.no_grad()
-def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], latent_dtype: torch.dtype) -> Drawn:
+def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], first: FirstOutputs) -> Drawn:
     """Begin to sample and decode a batch; on a GPU this returns while the images are still being made.
+
+    Args:
+        policy: the current policy.
+        config: steps and guidance.
+        seeds: one entry an image.
+        first: the first outputs of these images, and perhaps of others that come later.
 
     Raises:
         D3POError: not even one image fits into memory.
     """
     schedule = policy.schedule(config.num_steps, config.eta)
-    parts = policy.sampling_rows.fit(
-        len(seeds),
-        lambda rows: [
-            _draw(policy, config, schedule, seeds[i : i + rows], latent_dtype) for i in range(0, len(seeds), rows)
-        ],
-    )
+    first_BCHW = first.of(seeds)
+
+    def draw(rows: int) -> list[tuple[torch.Tensor, ...]]:
+        return [
+            _draw(policy, config, schedule, seeds[part], first.latent_dtype,
+                  None if first_BCHW is None else first_BCHW[part])
+            for part in (slice(i, i + rows) for i in range(0, len(seeds), rows))
+        ]  # fmt: skip
+
+    parts = policy.sampling_rows.fit(len(seeds), draw)
     joined = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     latents, log_probs, images = (tensor.to("cpu", non_blocking=True) for tensor in joined)
     done = None
@@ -194,10 +246,11 @@ def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], 
 
 
 def _draw(
-    policy: Policy, config: SampleConfig, schedule: Schedule, seeds: list[ImageSeed], latent_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    policy: Policy, config: SampleConfig, schedule: Schedule, seeds: list[ImageSeed], latent_dtype: torch.dtype,
+    first_BCHW: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Latents, log_probs and images of one chunk, on the policy's device."""
-    drawn = _denoise(policy, schedule, seeds, config.guidance_scale, latent_dtype)
+    drawn = _denoise(policy, schedule, seeds, config.guidance_scale, latent_dtype, first_BCHW)
     return drawn.latents_BTCHW, drawn.log_probs_BT, policy.decode_on_device(drawn.latents_BTCHW[:, -1])
 
 
@@ -252,8 +305,9 @@ def kl_from_base(
         latent = latents_BTCHW[:, step].to(policy.device, torch.float32)
         return step_mean(schedule, step_B, latent, policy.predict(latent, schedule.timesteps_T[step_B], conditioning))
 
-    means = [mean(step) for step in steps]
-    with policy.base():  # once: a network that is trained as a whole is swapped for the base's
+    with policy.steady(conditioning):
+        means = [mean(step) for step in steps]
+    with policy.base(), policy.steady(conditioning):  # once: a network trained as a whole is swapped for the base's
         base_means = [mean(step) for step in steps]
     kl_B = torch.zeros(len(prompts))
     for step, ours, base in zip(steps, means, base_means, strict=True):

@@ -18,7 +18,7 @@ from d3po_core.jobs.loaded import policy_at
 from d3po_core.policy import Policy
 from d3po_core.prompts import draw_prompts, load_prompts
 from d3po_core.ranks import own_share
-from d3po_core.rollout import Drawn, ImageSeed, member_seed, start_drawing
+from d3po_core.rollout import Drawn, FirstOutputs, ImageSeed, member_seed, start_drawing
 from d3po_core.tables import SCHEMAS, atomic_path, table_from_rows
 
 # sample_id, group_id, place in the group, what it is made from
@@ -83,12 +83,14 @@ def sample_shards(config: CampaignConfig, round_number: int, tell: Tell) -> None
 
 
 def _sample(config: CampaignConfig, round_number: int, policy: Policy, shards: list[Shard]) -> Iterator[int]:
+    dtype = getattr(torch, config.sample.latent_dtype)
+    first = FirstOutputs(policy, config.sample, [seed for shard in shards for *_, seed in shard.members], dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         # While one shard is being written the next is being sampled; no more than that waits in memory.
         writing: Future[int] | None = None
         for shard in shards:
             seeds = [seed for *_, seed in shard.members]
-            drawn = start_drawing(policy, config.sample, seeds, getattr(torch, config.sample.latent_dtype))
+            drawn = start_drawing(policy, config.sample, seeds, first)
             if writing:
                 yield writing.result()
             writing = writer.submit(_write_shard, config, round_number, policy, shard, drawn)

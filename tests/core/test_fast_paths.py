@@ -1,6 +1,7 @@
 """What makes passes faster or smaller computes the same: fused layers, compiled blocks, batches cut to fit."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.fused_layers import (
     FusedAttention,
+    FusedLoRA,
     ScaledGroupNorm,
     SplitGEGLU,
     fuse_attention,
@@ -23,7 +25,7 @@ from d3po_core.fused_layers import (
     split_gated_layers,
 )
 from d3po_core.policy import Policy, load_policy
-from d3po_core.rollout import draw_images, replay_log_probs, sample_trajectories
+from d3po_core.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
 from d3po_core.row_limit import RowLimit
 from d3po_core.seeds import gaussian
 from d3po_core.trainer import PairedGroup, TrainingSet, train_updates
@@ -165,25 +167,65 @@ def test_log_probs_in_half_precision_are_replayed_as_they_were_stored(precision:
         torch.testing.assert_close(replayed(policy, data, step), drawn.log_probs_BT[:, step], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "first_rows"), [("fp16", len(PROMPTS)), ("no", len(SEEDS))])
+BATCHES = (SEEDS[:2], SEEDS[2:4], SEEDS[4:])
+"""A group may reach into the next batch."""
+
+
+@pytest.mark.parametrize(("precision", "passes"), [("fp16", 1), ("no", 0)])
 def test_a_group_is_computed_once_where_its_members_are_still_equal(
-    precision: str, first_rows: int, monkeypatch: pytest.MonkeyPatch
+    precision: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = embedded(precision=precision)
-    rows: list[int] = []
+    timesteps: list[int] = []
     predict = Policy.predict
 
-    def counted(policy: Policy, latent_BCHW: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.append(len(latent_BCHW))
-        return predict(policy, latent_BCHW, *rest)
+    def counted(policy: Policy, latent_BCHW: torch.Tensor, t_B: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert len(latent_BCHW) == 2, "first steps too are computed in full batches"
+        timesteps.append(int(t_B.unique()))
+        return predict(policy, latent_BCHW, t_B, *rest)
 
     monkeypatch.setattr(Policy, "predict", counted)
-    shuffled = SEEDS[::-1][1:] + SEEDS[-1:]
-    drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), shuffled, GUIDANCE, torch.float32)
-    assert rows == [first_rows] + [len(SEEDS)] * (STEPS - 1)
-    for index, seed in enumerate(shuffled):
-        alone = sample_trajectories(policy, policy.schedule(STEPS, 1.0), [seed], GUIDANCE, torch.float32)
-        torch.testing.assert_close(drawn.latents_BTCHW[index, 1], alone.latents_BTCHW[0, 1], rtol=0, atol=5e-3)
+    first = FirstOutputs(policy, CONFIG, SEEDS, torch.float32)
+    drawn = [start_drawing(policy, CONFIG, batch, first).wait() for batch in BATCHES]
+    later = policy.schedule(STEPS, 1.0).timesteps_T.tolist()[1:]
+    start = policy.schedule(STEPS, 1.0).timesteps_T.tolist()[0]
+    assert timesteps == ([start, *later * 3] if passes else [start, *later] * 3)
+    monkeypatch.undo()
+    for batch, (trajectories, images) in zip(BATCHES, drawn, strict=True):
+        alone = sample_trajectories(policy, policy.schedule(STEPS, 1.0), batch, GUIDANCE, torch.float32)
+        torch.testing.assert_close(trajectories.latents_BTCHW[:, :2], alone.latents_BTCHW[:, :2], rtol=0, atol=5e-3)
+        again, drawn_again = draw_images(policy, CONFIG, batch, torch.float32)
+        assert torch.equal(trajectories.latents_BTCHW, again.latents_BTCHW)
+        assert (images == drawn_again).all()
+
+
+def test_first_outputs_survive_a_lack_of_memory() -> None:
+    policy = embedded(precision="fp16")
+    card = Card(policy, 1)
+    policy.predict = card  # type: ignore[method-assign]
+    drawn, _ = draw_images(policy, CONFIG, SEEDS[:3], torch.float32)
+    expected = sample_trajectories(embedded(precision="fp16"), policy.schedule(STEPS, 1.0), SEEDS[:3], GUIDANCE,
+                                   torch.float32)  # fmt: skip
+    torch.testing.assert_close(drawn.latents_BTCHW[:, :2], expected.latents_BTCHW[:, :2], rtol=0, atol=5e-3)
+    assert card.seen == {1}
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_passes_with_what_is_constant_held_are_the_same_bits(base: bool) -> None:
+    policy = embedded(precision="bf16")
+    latent, t_B = torch.stack([gaussian(i, *policy.latent_shape) for i in range(2)]), torch.tensor([900, 300])
+    conditioning = policy.encode(PROMPTS, GUIDANCE)
+    with policy.base() if base else nullcontext():
+        with torch.no_grad():
+            expected = policy.predict(latent, t_B, conditioning)
+        projections: list[Any] = []
+        with policy.steady(conditioning), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FusedLoRA, "_low_rank", lambda *args: projections.append(args))
+            assert torch.equal(policy.predict(latent, t_B, conditioning), expected)
+        assert not projections, "within it nothing of the LoRA is put together again"
+    stir_lora(policy, seed=2)
+    with torch.no_grad():
+        assert not torch.equal(policy.predict(latent, t_B, conditioning), expected), "afterwards weights count again"
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
