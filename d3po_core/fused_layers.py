@@ -268,7 +268,7 @@ def fuse_attention(network: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def constants_held(network: torch.nn.Module, text_BLK: torch.Tensor) -> Iterator[None]:
-    """Within this context all passes have this text, the LoRA as it is now, and no gradient: see FusedAttention.hold."""
+    """Within this context all passes have this text, this LoRA and no gradient: see FusedAttention.hold."""
     processors = [getattr(module, "processor", None) for module in network.modules()]
     fused = [processor for processor in processors if isinstance(processor, FusedAttention)]
     try:

@@ -15,9 +15,8 @@ import torch
 
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
-from d3po_core.policy import Conditioning, Policy
+from d3po_core.policy import Policy
 from d3po_core.seeds import derive_seed, gaussian, gaussian_steps
-
 
 # A prompt and the seed of x_T.
 Start = tuple[str, int]
