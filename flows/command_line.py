@@ -1,11 +1,13 @@
 """The command ``d3po``: run rounds, look at what came out, ask the tables, start and end the local servers."""
 
 import atexit
+import contextlib
 import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, NoReturn
 
 import typer
@@ -74,7 +76,7 @@ def run(
     """Advance a campaign here and now; needs no server."""
     config = deployment_config(deployment, campaign, setting or [])
     _use_local_prefect()  # before anything imports prefect, which reads its settings once
-    with loading("torch, diffusers and prefect"):
+    with loading("torch, diffusers and prefect"), _starting_server():
         from flows.round import d3po
         from tasks.publishing import check_campaign
 
@@ -179,6 +181,20 @@ def show_campaign(config: CampaignConfig) -> None:
         "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
     )
     print("\n".join(lines))
+
+
+@contextlib.contextmanager
+def _starting_server() -> Iterator[None]:
+    """Within this context Prefect's temporary server starts, if one is needed; afterwards it answers."""
+    if "PREFECT_API_URL" in os.environ:
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    with ThreadPoolExecutor(1, thread_name_prefix="start") as starter:
+        started = starter.submit(SubprocessASGIServer().start)
+        yield
+        started.result()
 
 
 def _use_local_prefect() -> None:

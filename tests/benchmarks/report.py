@@ -4,6 +4,7 @@ The first report reads every held-out image; a report after each round reads onl
 """
 
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from d3po_core.report import write_report
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tests.core.little_campaign import LittleCampaign
 
 ROUNDS = 50
