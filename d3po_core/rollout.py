@@ -16,7 +16,7 @@ import torch
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
 from d3po_core.policy import Policy
-from d3po_core.seeds import derive_seed, gaussian, gaussian_steps
+from d3po_core.seeds import GaussianSteps, derive_seed, gaussian
 
 # A prompt and the seed of x_T.
 Start = tuple[str, int]
@@ -175,7 +175,7 @@ def _denoise(
     count, num_steps = len(seeds), len(schedule.timesteps_T)
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
     # Drawn step by step, while the device works.
-    noises = [gaussian_steps(seed.noise_seed, *policy.latent_shape) for seed in seeds]
+    noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype)], []
     with policy.merged(), policy.steady(conditioning):
         for step in range(num_steps):
@@ -186,7 +186,7 @@ def _denoise(
                 output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
-            noise_BCHW = _send(torch.stack([next(noise) for noise in noises]), policy.device)
+            noise_BCHW = noise.next(pinned=policy.device.type == "cuda").to(policy.device, non_blocking=True)
             stored = (mean + sigma_B[:, None, None, None] * noise_BCHW).to(latent_dtype)
             log_probs.append(log_prob(stored.float(), mean, sigma_B))
             latents.append(stored)

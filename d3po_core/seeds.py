@@ -1,7 +1,6 @@
 """Seeds derived from what an image is, so that it depends on nothing else: not on batch size, not on sharding."""
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
 
@@ -17,14 +16,26 @@ def gaussian(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gaussian_steps(seed: int, *shape: int) -> Iterator[torch.Tensor]:
-    """The numbers of ``gaussian(seed, T, *shape)``, one step at a time, whatever T.
+class GaussianSteps:
+    """The numbers of ``gaussian(seed, T, *shape)`` for each of B seeds, one step at a time, whatever T.
 
     The same numbers if a step has a multiple of 16 of them, as latents have: that is how torch draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randn(*shape, generator=generator)
+
+    def __init__(self, seeds: list[int], *shape: int) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._shape = shape
+
+    def next(self, *, pinned: bool = False) -> torch.Tensor:
+        """The next step's numbers ``[B, *shape]``; pinned memory can be sent to a GPU without waiting for it.
+
+        Drawn in place, by one thread: joined afterwards, many threads would meet for a moment, and wait for those of
+        other processes on busy cores.
+        """
+        step_B = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
+        for generator, numbers in zip(self._generators, step_B, strict=True):
+            torch.randn(self._shape, generator=generator, out=numbers)
+        return step_B
 
 
 def permutation(seed: int, size: int) -> list[int]:

@@ -13,7 +13,7 @@ from d3po_core.config import ModelConfig
 from d3po_core.ddim import step_mean
 from d3po_core.policy import Policy
 from d3po_core.rollout import ImageSeed, Trajectories, kl_from_base, replay_log_probs, sample_trajectories
-from d3po_core.seeds import derive_seed, gaussian, gaussian_steps, permutation
+from d3po_core.seeds import GaussianSteps, derive_seed, gaussian, permutation
 from tests.core.drawing import image_seed
 
 PROMPTS = (
@@ -296,7 +296,15 @@ def test_drift_is_the_kl_of_the_steps_gaussians(stirred: Policy, guidance: float
     torch.testing.assert_close(kl_B.double(), expected_B, rtol=1e-4, atol=0)
 
 
-@given(st.integers(0, 2**62), st.sampled_from([(4, 8, 8), (4, 64, 64), (16, 2, 2), (3, 16)]), st.integers(1, 4))
-def test_noise_drawn_step_by_step_is_the_noise_drawn_at_once(seed: int, shape: tuple[int, ...], num_steps: int) -> None:
-    steps = gaussian_steps(seed, *shape)
-    assert torch.equal(torch.stack([next(steps) for _ in range(num_steps)]), gaussian(seed, num_steps, *shape))
+@given(
+    st.lists(st.integers(0, 2**62), min_size=1, max_size=3),
+    st.sampled_from([(4, 8, 8), (4, 64, 64), (16, 2, 2), (3, 16)]),
+    st.integers(1, 4),
+)
+def test_noise_drawn_step_by_step_is_the_noise_drawn_at_once(
+    seeds: list[int], shape: tuple[int, ...], num_steps: int
+) -> None:
+    noise = GaussianSteps(seeds, *shape)
+    drawn_TB = torch.stack([noise.next() for _ in range(num_steps)])
+    for index, seed in enumerate(seeds):
+        assert torch.equal(drawn_TB[:, index], gaussian(seed, num_steps, *shape))
