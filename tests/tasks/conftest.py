@@ -42,7 +42,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
+# A file's own: what a process has computed in between may change the last place of the same computation.
+@pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A finished campaign of two rounds; its files of prompts are gone since."""
     folder = tmp_path_factory.mktemp("data")
