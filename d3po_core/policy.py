@@ -189,7 +189,7 @@ class Policy:
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The network's output at timesteps t_B, float32, with classifier-free guidance when its scale is not 1."""
-        rows, embeddings = len(latent_BCHW), self._texts(conditioning, len(latent_BCHW))
+        rows, embeddings = len(latent_BCHW), self._texts(conditioning)
         if self.sizes is not None:
             size = self.sizes.fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
@@ -203,11 +203,11 @@ class Policy:
         without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
         return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
 
-    def _texts(self, conditioning: Conditioning, rows: int) -> Embedding:
-        """What the network is told in a pass of so many images: with guidance the empty prompt's rows come first."""
+    def _texts(self, conditioning: Conditioning) -> Embedding:
+        """What the network is told in a pass: with guidance the empty prompt's rows come first."""
         embeddings = conditioning.embeddings
         if self.sizes is not None:
-            size = self.sizes.fitting(rows)
+            size = self.sizes.fitting(len(next(iter(embeddings.values()))))
             embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
         if conditioning.guided:
             embeddings = {
@@ -222,8 +222,8 @@ class Policy:
 
         What depends on nothing else is then computed once: the same function, bit by bit, and faster.
         """
-        texts = self._texts(conditioning, len(next(iter(conditioning.embeddings.values()))))
-        with torch.no_grad(), constants_held(self._bare, texts["encoder_hidden_states"]):
+        text_BLK = self._texts(conditioning)["encoder_hidden_states"]
+        with torch.no_grad(), constants_held(self._bare, text_BLK):
             yield
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
