@@ -1,5 +1,7 @@
 """The policy of a process that runs jobs: loaded once, its weights always from a checkpoint's file."""
 
+import torch
+
 from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
 from d3po_core.policy import Policy, load_policy
@@ -8,8 +10,12 @@ _loaded: dict[str, Policy] = {}
 
 
 def loaded_policy(config: CampaignConfig) -> Policy:
-    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds."""
-    key = f"{config.model.model_dump_json()} {config.seed}"
+    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds.
+
+    Loaded again when the process computes on another number of threads: the embeddings that a policy remembers were
+    rounded as on those it had, and a round is to be what a process that has its threads from the start makes of it.
+    """
+    key = f"{config.model.model_dump_json()} {config.seed} {torch.get_num_threads()}"
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = load_policy(config.model, config.seed)

@@ -42,8 +42,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# A file's own: what a process has computed in between may change the last place of the same computation.
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A finished campaign of two rounds; its files of prompts are gone since."""
     folder = tmp_path_factory.mktemp("data")

@@ -16,13 +16,16 @@ from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.export_lora import export_lora
 from d3po_core.images import load_png, save_png
-from d3po_core.policy import Policy
+from d3po_core.jobs import loaded
+from d3po_core.jobs.loaded import loaded_policy
+from d3po_core.policy import Policy, load_policy
 from d3po_core.prune import apply_prune, plan_prune
 from d3po_core.regenerate import batch_of, largest_difference, regenerate
 from d3po_core.replay import replay_round
 from d3po_core.rollout import draw_images
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
 from d3po_core.weights import weights_sha256
+from tests.tasks.conftest import TRAIN
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -128,6 +131,23 @@ def test_replay_names_all_that_is_missing(campaign: Path, model: Policy) -> None
     ):
         replay_round(campaign, 2, model)
     assert replay_round(campaign, 1, model).identical
+
+
+def test_process_that_had_other_threads_computes_as_one_that_always_had_these(
+    config: CampaignConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embedded(policy: Policy) -> torch.Tensor:
+        return policy.encode(TRAIN, config.sample.guidance_scale).embeddings["encoder_hidden_states"]
+
+    monkeypatch.setattr(loaded, "_loaded", {})
+    torch.set_num_threads(1)
+    try:
+        on_one_thread = loaded_policy(config)
+        embedded(on_one_thread)
+    finally:
+        torch.set_num_threads(2)
+    assert loaded_policy(config) is not on_one_thread
+    assert torch.equal(embedded(loaded_policy(config)), embedded(load_policy(config.model, config.seed)))
 
 
 def test_checkpoint_says_on_what_it_was_computed(config: CampaignConfig) -> None:
