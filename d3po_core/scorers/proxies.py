@@ -22,7 +22,8 @@ def jpeg_compressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 def brightness(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     """Mean luma (ITU-R BT.601 weights) of each image, in [0, 1]."""
-    return (images.astype(np.float64) / 255).mean(axis=(1, 2)) @ np.array([0.299, 0.587, 0.114])
+    # No matrix product: it may round one row otherwise than another, and equal images are to tie.
+    return ((images.astype(np.float64) / 255).mean(axis=(1, 2)) * [0.299, 0.587, 0.114]).sum(axis=-1)
 
 
 def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:

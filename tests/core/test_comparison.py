@@ -1,6 +1,7 @@
 """Paired comparisons: intervals over prompts, win rates, champions, diversity, and who may be compared with whom."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,16 @@ def test_every_prompt_weighs_the_same_whatever_its_number_of_images() -> None:
     found = compare_scores(np.array([1.0, 0, 0, 0]), np.zeros(4), ["few", "many", "many", "many"])
     assert found.difference.mean == pytest.approx(0.5)
     assert unit_means(np.array([[1.0, 3, 5, 10]]), ["a", "b", "a", "b"]).tolist() == [[3.0, 6.5]]
+
+
+@pytest.mark.parametrize("of_prompt", [lambda image: image // 6, lambda image: image % 8])
+def test_equal_checkpoints_have_equal_means_to_the_last_bit(of_prompt: Callable[[int], int]) -> None:
+    prompts = [f"prompt {of_prompt(image)}" for image in range(48)]
+    for scores_I in (np.full(48, 0.1), np.random.default_rng(0).random(48)):
+        for rows in range(2, 52):
+            scores_RI = np.tile(scores_I, (rows, 1))
+            assert len(np.unique(unit_means(scores_RI, prompts), axis=0)) == 1
+            assert champions(scores_RI, prompts) == [0] * rows
 
 
 def test_one_prompt_is_resampled_by_image_and_one_image_says_nothing() -> None:

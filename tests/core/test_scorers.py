@@ -52,6 +52,13 @@ def test_brightness_is_luma_in_closed_form(colour: tuple[int, int, int], luma: f
     assert load_scorer("brightness")(images, PROMPTS[:2]) == pytest.approx([luma, luma / 2], abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["brightness", "jpeg_compressibility"])
+def test_equal_images_score_equally_to_the_last_bit(name: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for count in range(2, 40):
+        assert len(np.unique(load_scorer(name)(np.stack([image] * count), ["a thing"] * count))) == 1
+
+
 def test_prompt_alignment_is_one_for_the_drawn_scene_and_zero_for_another() -> None:
     scenes = all_scenes()[:6]
     indices = torch.tensor([[scene.shape, scene.colour, scene.background] for scene in scenes]).unbind(1)
