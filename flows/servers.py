@@ -72,16 +72,18 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
         _require_free_port(name, ports[name])
     for name in servers:
         _start(state, name)
-    if "prefect" in missing or state.get("deployed") != _deployed_files():
-        _wait(state, "prefect", lambda: _answers(f"{_api(ports)}/health"))
+    _wait(state, "prefect", lambda: _answers(f"{_api(ports)}/health"))
+    _create_pool(ports)
+    since = datetime.now(UTC)
+    if "worker" in missing:
+        lines += _crash_lost_runs(ports)
+        _start(state, "worker")
+    if "prefect" in missing or state.get("deployed") != _deployed_files():  # while the worker starts
         _deploy(state)
         lines.append("deployments registered")
     for name in ("mlflow", "label"):
         _wait(state, name, partial(_answers, f"{_url(ports, name)}/health"))
     if "worker" in missing:
-        lines += _crash_lost_runs(ports)
-        since = datetime.now(UTC)
-        _start(state, "worker")
         _wait(state, "worker", lambda: _polls(ports, since))
     lines.append(f"started: {', '.join(missing)}" if missing else "everything is already running")
     if ports != asked:
@@ -103,7 +105,8 @@ def down() -> list[str]:
             if _process(state, "prefect"):
                 lines += _crash_lost_runs(state["ports"])
     if "profile" in state and _active_profile() == PROFILE:
-        _prefect("profile", "use", state["profile"], check=False)  # complains when that profile's server is away
+        with contextlib.suppress(D3POError):  # removed since: the line says which one is active
+            _choose_profile(state["profile"])
         lines.append(f"Prefect profile: {_active_profile()}")
     with contextlib.suppress(NotADirectoryError):
         _file("servers.json").unlink(missing_ok=True)
@@ -280,15 +283,18 @@ def _polls(ports: Ports, since: datetime) -> bool:
     return any(beat and datetime.fromisoformat(beat) >= since for beat in beats)
 
 
-def _prefect(*arguments: str, environment: dict[str, str] | None = None, check: bool = True) -> None:
-    """Run a command of Prefect's; without ``environment``, in the user's own settings."""
+def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [*PREFECT, *arguments], env=environment or os.environ | QUIET, cwd=PROJECT_ROOT,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    if check and done.returncode:
+        command, env=environment, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
         said = " ".join((done.stdout + done.stderr).rpartition("╯")[2].split())
-        raise D3POError(f"`prefect {' '.join(arguments)}` failed: {said}")
+        raise D3POError(f"`{' '.join(command[1:])}` failed: {said}")
+
+
+def _choose_profile(*name_and_url: str) -> None:
+    """Make a profile of the user's own Prefect the active one."""
+    _run([sys.executable, "-m", "flows.prefect_profile", *name_and_url], os.environ | QUIET)
 
 
 def _deployed_files() -> str:
@@ -306,22 +312,22 @@ def _deployed_files() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
-def _deploy(state: State) -> None:
-    """Create pool and gpu limit unless they exist, deploy, and point plain ``prefect`` commands to our server."""
-    ports, digest = state["ports"], _deployed_files()
-    environment = _environment(ports)
+def _create_pool(ports: Ports) -> None:
+    """Create the work pool, whose worker completes it, and the limit of one run on the GPU, unless they exist."""
     if not _answers(f"{_api(ports)}/work_pools/{POOL}"):
-        _prefect("work-pool", "create", POOL, "--type", "process", environment=environment)
+        _post(ports, "/work_pools/", {"name": POOL, "type": "process"})
     if not _answers(f"{_api(ports)}/v2/concurrency_limits/gpu"):
         _post(ports, "/v2/concurrency_limits/", {"name": "gpu", "limit": 1})
-    _prefect("deploy", "--all", environment=environment)
+
+
+def _deploy(state: State) -> None:
+    """Register the deployments, and point plain ``prefect`` commands to our server."""
+    ports, digest = state["ports"], _deployed_files()
+    _run([*PREFECT, "deploy", "--all"], _environment(ports))
     if (earlier := _active_profile()) != PROFILE:
         state["profile"] = earlier
         _write_state(state)
-    _prefect("profile", "create", PROFILE, check=False)  # fails when it exists, which is fine
-    settings = (f"PREFECT_API_URL={_api(ports)}", "PREFECT_SERVER_ANALYTICS_ENABLED=false")
-    _prefect("--profile", PROFILE, "config", "set", *settings)
-    _prefect("profile", "use", PROFILE)
+    _choose_profile(PROFILE, _api(ports))
     state["deployed"] = digest
     _write_state(state)
 
