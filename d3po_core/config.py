@@ -69,8 +69,8 @@ class SampleConfig(_Section):
 
     prompts: str = Field("data/prompts/shapes_train.txt", description="Text file, CSV or Parquet file of prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
-    groups_per_round: int = Field(32, ge=1, description="Prompts drawn a round; each gives one group of images")
-    group_size: int = Field(4, ge=2, le=64, description="Images of one prompt that start from one initial latent")
+    groups_per_round: int = Field(16, ge=1, description="Prompts drawn a round; each gives one group of images")
+    group_size: int = Field(8, ge=2, le=64, description="Images of one prompt that start from one initial latent")
     share_initial_latent: bool = Field(True, description="Start all members of a group from one x_T")
     num_steps: int = Field(10, ge=2, le=1000, description="Denoising steps T")
     guidance_scale: float = Field(1.0, ge=1.0, le=50, description="Classifier-free guidance; 1 turns it off")

@@ -33,6 +33,7 @@ from d3po_core.seeds import derive_seed
 from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
 
 CONFIG = CampaignConfig()
+GROUP_SIZE = 4
 METHODS = ("majority", "bradley_terry", "dawid_skene")
 # Who decides: the truth, one rater of middling accuracy, or all raters by one of the methods.
 JUDGES = ("truth", "dawid_skene", "majority", "bradley_terry", "one_rater")
@@ -83,7 +84,7 @@ def aggregation(arguments: argparse.Namespace) -> list[Row]:
     for mode in MODES:
         for raters_per_group in (len(arguments.raters), min(3, len(arguments.raters))):
             for seed in range(arguments.aggregation_seeds):
-                good_GM = draw_groups(arguments.groups, CONFIG.sample.group_size, 0.5, seed)
+                good_GM = draw_groups(arguments.groups, GROUP_SIZE, 0.5, seed)
                 votes = simulate_votes(good_GM, arguments.raters, seed + 1000, mode, raters_per_group)
                 for method in METHODS:
                     found = quality(decide(votes, method, 0.0), true_answers(good_GM))
@@ -93,7 +94,7 @@ def aggregation(arguments: argparse.Namespace) -> list[Row]:
 
 def speed(arguments: argparse.Namespace) -> list[Row]:
     """Seconds to decide a round of 1,000 groups; the best of three."""
-    votes = simulate_votes(draw_groups(1000, CONFIG.sample.group_size, 0.5, 0), arguments.raters, 1)
+    votes = simulate_votes(draw_groups(1000, GROUP_SIZE, 0.5, 0), arguments.raters, 1)
     rows = []
     for method in METHODS:
         seconds = []
@@ -133,15 +134,14 @@ def judged_round(
 ) -> tuple[TrainingSet, float | None]:
     """Sample a round's groups and let the judge decide their pairs: what to train on, and the share decided right."""
     prompts = load_prompts(CONFIG.sample.prompts, CONFIG.sample.prompt_column, "sample.prompts")
-    size = CONFIG.sample.group_size
     seeds = [
         ImageSeed(prompt, derive_seed(*key, "x_T"), derive_seed(*key, "noise", member))
         for prompt, occurrence in draw_prompts(prompts, arguments.groups, seed, number)
         for key in [(seed, number, prompt, occurrence)]
-        for member in range(size)
+        for member in range(GROUP_SIZE)
     ]
     drawn, right_N = sample_and_score(policy, seeds, arguments.batch)
-    good_GM = right_N.reshape(-1, size).astype(int)
+    good_GM = right_N.reshape(-1, GROUP_SIZE).astype(int)
     votes_seed = derive_seed(seed, number, "raters")
     judges: dict[str, tuple[list[float], str]] = {
         "truth": ([1.0], "majority"),
@@ -151,7 +151,7 @@ def judged_round(
     decided = decide(simulate_votes(good_GM, accuracies, votes_seed, arguments.mode), method, 0.0)
     truth = true_answers(good_GM)
     share = quality(decided, truth)["right"] if any(truth.values()) else None
-    return training_set(seeds, drawn, decided, size), share
+    return training_set(seeds, drawn, decided, GROUP_SIZE), share
 
 
 def sample_and_score(policy: Policy, seeds: list[ImageSeed], batch: int) -> tuple[Trajectories, np.ndarray]:

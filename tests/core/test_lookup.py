@@ -61,7 +61,7 @@ def test_story_of_a_training_image(campaign: Path) -> None:
     assert story.run is not None
     assert story.run["mlflow_run_id"] == "run-4"
     assert story.scores == []
-    assert ("sample.group_size", 4, 3) in story.settings
+    assert ("sample.group_size", 8, 3) in story.settings
 
 
 def test_story_of_a_held_out_image_has_its_scores_in_all_rounds(campaign: Path) -> None:

@@ -12,7 +12,7 @@ from d3po_core.tables import SCHEMAS
 
 ROUNDS = 2
 SMALL: dict[str, Any] = {
-    "sample": {"groups_per_round": 4, "batch_size": 8},
+    "sample": {"groups_per_round": 4, "group_size": 4, "batch_size": 8},
     "evaluate": {"images_per_prompt": 1, "max_prompts": 4, "grid_prompts": 2},
     "train": {"updates_per_round": 2, "save_every_seconds": 0},
 }
