@@ -1,5 +1,6 @@
-"""What the whole suite shares: two threads, repeatable property tests, and the embedded model loaded once."""
+"""What the whole suite shares: one thread a process, repeatable property tests, and the embedded model loaded once."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,10 @@ from d3po_core.config import ModelConfig, resolve_path
 from d3po_core.policy import Policy, load_policy
 from tests.core.drawing import stir_lora
 
-torch.set_num_threads(2)
+# Two test files run at a time, on two cores. Also for processes that tests start; those that show that two threads
+# compute the same again ask for two.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -261,7 +262,8 @@ def test_a_single_file_must_be_safetensors_and_name_its_configuration(tmp_path: 
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable HF_HUB_OFFLINE, which the library reads once; without it, it tries again for half a minute.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         D3POError, match=r"model.path 'nobody/nothing': cannot be loaded .* is the hub id right"
     ) as caught:

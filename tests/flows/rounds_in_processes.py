@@ -16,9 +16,12 @@ def run_rounds(
     Every file that a campaign keeps comes into being by ``os.replace``: these are all the points at which what a killed
     run leaves behind can differ.
     """
+    import torch
+
     from d3po_core.config import data_folder, load_config
     from flows.round import d3po
 
+    torch.set_num_threads(2)  # as on a user's two cores: these rounds are to be the same again
     commits = 0
     replace = os.replace
 

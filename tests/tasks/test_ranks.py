@@ -35,16 +35,8 @@ from tests.tasks.conftest import HELD_OUT, SETTINGS, TRAIN
 NOT_TOLD: Callable[[int], None] = lambda count: None  # noqa: E731
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads as a rank has: sums are then rounded alike."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
-def sampled(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A campaign whose first round one process has sampled and judged."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
@@ -80,7 +72,7 @@ def copied(sampled: CampaignConfig, tmp_path: Path) -> Callable[..., CampaignCon
 
 
 @pytest.fixture(scope="module")
-def pools(one_thread: None) -> Iterator[list[RankPool]]:
+def pools() -> Iterator[list[RankPool]]:
     """The two ranks that tests share, for as long as none ends them."""
     pools: list[RankPool] = []
     yield pools
