@@ -1,7 +1,7 @@
 # Each command sets up what it needs and is safe to repeat.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO_ROUNDS ?= 13
+DEMO_ROUNDS ?= 12
 .PHONY: demo test lint bench bench-gpu bench-gpus up down chromium
 
 # The whole pinned install; made again when the pins change.
