@@ -5,6 +5,7 @@ Tensor names carry their shape: B images, C H W latent channels, height, width.
 
 import contextlib
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from safetensors import SafetensorError
 from d3po_core.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
 from d3po_core.config import ModelConfig
 from d3po_core.ddim import Schedule
+from d3po_core.decoder_attention import attend_by_products
 from d3po_core.errors import D3POError
 from d3po_core.families import Embedding, Family
+from d3po_core.folded_upsampling import fold_upsampling
 from d3po_core.fused_layers import (
     constants_held,
     fuse_attention,
@@ -119,6 +122,8 @@ class Policy:
         if self.config.precision != "no":
             fuse_attention(self._bare)
             split_gated_layers(self._bare)
+            for part in (self._bare, self.family.pipeline.vae.decoder):
+                fold_upsampling(part)
             if self.family.READS_TEXT_BY_ATTENTION_ALONE:
                 self._shared_rows = share_rows_until_text(self._bare)
         if self.config.memory == "small":
@@ -130,6 +135,7 @@ class Policy:
             decoder = self.family.pipeline.vae.decoder
             for part in (self._bare, decoder):
                 scale_group_norms(part)
+            attend_by_products(decoder, math.prod(self.latent_shape[1:]))
             compile_regions(self._bare, self.family.REGIONS)
             compile_whole(decoder)
 
