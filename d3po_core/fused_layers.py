@@ -1,8 +1,6 @@
 """A UNet's transformer blocks in fewer passes over memory: the same function, value and gradient, up to rounding.
 
-Of a self-attention the three projections become one product, their LoRA parts one thin product and one that writes the
-output on which the projection then accumulates, in single precision before it is rounded. A LoRA of rank 4 costs a
-layer almost as much time as the layer itself otherwise. The backward pass makes no gradient for frozen weights.
+The three projections of a self-attention become one product with one LoRA (lora_linear.py).
 
 A group norm becomes a scale and a shift a channel, which compiled code applies in half the time.
 
@@ -11,7 +9,7 @@ While a batch is sampled neither the LoRA nor the text changes: what depends on 
 Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
 be joined first, which compiled code does by computing both for every element.
 
-Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R ranks.
+Tensor names carry their shape: B images, L tokens, K inputs, N outputs, R ranks; M rows (images x tokens).
 """
 
 import contextlib
@@ -25,61 +23,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
 from torch.nn import functional
 
-ALIGNMENT = 8
-"""Thin products have a width that is a multiple of this: 16 bytes, which fast kernels need."""
-
-
-@torch.library.custom_op("d3po::lora_linear", mutates_args=())
-def lora_linear(
-    x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, down_RK: torch.Tensor, up_NR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x W^T + b + (x A^T) B^T`` and ``x A^T``, all of one dtype; gradients reach x, A and B.
-
-    Args:
-        x_MK: input rows.
-        weight_NK: frozen weight W.
-        bias_N: frozen bias b.
-        down_RK: A, of all fused layers one below the other.
-        up_NR: B, block-diagonal over the fused layers, scale included.
-    """
-    low_MR = x_MK @ down_RK.T
-    out_MN = low_MR @ up_NR.T if bias_N is None else torch.addmm(bias_N, low_MR, up_NR.T)
-    return out_MN.addmm_(x_MK, weight_NK.T), low_MR
-
-
-@lora_linear.register_fake
-def _(x_MK, weight_NK, bias_N, down_RK, up_NR):  # type: ignore[no-untyped-def]
-    return x_MK.new_empty(len(x_MK), len(weight_NK)), x_MK.new_empty(len(x_MK), len(down_RK))
-
-
-@torch.library.custom_op("d3po::lora_linear_backward", mutates_args=())
-def _backward_op(
-    grad_MN: torch.Tensor, x_MK: torch.Tensor, low_MR: torch.Tensor, weight_NK: torch.Tensor, down_RK: torch.Tensor,
-    up_NR: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grad_low_MR = grad_MN @ up_NR
-    grad_x_MK = (grad_low_MR @ down_RK).addmm_(grad_MN, weight_NK)
-    return grad_x_MK, grad_low_MR.T @ x_MK, grad_MN.T @ low_MR
-
-
-@_backward_op.register_fake
-def _(grad_MN, x_MK, low_MR, weight_NK, down_RK, up_NR):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_MK), torch.empty_like(down_RK), torch.empty_like(up_NR)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_MK, weight_NK, _, down_RK, up_NR = inputs
-    ctx.save_for_backward(x_MK, output[1], weight_NK, down_RK, up_NR)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_MN, _):  # type: ignore[no-untyped-def]
-    x_MK, low_MR, weight_NK, down_RK, up_NR = ctx.saved_tensors
-    grad_x, grad_down, grad_up = _backward_op(grad_MN.contiguous(), x_MK, low_MR, weight_NK, down_RK, up_NR)
-    return grad_x, None, None, grad_down, grad_up
-
-
-lora_linear.register_autograd(_backward, setup_context=_setup_context)
+from d3po_core.lora_linear import lora_linear, padded_rank
 
 
 class FusedLoRA:
@@ -121,7 +65,7 @@ class FusedLoRA:
         down_RK = torch.cat([layer.lora_A["default"].weight for layer in self.layers])
         scaled = [layer.lora_B["default"].weight * layer.scaling["default"] for layer in self.layers]
         up_NR = torch.block_diag(*scaled)
-        missing = -len(down_RK) % ALIGNMENT
+        missing = padded_rank(len(down_RK)) - len(down_RK)
         return functional.pad(down_RK, (0, 0, 0, missing)).to(dtype), functional.pad(up_NR, (0, missing)).to(dtype)
 
 

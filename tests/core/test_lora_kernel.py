@@ -1,0 +1,75 @@
+"""The GPU kernel of a layer with its LoRA, run by Triton's interpreter: what it computes, not how fast."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+
+from d3po_core import lora_linear
+
+pytest.importorskip(
+    "triton", reason="PyTorch's GPU kernels are compiled by Triton, which is there on x86-64 Linux only"
+)
+
+PROGRAM = """
+import itertools, sys
+import torch
+from d3po_core.lora_kernel import lora_forward
+
+# Whole blocks; rows, inputs and outputs that end within one; more ranks than inputs. Not bfloat16, whose products the
+# interpreter gets wrong: tests/benchmarks/gpu.py, part equality, compares it on a GPU.
+shapes = [(256, 128, 128, 16), (200, 96, 72, 16), (5, 136, 264, 64), (300, 8, 8, 32)]
+for (rows, inputs, outputs, ranks), has_bias in itertools.product(shapes, (True, False)):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, inputs).half(), torch.randn(outputs, inputs).half()
+    down, up = torch.randn(ranks, inputs).half(), (torch.randn(outputs, ranks) / 8).half()
+    bias = torch.randn(outputs).half() if has_bias else None
+    found, low = lora_forward(x, weight, bias, down, up)
+    low_expected = x.double() @ down.double().T
+    expected = x.double() @ weight.double().T + low.double() @ up.double().T
+    if bias is not None:
+        expected += bias.double()
+    # Single precision sums, rounded once at the end.
+    epsilon = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(low.double(), low_expected, rtol=epsilon, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=epsilon, atol=1e-4)
+print("equal")
+"""
+
+
+def test_kernel_is_the_layer_with_its_lora() -> None:
+    """In a process of its own: how Triton runs is settled when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={"TRITON_INTERPRET": "1", "PATH": ""}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "equal"), run.stderr
+
+
+def test_the_operator_leaves_to_the_kernel_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        asked: ClassVar[list[tuple[int, ...]]] = []
+
+        @classmethod
+        def can_compute(cls, x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
+            cls.asked.append((*x_MK.shape, *up_NR.shape))
+            return len(x_MK) > 4
+
+        @staticmethod
+        def lora_forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full((5, 8), 7.0), torch.zeros(5, 16)
+
+    monkeypatch.setattr(lora_linear, "_lora_kernel", Kernel)
+    tensors = torch.randn(8, 8), None, torch.randn(16, 8), torch.randn(8, 16)
+    assert (lora_linear.lora_linear(torch.randn(5, 8), *tensors)[0] == 7).all()
+    few = torch.randn(4, 8)
+    expected = few @ tensors[0].T + few @ tensors[2].T @ tensors[3].T
+    torch.testing.assert_close(lora_linear.lora_linear(few, *tensors)[0], expected)
+    assert Kernel.asked == [(5, 8, 8, 16), (4, 8, 8, 16)]
+
+
+def test_on_a_processor_the_kernel_stands_back() -> None:
+    from d3po_core.lora_kernel import can_compute
+
+    assert not can_compute(torch.zeros(16, 8).half(), torch.zeros(8, 16).half())
