@@ -11,6 +11,8 @@ from PIL import Image
 
 from d3po_core.tables import atomic_path
 
+THREADS = min(8, os.cpu_count() or 1)
+
 
 def save_png(image: np.ndarray, path: Path) -> None:
     """Write a uint8 ``[height, width, 3]`` image losslessly, whole or not at all."""
@@ -20,7 +22,7 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
     """Write uint8 images ``[B, height, width, 3]``, several at a time: packing one holds a processor, not Python."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(save_png, images, paths))
 
 
@@ -34,6 +36,12 @@ def png_bytes(image: np.ndarray) -> bytes:
 def load_png(path: Path) -> np.ndarray:
     """Read an image as uint8 ``[height, width, 3]``."""
     return np.asarray(Image.open(path).convert("RGB"))
+
+
+def load_pngs(paths: list[Path]) -> np.ndarray:
+    """Read images of one size as uint8 ``[B, height, width, 3]``, several at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return np.stack(list(pool.map(load_png, paths)))
 
 
 def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:

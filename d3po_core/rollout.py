@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from d3po_core.compiling import pad_rows
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
 from d3po_core.policy import Policy
@@ -261,6 +262,7 @@ def replay_log_probs(
     next_BCHW: torch.Tensor,
     step_B: torch.Tensor,
     guidance_scale: float,
+    equal_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log_prob ``[B]`` of stored steps under the policy as it is now, with gradient if one is being recorded.
 
@@ -272,18 +274,23 @@ def replay_log_probs(
         next_BCHW: stored x_{t-1}.
         step_B: index of each row's step.
         guidance_scale: the guidance that the trajectory was sampled with.
+        equal_B: for each row the first one of the same prompt, x_t and step, which passes through the network for all.
     """
+    equal_B = torch.arange(len(prompts)) if equal_B is None else equal_B
+    first_U, pass_B = equal_B.unique(return_inverse=True)
     latent, following = (x.to(policy.device, torch.float32) for x in (latent_BCHW, next_BCHW))
     step_B = step_B.to(policy.device)
-    conditioning = policy.encode(prompts, guidance_scale)
-    output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
+    conditioning = policy.encode([prompts[row] for row in first_U.tolist()], guidance_scale)
+    first_U, pass_B = first_U.to(policy.device), pass_B.to(policy.device)
+    output = policy.predict(latent[first_U], schedule.timesteps_T[step_B[first_U]], conditioning)[pass_B]
     return log_prob(following, step_mean(schedule, step_B, latent, output), schedule.sigma_T[step_B])
 
 
 @torch.no_grad()
 def kl_from_base(
-    policy: Policy, schedule: Schedule, prompts: list[str], latents_BTCHW: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
+    policy: Policy, schedule: Schedule, prompts: list[str], latents_BTCHW: torch.Tensor, guidance_scale: float,
+    rows: int,
+) -> torch.Tensor:  # fmt: skip
     """How far the policy has drifted: KL(policy || base) along trajectories of the policy, ``[B]``, nats per element.
 
     Each step's KL is exact (two Gaussians of one variance); the sum over the steps of a sampled trajectory is, by the
@@ -295,20 +302,30 @@ def kl_from_base(
         prompts: B prompts.
         latents_BTCHW: x_T ... x_0 as the policy sampled them, ``[B, T+1, C, H, W]``.
         guidance_scale: the guidance that they were sampled with.
+        rows: how many images and steps pass through the network at once.
     """
-    conditioning = policy.encode(prompts, guidance_scale)
-    steps = torch.nonzero(schedule.sigma_T > 0).flatten().tolist()
+    if len(prompts) > rows:
+        parts = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
+        return torch.cat(
+            [kl_from_base(policy, schedule, prompts[p], latents_BTCHW[p], guidance_scale, rows) for p in parts]
+        )
+    steps, at_once = torch.nonzero(schedule.sigma_T > 0).flatten().cpu(), max(1, rows // len(prompts))
+    # Every pass has all images, so that its texts stay the same; the last one repeats a step to be as large.
+    passes = pad_rows(steps, -(-len(steps) // at_once) * at_once).view(-1, at_once)
+    conditioning = policy.encode(prompts * at_once, guidance_scale)
 
-    def mean(step: int) -> torch.Tensor:
-        step_B = torch.full((len(prompts),), step, device=policy.device)
-        latent = latents_BTCHW[:, step].to(policy.device, torch.float32)
-        return step_mean(schedule, step_B, latent, policy.predict(latent, schedule.timesteps_T[step_B], conditioning))
+    def means() -> torch.Tensor:
+        return torch.cat([mean(steps_S) for steps_S in passes])[: len(steps)]
+
+    def mean(steps_S: torch.Tensor) -> torch.Tensor:
+        step_R = steps_S.repeat_interleave(len(prompts)).to(policy.device)
+        latent = latents_BTCHW[:, steps_S].transpose(0, 1).flatten(0, 1).to(policy.device, torch.float32)
+        output = policy.predict(latent, schedule.timesteps_T[step_R], conditioning)
+        return step_mean(schedule, step_R, latent, output).unflatten(0, (at_once, -1))
 
     with policy.steady(conditioning):
-        means = [mean(step) for step in steps]
+        mean_SBCHW = means()
     with policy.base(), policy.steady(conditioning):  # once: a network trained as a whole is swapped for the base's
-        base_means = [mean(step) for step in steps]
-    kl_B = torch.zeros(len(prompts))
-    for step, ours, base in zip(steps, means, base_means, strict=True):
-        kl_B += ((ours - base) ** 2).mean(dim=(1, 2, 3)).cpu() / (2 * float(schedule.sigma_T[step]) ** 2)
-    return kl_B
+        base_SBCHW = means()
+    squares_SB = ((mean_SBCHW - base_SBCHW) ** 2).mean(dim=(2, 3, 4)).cpu()
+    return (squares_SB / (2 * schedule.sigma_T[steps].cpu()[:, None] ** 2)).sum(dim=0)

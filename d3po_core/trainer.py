@@ -169,7 +169,7 @@ def _take_gradient(
     def attempt(rows: int) -> _Tally:
         optimizer.zero_grad(set_to_none=True)
         tally = _Tally(len(lesson.weight_T), num_pairs, policy.device)
-        for micro_batch in _micro_batches(cells, rows):
+        for micro_batch in _micro_batches(lesson, cells, rows):
             _accumulate(lesson, micro_batch, tally, rows)
         return tally
 
@@ -201,6 +201,7 @@ class _Lesson:
     ) -> None:
         self.policy, self.schedule, self.config, self.guidance_scale = policy, schedule, config, guidance_scale
         self.prompts = data.prompts
+        self._start_N = _equal_starts(data) if policy.config.precision != "no" else list(range(len(data.prompts)))
         # Small beside the activations, unless memory is what there is least of.
         keep_on = policy.device if policy.config.memory == "fast" else torch.device("cpu")
         self.latents_NTCHW = data.latents_NTCHW.to(keep_on)
@@ -210,6 +211,20 @@ class _Lesson:
         self.reference_NT = data.log_probs_NT.to(policy.device)
         if config.reference == "base" and data.groups:
             self.reference_NT = _base_log_probs(self, len(data.prompts))
+
+    def equal_rows(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+        """For each row the first one ``[R]`` that passes through the network as it does: a group's at x_T are equal."""
+        first: dict[tuple[int, int], int] = {}
+        keys = [
+            (self._start_N[image] if step == 0 else image, step)
+            for image, step in zip(image_R.tolist(), step_R.tolist(), strict=True)
+        ]
+        return torch.tensor([first.setdefault(key, row) for row, key in enumerate(keys)])
+
+    def num_passes(self, cell: "Cell") -> int:
+        """How many rows of a cell pass through the network."""
+        group, step = cell
+        return len({self._start_N[image] for image in group.images}) if step == 0 else len(group.images)
 
     def log_probs(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
         """log_prob ``[R]`` of stored steps under the policy as it is now."""
@@ -221,7 +236,18 @@ class _Lesson:
             self.latents_NTCHW[image_R, step_R + 1],
             step_R,
             self.guidance_scale,
+            self.equal_rows(image_R, step_R),
         )
+
+
+def _equal_starts(data: TrainingSet) -> list[int]:
+    """For each image the first of its group ``[N]`` that starts from the same x_T."""
+    starts = list(range(len(data.prompts)))
+    for group in data.groups:
+        for place, image in enumerate(group.images):
+            own = data.latents_NTCHW[image, 0]
+            starts[image] = next((i for i in group.images[:place] if torch.equal(data.latents_NTCHW[i, 0], own)), image)
+    return starts
 
 
 Cell = tuple[PairedGroup, int]
@@ -233,12 +259,12 @@ def _shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> l
     return [cells[index] for index in permutation(seed, len(cells))]
 
 
-def _micro_batches(cells: list[Cell], micro_batch: int) -> Iterator[list[Cell]]:
-    """Cells in their order, packed until ``micro_batch`` rows are reached."""
+def _micro_batches(lesson: _Lesson, cells: list[Cell], micro_batch: int) -> Iterator[list[Cell]]:
+    """Cells in their order, packed until ``micro_batch`` rows pass through the network at once."""
     packed: list[Cell] = []
     rows = 0
     for cell in cells:
-        size = len(cell[0].images)
+        size = lesson.num_passes(cell)
         if packed and rows + size > micro_batch:
             yield packed
             packed, rows = [], 0
@@ -253,7 +279,7 @@ def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) 
     policy, device = lesson.policy, lesson.policy.device
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     step_R = torch.tensor([step for group, step in cells for _ in group.images])
-    if len(image_R) <= rows:
+    if len(lesson.equal_rows(image_R, step_R).unique()) <= rows:
         log_prob_R = lesson.log_probs(image_R, step_R)
         policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally))
         return

@@ -9,7 +9,7 @@ from d3po_core.campaign import checkpoint_path, finish_stage
 from d3po_core.comparison import diversity
 from d3po_core.config import CampaignConfig
 from d3po_core.evaluate import summarize
-from d3po_core.images import load_png, sheet
+from d3po_core.images import load_pngs, sheet
 from d3po_core.jobs.evaluating import draw_held_out, held_out_path, held_out_seeds
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import atomic_path, table_from_rows, write_table
@@ -35,7 +35,7 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     with model_turn(config), progress(config, round_number, "evaluate", len(seeds), "image") as bar:
         drift = run_job(draw_held_out, config, round_number, bar.update)
     paths = [held_out_path(round_number, index) for index in range(len(seeds))]
-    images = np.stack([load_png(config.folder / path) for path in paths])
+    images = load_pngs([config.folder / path for path in paths])
     all_prompts = [seed.prompt for seed in seeds]
     with scoring_turn(config, config.evaluation_scorers):
         scorers = load_scorers(config, config.evaluation_scorers)

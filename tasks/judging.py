@@ -10,7 +10,7 @@ from prefect import task
 from d3po_core.agreement import earlier_gold
 from d3po_core.campaign import finish_stage, read_record
 from d3po_core.config import CampaignConfig
-from d3po_core.images import load_png
+from d3po_core.images import load_pngs
 from d3po_core.information import dissimilarity
 from d3po_core.preferences import derive_preferences
 from d3po_core.raters import decide
@@ -49,7 +49,7 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     with turn, progress(config, round_number, "judge", len(samples), "image") as bar:
         for start in range(0, len(samples), whole_groups):
             batch = samples[start : start + whole_groups]
-            images = np.stack([load_png(config.folder / sample["image_path"]) for sample in batch])
+            images = load_pngs([config.folder / sample["image_path"] for sample in batch])
             for name, scorer in scorers.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
             for first in range(0, len(batch), size):

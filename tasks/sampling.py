@@ -1,13 +1,12 @@
 """Sample: groups of images from the last checkpoint, with their trajectories."""
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
 from d3po_core.campaign import checkpoint_path, finish_stage, start_of
 from d3po_core.config import CampaignConfig
-from d3po_core.images import load_png, sheet
+from d3po_core.images import load_pngs, sheet
 from d3po_core.jobs.sampling import round_shards, sample_shards
 from d3po_core.records import SampleRecord
 from d3po_core.tables import atomic_path, write_table
@@ -43,7 +42,7 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
 
 
 def _contact_sheet(config: CampaignConfig, round_number: int, image_paths: list[str]) -> str:
-    images = np.stack([load_png(config.folder / path) for path in image_paths])
+    images = load_pngs([config.folder / path for path in image_paths])
     relative = f"images/round={round_number}/contact_sheet.png"
     size = config.sample.group_size
     columns = size * max(1, 12 // size)  # whole groups side by side

@@ -53,13 +53,16 @@ def _drift(
     config: CampaignConfig, policy: Policy, seeds: list[ImageSeed], chosen: list[int], latents: dict[int, torch.Tensor]
 ) -> float:
     own = [place for place, i in enumerate(chosen) if i in latents]
-    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
     kl_D = torch.zeros(len(chosen))
-    for start in range(0, len(own), config.sample.batch_size):
-        places = own[start : start + config.sample.batch_size]
-        prompts = [seeds[chosen[place]].prompt for place in places]
-        latents_BTCHW = torch.stack([latents[chosen[place]] for place in places])
-        kl_D[places] = kl_from_base(policy, schedule, prompts, latents_BTCHW, config.sample.guidance_scale)
+    if own:
+        schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+        prompts = [seeds[chosen[place]].prompt for place in own]
+        latents_BTCHW = torch.stack([latents[chosen[place]] for place in own])
+        guidance = config.sample.guidance_scale
+        kl_D[own] = policy.sampling_rows.fit(
+            config.sample.batch_size,
+            lambda rows: kl_from_base(policy, schedule, prompts, latents_BTCHW, guidance, rows),
+        )
     kl_D = kl_D.to(policy.device)
     sum_over_ranks(policy.accelerator, [kl_D])  # every entry is one rank's, and 0 elsewhere
     return float(kl_D.cpu().mean())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from d3po_core.fused_layers import (
     SplitGEGLU,
     fuse_attention,
     kept,
-    lora_linear,
     share_rows_until_text,
     split_gated_layers,
 )
+from d3po_core.lora_linear import lora_linear, padded_rank
 from d3po_core.policy import Policy, load_policy
 from d3po_core.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
 from d3po_core.row_limit import RowLimit
@@ -92,6 +93,10 @@ def test_fused_product_is_a_layer_with_its_lora(bias: torch.Tensor | None) -> No
     torch.testing.assert_close(low, x @ down.T)
     for ours, theirs in zip(torch.autograd.grad((found**2).sum(), (x, down, up)), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_ranks_are_padded_to_what_kernels_need() -> None:
+    assert [padded_rank(rank) for rank in (1, 4, 12, 16, 17, 33, 64, 65, 96)] == [16, 16, 16, 16, 32, 64, 64, 72, 96]
 
 
 def test_fused_product_keeps_the_rules_of_an_operator() -> None:
@@ -293,6 +298,33 @@ def test_a_batch_is_padded_to_the_nearest_known_size() -> None:
     rows = torch.arange(6).reshape(3, 2)
     assert pad_rows(rows, 5).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [0, 1]]
     assert pad_rows(rows, 3) is rows
+
+
+@pytest.mark.parametrize("micro_batch", [64, 4])
+def test_images_of_a_group_pass_once_at_the_step_where_they_are_equal(
+    micro_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = embedded(precision="fp16")
+    drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), SEEDS, GUIDANCE, torch.float16)
+    data = TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS)
+    seen: list[int] = []
+    predict = Policy.predict
+
+    def counted(policy: Policy, latent_BCHW: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(len(latent_BCHW))
+        return predict(policy, latent_BCHW, *rest)
+
+    monkeypatch.setattr(Policy, "predict", counted)
+    found = gradient(policy, data, micro_batch=micro_batch)
+    # Two groups of three images: one row at the first of three steps, three at the others.
+    assert sum(seen) == 2 * (1 + 3 + 3)
+    assert max(seen) <= micro_batch
+    seen.clear()
+    nearly = data.latents_NTCHW.clone()
+    nearly[:, 0] += torch.linspace(0, 1e-3, len(SEEDS))[:, None, None, None]
+    expected = gradient(policy, replace(data, latents_NTCHW=nearly), micro_batch=micro_batch)
+    assert sum(seen) == 2 * 3 * 3, "images that start from latents of their own pass one by one"
+    assert relative(found, expected) < 0.05
 
 
 class Card:
