@@ -260,18 +260,18 @@ def _shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> l
 
 
 def _micro_batches(lesson: _Lesson, cells: list[Cell], micro_batch: int) -> Iterator[list[Cell]]:
-    """Cells in their order, packed until ``micro_batch`` rows pass through the network at once."""
-    packed: list[Cell] = []
-    rows = 0
-    for cell in cells:
-        size = lesson.num_passes(cell)
-        if packed and rows + size > micro_batch:
-            yield packed
-            packed, rows = [], 0
-        packed.append(cell)
-        rows += size
-    if packed:
+    """Cells packed until ``micro_batch`` rows pass through the network at once, each into the first that has room."""
+    while cells:
+        packed: list[Cell] = []
+        left: list[Cell] = []
+        rows = 0
+        for cell in cells:
+            size = lesson.num_passes(cell)
+            fits = not packed or rows + size <= micro_batch
+            (packed if fits else left).append(cell)
+            rows += size if fits else 0
         yield packed
+        cells = left
 
 
 def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) -> None:

@@ -1,5 +1,6 @@
 """Sample a round's images, shard by shard; ranks take shards in turn."""
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from d3po_core.prompts import draw_prompts, load_prompts
 from d3po_core.ranks import own_share
 from d3po_core.rollout import Drawn, FirstOutputs, ImageSeed, member_seed, start_drawing
 from d3po_core.tables import SCHEMAS, atomic_path, table_from_rows
+
+SHARDS_AHEAD = 3
 
 # sample_id, group_id, place in the group, what it is made from
 Member = tuple[str, str, int, ImageSeed]
@@ -86,16 +89,16 @@ def _sample(config: CampaignConfig, round_number: int, policy: Policy, shards: l
     dtype = getattr(torch, config.sample.latent_dtype)
     first = FirstOutputs(policy, config.sample, [seed for shard in shards for *_, seed in shard.members], dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        # While one shard is being written the next is being sampled; no more than that waits in memory.
-        writing: Future[int] | None = None
+        # While the device samples one shard, the one before is written and the next is handed to the device, which so
+        # never waits for either; no more than these three are in memory.
+        writing: deque[Future[int]] = deque()
         for shard in shards:
-            seeds = [seed for *_, seed in shard.members]
-            drawn = start_drawing(policy, config.sample, seeds, first)
-            if writing:
-                yield writing.result()
-            writing = writer.submit(_write_shard, config, round_number, policy, shard, drawn)
-        if writing:
-            yield writing.result()
+            drawn = start_drawing(policy, config.sample, [seed for *_, seed in shard.members], first)
+            writing.append(writer.submit(_write_shard, config, round_number, policy, shard, drawn))
+            while writing and (writing[0].done() or len(writing) == SHARDS_AHEAD):
+                yield writing.popleft().result()
+        for shard_written in writing:
+            yield shard_written.result()
 
 
 def _write_shard(config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, drawn: Drawn) -> int:

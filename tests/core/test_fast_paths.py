@@ -4,11 +4,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from hypothesis import given
+from hypothesis import strategies as st
 
 import d3po_core.policy as policy_module
 from d3po_core.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
@@ -29,7 +32,7 @@ from d3po_core.policy import Policy, load_policy
 from d3po_core.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
 from d3po_core.row_limit import RowLimit
 from d3po_core.seeds import gaussian
-from d3po_core.trainer import PairedGroup, TrainingSet, train_updates
+from d3po_core.trainer import PairedGroup, TrainingSet, _micro_batches, train_updates
 from tests.core.drawing import image_seed, stir_lora
 from tests.core.tiny_models import tiny_model
 
@@ -325,6 +328,19 @@ def test_images_of_a_group_pass_once_at_the_step_where_they_are_equal(
     expected = gradient(policy, replace(data, latents_NTCHW=nearly), micro_batch=micro_batch)
     assert sum(seen) == 2 * 3 * 3, "images that start from latents of their own pass one by one"
     assert relative(found, expected) < 0.05
+
+
+@given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 12))
+def test_cells_are_packed_as_full_as_their_order_allows(sizes: list[int], micro_batch: int) -> None:
+    cells = [(PairedGroup(tuple(range(size)), ()), index) for index, size in enumerate(sizes)]
+    lesson: Any = SimpleNamespace(num_passes=lambda cell: len(cell[0].images))
+    packed = list(_micro_batches(lesson, cells, micro_batch))
+    assert sorted(step for batch in packed for _, step in batch) == list(range(len(sizes))), "each cell once"
+    rows = [sum(len(group.images) for group, _ in batch) for batch in packed]
+    assert all(total <= micro_batch or len(batch) == 1 for total, batch in zip(rows, packed, strict=True))
+    for earlier, total in enumerate(rows):
+        later = [len(group.images) for batch in packed[earlier + 1 :] for group, _ in batch]
+        assert not later or total + min(later) > micro_batch, "what comes later had no room"
 
 
 class Card:
