@@ -20,9 +20,9 @@ def save_png(image: np.ndarray, path: Path) -> None:
         temporary.write_bytes(png_bytes(image))
 
 
-def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
+def save_pngs(images: np.ndarray, paths: list[Path], threads: int = THREADS) -> None:
     """Write uint8 images ``[B, height, width, 3]``, several at a time: packing one holds a processor, not Python."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(save_png, images, paths))
 
 

@@ -23,6 +23,9 @@ from d3po_core.rollout import Drawn, FirstOutputs, ImageSeed, member_seed, start
 from d3po_core.tables import SCHEMAS, atomic_path, table_from_rows
 
 SHARDS_AHEAD = 3
+# Each thread that packs images slows the one that hands work to the device: an operation took 2.1 us on two cores, 4.3
+# beside 2 threads, 9.9 beside 8.
+PACKING_THREADS = 2
 
 # sample_id, group_id, place in the group, what it is made from
 Member = tuple[str, str, int, ImageSeed]
@@ -116,7 +119,7 @@ def _write_shard(config: CampaignConfig, round_number: int, policy: Policy, shar
             temporary,
         )
     image_paths = [f"images/round={round_number}/{sample_id}.png" for sample_id, *_ in shard.members]
-    save_pngs(images, [config.folder / path for path in image_paths])
+    save_pngs(images, [config.folder / path for path in image_paths], PACKING_THREADS)
     rows = []
     for row, (sample_id, group_id, member, seed) in enumerate(shard.members):
         rows.append(
