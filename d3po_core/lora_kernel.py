@@ -28,9 +28,10 @@ def _is_new_enough(index: int) -> bool:
 
 
 def can_compute(x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
-    """Whether the kernel takes these: on a GPU that is new enough, in half precision, rows aligned to 16 bytes."""
+    """Whether the kernel takes these: on an NVIDIA GPU new enough, in half precision, rows aligned to 16 bytes."""
     return (
         x_MK.device.type == "cuda"
+        and torch.version.hip is None
         and _is_new_enough(x_MK.device.index)
         and x_MK.dtype.itemsize == 2
         and len(x_MK) > 0

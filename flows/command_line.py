@@ -153,7 +153,7 @@ def show_campaign(config: CampaignConfig) -> None:
     if not records:
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
-    stages = ("sample", "judge", "train", "evaluate", "publish")
+    stages = ("sample", "judge", "train", "evaluate")
     for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
