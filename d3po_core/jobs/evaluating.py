@@ -9,11 +9,12 @@ from d3po_core.config import CampaignConfig
 from d3po_core.evaluate import evaluation_seeds
 from d3po_core.images import save_pngs
 from d3po_core.jobs import Tell
+from d3po_core.jobs.drawing import draw_and_write
 from d3po_core.jobs.loaded import policy_at
 from d3po_core.policy import Policy
 from d3po_core.prompts import load_prompts
 from d3po_core.ranks import own_share, sum_over_ranks
-from d3po_core.rollout import ImageSeed, draw_images, kl_from_base
+from d3po_core.rollout import ImageSeed, Trajectories, kl_from_base
 
 
 def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:
@@ -40,12 +41,17 @@ def draw_held_out(config: CampaignConfig, round_number: int, tell: Tell) -> floa
     chosen = np.linspace(0, len(seeds) - 1, wanted).round().astype(int).tolist()
     latents: dict[int, torch.Tensor] = {}  # [T+1, C, H, W] of the chosen images that this rank draws
     size = config.sample.batch_size
-    for start in range(0, len(seeds), size)[own_share(policy.accelerator)]:
-        batch = range(start, min(start + size, len(seeds)))
-        drawn, images = draw_images(policy, config.sample, [seeds[i] for i in batch], torch.float32)
-        save_pngs(images, [config.folder / held_out_path(round_number, i) for i in batch])
-        latents |= {i: drawn.latents_BTCHW[i - start] for i in batch if i in chosen}
-        tell(len(batch))
+    starts = range(0, len(seeds), size)[own_share(policy.accelerator)]
+
+    def write(index: int, trajectories: Trajectories, images: np.ndarray) -> int:
+        places = range(starts[index], starts[index] + len(images))
+        save_pngs(images, [config.folder / held_out_path(round_number, i) for i in places])
+        latents.update({i: trajectories.latents_BTCHW[i - places[0]] for i in places if i in chosen})
+        return len(images)
+
+    batches = [seeds[start : start + size] for start in starts]
+    for count in draw_and_write(policy, config.sample, batches, torch.float32, write):
+        tell(count)
     return _drift(config, policy, seeds, chosen, latents) if wanted else None
 
 

@@ -1,12 +1,10 @@
 """Sample a round's images, shard by shard; ranks take shards in turn."""
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
@@ -15,17 +13,13 @@ from d3po_core.campaign import checkpoint_path, start_of
 from d3po_core.config import CampaignConfig
 from d3po_core.images import save_pngs
 from d3po_core.jobs import Tell
+from d3po_core.jobs.drawing import draw_and_write
 from d3po_core.jobs.loaded import policy_at
 from d3po_core.policy import Policy
 from d3po_core.prompts import draw_prompts, load_prompts
 from d3po_core.ranks import own_share
-from d3po_core.rollout import Drawn, FirstOutputs, ImageSeed, member_seed, start_drawing
+from d3po_core.rollout import ImageSeed, Trajectories, member_seed
 from d3po_core.tables import SCHEMAS, atomic_path, table_from_rows
-
-SHARDS_AHEAD = 3
-# Each thread that packs images slows the one that hands work to the device: an operation took 2.1 us on two cores, 4.3
-# beside 2 threads, 9.9 beside 8.
-PACKING_THREADS = 2
 
 # sample_id, group_id, place in the group, what it is made from
 Member = tuple[str, str, int, ImageSeed]
@@ -84,28 +78,20 @@ def sample_shards(config: CampaignConfig, round_number: int, tell: Tell) -> None
     """The job: sample and write the shards that are not there yet, each on one rank, telling of images."""
     policy = policy_at(config, start_of(config.folder, round_number))
     own = round_shards(config, round_number)[own_share(policy.accelerator)]
-    for images in _sample(config, round_number, policy, [shard for shard in own if not shard.rows_path.exists()]):
-        tell(images)
+    shards = [shard for shard in own if not shard.rows_path.exists()]
+
+    def write(index: int, trajectories: Trajectories, images: np.ndarray) -> int:
+        return _write_shard(config, round_number, policy, shards[index], trajectories, images)
+
+    batches = [[seed for *_, seed in shard.members] for shard in shards]
+    for count in draw_and_write(policy, config.sample, batches, getattr(torch, config.sample.latent_dtype), write):
+        tell(count)
 
 
-def _sample(config: CampaignConfig, round_number: int, policy: Policy, shards: list[Shard]) -> Iterator[int]:
-    dtype = getattr(torch, config.sample.latent_dtype)
-    first = FirstOutputs(policy, config.sample, [seed for shard in shards for *_, seed in shard.members], dtype)
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        # While the device samples one shard, the one before is written and the next is handed to the device, which so
-        # never waits for either; no more than these three are in memory.
-        writing: deque[Future[int]] = deque()
-        for shard in shards:
-            drawn = start_drawing(policy, config.sample, [seed for *_, seed in shard.members], first)
-            writing.append(writer.submit(_write_shard, config, round_number, policy, shard, drawn))
-            while writing and (writing[0].done() or len(writing) == SHARDS_AHEAD):
-                yield writing.popleft().result()
-        for shard_written in writing:
-            yield shard_written.result()
-
-
-def _write_shard(config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, drawn: Drawn) -> int:
-    trajectories, images = drawn.wait()
+def _write_shard(
+    config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, trajectories: Trajectories,
+    images: np.ndarray,
+) -> int:  # fmt: skip
     # Asked of the family: the policy's schedule is on the GPU, and to read from there is to wait for the next shard.
     schedule = policy.family.schedule(config.sample.num_steps, config.sample.eta)
     trajectory_path = f"trajectories/round={round_number}/shard-{shard.index:04d}.safetensors"
@@ -119,7 +105,7 @@ def _write_shard(config: CampaignConfig, round_number: int, policy: Policy, shar
             temporary,
         )
     image_paths = [f"images/round={round_number}/{sample_id}.png" for sample_id, *_ in shard.members]
-    save_pngs(images, [config.folder / path for path in image_paths], PACKING_THREADS)
+    save_pngs(images, [config.folder / path for path in image_paths])
     rows = []
     for row, (sample_id, group_id, member, seed) in enumerate(shard.members):
         rows.append(
