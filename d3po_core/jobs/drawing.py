@@ -49,8 +49,8 @@ def draw_and_write(
         writing: deque[Future[Written]] = deque()
         for index, batch in enumerate(batches):
             drawn = start_drawing(policy, config, batch, first)
-            writing.append(writer.submit(write_when_there, index, drawn))
-            while writing and (writing[0].done() or len(writing) == MOST_IN_MEMORY):
+            while writing and (writing[0].done() or len(writing) == MOST_IN_MEMORY - 1):
                 yield writing.popleft().result()
+            writing.append(writer.submit(write_when_there, index, drawn))
         for last in writing:
             yield last.result()

@@ -211,8 +211,13 @@ def test_rank_that_trained_apart_is_found_and_nothing_is_kept(copied: Callable[.
     assert not list((config.folder / "checkpoints").iterdir())  # nor what was saved on the way
 
 
-def killing(config: CampaignConfig, at: int) -> tuple[Callable[[int], None], list[subprocess.Popen[str]]]:
-    """A ``tell`` that kills rank 1 at the given call, and the ranks' processes when it has."""
+def killing(
+    config: CampaignConfig, at: int, hold_other: bool
+) -> tuple[Callable[[int], None], list[subprocess.Popen[str]]]:
+    """A ``tell`` that kills rank 1 at the given call, and the ranks' processes when it has.
+
+    Rank 0 can be held meanwhile: it could finish before it is ended.
+    """
     seen: list[subprocess.Popen[str]] = []
     calls = 0
 
@@ -222,6 +227,8 @@ def killing(config: CampaignConfig, at: int) -> tuple[Callable[[int], None], lis
         if calls == at:
             (pool,) = ranks._pools.values()
             seen.extend(rank.process for rank in pool.ranks)
+            if hold_other:
+                os.kill(seen[0].pid, signal.SIGSTOP)
             os.kill(seen[1].pid, signal.SIGKILL)
 
     return tell, seen
@@ -229,18 +236,22 @@ def killing(config: CampaignConfig, at: int) -> tuple[Callable[[int], None], lis
 
 @pytest.mark.parametrize("stage", ["sample", "train"])
 def test_killed_rank_fails_the_job_with_its_log_and_the_retry_ends_alike(
-    stage: str, sampled: CampaignConfig, copied: Callable[..., CampaignConfig], pool: RankPool
+    stage: str, copied: Callable[..., CampaignConfig], pool: RankPool
 ) -> None:
-    config = copied("killed", without=SAMPLES if stage == "sample" else ())
-    tell, seen = killing(config, at=1)
+    # A group a shard: whoever tells of a shard first has another one to draw.
+    cut = {"without": SAMPLES, "sample": {"batch_size": 3}} if stage == "sample" else {}
+    config = copied("killed", **cut)
+    tell, seen = killing(config, at=1, hold_other=stage == "sample")
     log = config.folder / "logs" / "rank-1.log"
     with pytest.raises(RankError, match=rf"rank 1 of 2 was ended by SIGKILL; its log {log}"):
         run_job(sample_shards if stage == "sample" else train_checkpoint, config, 1, tell)
     assert [process.poll() is not None for process in seen] == [True, True]
     if stage == "sample":
-        assert len(list((config.folder / "staging/round=1").glob("*.parquet"))) < 3, "it was killed when all was done"
-        _sample(config, 1)
-        assert drawn(config) == drawn(sampled)
+        assert len(list((config.folder / "staging/round=1").glob("*.parquet"))) < 5, "it was killed when all was done"
+        undisturbed = copied("undisturbed", processes=1, **cut)
+        for each in (config, undisturbed):
+            _sample(each, 1)
+        assert drawn(config) == drawn(undisturbed)
         return
     left = list((config.folder / "checkpoints").iterdir())
     assert [path.name for path in left if not path.name.startswith(".")] in ([], ["round=1-update=000001"])
