@@ -92,9 +92,14 @@ def get(ports: dict[str, int], path: str) -> Any:
 
 
 def eventually(found: Callable[[], Any], seconds: float = 60) -> Any:
+    """What is found at last; a server that is too busy to answer is asked again."""
     deadline = time.monotonic() + seconds
-    while not (result := found()) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    result = None
+    while not result and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            result = found()
+        if not result:
+            time.sleep(0.2)
     return result
 
 
