@@ -25,18 +25,20 @@ from d3po_core.config import TrainConfig
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.loss import pair_loss
+from d3po_core.packing import (
+    Cell,
+    PairedGroup,
+    equal_rows,
+    equal_starts,
+    micro_batches,
+    num_passes,
+    pair_rows,
+    shuffled_cells,
+)
 from d3po_core.policy import Policy
 from d3po_core.ranks import own_share, sum_over_ranks
 from d3po_core.rollout import replay_log_probs
 from d3po_core.seeds import derive_seed, permutation
-
-
-@dataclass(frozen=True)
-class PairedGroup:
-    """The images of one group that are in a pair, by their index in the training set, and its pairs."""
-
-    images: tuple[int, ...]
-    pairs: tuple[tuple[int, int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,12 @@ def _take_gradient(
     policy = lesson.policy
     num_pairs = sum(len(group.pairs) for group in groups)
     # Shared out before they are packed: a rank that halves its micro-batches does not change who does what.
-    cells = _shuffled_cells(groups, lesson.steps, seed)[own_share(policy.accelerator)]
+    cells = shuffled_cells(groups, lesson.steps, seed)[own_share(policy.accelerator)]
 
     def attempt(rows: int) -> _Tally:
         optimizer.zero_grad(set_to_none=True)
         tally = _Tally(len(lesson.weight_T), num_pairs, policy.device)
-        for micro_batch in _micro_batches(lesson, cells, rows):
+        for micro_batch in micro_batches(cells, lesson.start_N, rows):
             _accumulate(lesson, micro_batch, tally, rows)
         return tally
 
@@ -201,7 +203,9 @@ class _Lesson:
     ) -> None:
         self.policy, self.schedule, self.config, self.guidance_scale = policy, schedule, config, guidance_scale
         self.prompts = data.prompts
-        self._start_N = _equal_starts(data) if policy.config.precision != "no" else list(range(len(data.prompts)))
+        self.start_N = list(range(len(data.prompts)))
+        if policy.config.precision != "no":
+            self.start_N = equal_starts(data.groups, data.latents_NTCHW)
         # Small beside the activations, unless memory is what there is least of.
         keep_on = policy.device if policy.config.memory == "fast" else torch.device("cpu")
         self.latents_NTCHW = data.latents_NTCHW.to(keep_on)
@@ -211,20 +215,6 @@ class _Lesson:
         self.reference_NT = data.log_probs_NT.to(policy.device)
         if config.reference == "base" and data.groups:
             self.reference_NT = _base_log_probs(self, len(data.prompts))
-
-    def equal_rows(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
-        """For each row the first one ``[R]`` that passes through the network as it does: a group's at x_T are equal."""
-        first: dict[tuple[int, int], int] = {}
-        keys = [
-            (self._start_N[image] if step == 0 else image, step)
-            for image, step in zip(image_R.tolist(), step_R.tolist(), strict=True)
-        ]
-        return torch.tensor([first.setdefault(key, row) for row, key in enumerate(keys)])
-
-    def num_passes(self, cell: "Cell") -> int:
-        """How many rows of a cell pass through the network."""
-        group, step = cell
-        return len({self._start_N[image] for image in group.images}) if step == 0 else len(group.images)
 
     def log_probs(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
         """log_prob ``[R]`` of stored steps under the policy as it is now."""
@@ -236,42 +226,8 @@ class _Lesson:
             self.latents_NTCHW[image_R, step_R + 1],
             step_R,
             self.guidance_scale,
-            self.equal_rows(image_R, step_R),
+            equal_rows(self.start_N, image_R, step_R),
         )
-
-
-def _equal_starts(data: TrainingSet) -> list[int]:
-    """For each image the first of its group ``[N]`` that starts from the same x_T."""
-    starts = list(range(len(data.prompts)))
-    for group in data.groups:
-        for place, image in enumerate(group.images):
-            own = data.latents_NTCHW[image, 0]
-            starts[image] = next((i for i in group.images[:place] if torch.equal(data.latents_NTCHW[i, 0], own)), image)
-    return starts
-
-
-Cell = tuple[PairedGroup, int]
-
-
-def _shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> list[Cell]:
-    """Cells (a group at a trainable step) in random order."""
-    cells = [(group, step) for group in groups for step in steps]
-    return [cells[index] for index in permutation(seed, len(cells))]
-
-
-def _micro_batches(lesson: _Lesson, cells: list[Cell], micro_batch: int) -> Iterator[list[Cell]]:
-    """Cells packed until ``micro_batch`` rows pass through the network at once, each into the first that has room."""
-    while cells:
-        packed: list[Cell] = []
-        left: list[Cell] = []
-        rows = 0
-        for cell in cells:
-            size = lesson.num_passes(cell)
-            fits = not packed or rows + size <= micro_batch
-            (packed if fits else left).append(cell)
-            rows += size if fits else 0
-        yield packed
-        cells = left
 
 
 def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) -> None:
@@ -279,7 +235,7 @@ def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) 
     policy, device = lesson.policy, lesson.policy.device
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     step_R = torch.tensor([step for group, step in cells for _ in group.images])
-    if len(lesson.equal_rows(image_R, step_R).unique()) <= rows:
+    if sum(num_passes(cell, lesson.start_N) for cell in cells) <= rows:
         log_prob_R = lesson.log_probs(image_R, step_R)
         policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally))
         return
@@ -301,7 +257,7 @@ def _loss(
 ) -> torch.Tensor:  # fmt: skip
     """A micro-batch's part of the update's mean loss; what is worth knowing goes into the tally."""
     device, config = lesson.policy.device, lesson.config
-    winner_P, loser_P, weight_P, step_P = (values.to(device) for values in _pair_rows(cells))
+    winner_P, loser_P, weight_P, step_P = (values.to(device) for values in pair_rows(cells))
     raw_ratio_R = log_prob_R - lesson.reference_NT[image_R.to(device), step_R]
     result = pair_loss(
         lesson.weight_T[step_R] * raw_ratio_R,
@@ -315,20 +271,6 @@ def _loss(
     tally.add(step_P, step_R, result.loss_P.detach(), result.margin_P, result.clipped_P, raw_ratio_R.detach())
     # The mean over the update's pairs and steps, whatever the micro-batch that a pair fell into.
     return result.loss_P.sum() / (tally.num_pairs * len(lesson.steps))
-
-
-def _pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Winner row, loser row, weight and step of every pair of a micro-batch, each ``[P]``."""
-    winners, losers, weights, steps, first_row = [], [], [], [], 0
-    for group, step in cells:
-        row_of = {image: first_row + k for k, image in enumerate(group.images)}
-        for winner, loser, weight in group.pairs:
-            winners.append(row_of[winner])
-            losers.append(row_of[loser])
-            weights.append(weight)
-            steps.append(step)
-        first_row += len(group.images)
-    return torch.tensor(winners), torch.tensor(losers), torch.tensor(weights), torch.tensor(steps)
 
 
 def _apply(

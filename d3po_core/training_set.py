@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.config import CampaignConfig
+from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy
 from d3po_core.seeds import derive_seed
 from d3po_core.tables import partition, read_rows
-from d3po_core.trainer import PairedGroup, TrainingSet, Update, train_updates
+from d3po_core.trainer import TrainingSet, Update, train_updates
 
 Shard = dict[str, torch.Tensor]
 

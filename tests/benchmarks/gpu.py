@@ -28,10 +28,11 @@ from rich.table import Table
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.families import FAMILIES
 from d3po_core.loading import DTYPES
+from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy
 from d3po_core.rollout import FirstOutputs, ImageSeed, draw_images, replay_log_probs, start_drawing
 from d3po_core.seeds import derive_seed
-from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
 
 PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
 MODES = ("fast", "balanced", "small")

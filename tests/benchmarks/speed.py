@@ -30,11 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from d3po_core.config import CampaignConfig, TrainConfig
+from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import load_prompts
 from d3po_core.rollout import ImageSeed, sample_trajectories
 from d3po_core.seeds import derive_seed, permutation
-from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
 
 CONFIG = CampaignConfig()
 GUIDANCE = 1.0

@@ -14,10 +14,11 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.families import FAMILIES
 from d3po_core.kohya import KOHYA_FILE, write_kohya
+from d3po_core.packing import PairedGroup
 from d3po_core.policy import LORA_FILE, Policy, load_policy
 from d3po_core.rollout import draw_images, replay_log_probs, sample_trajectories
 from d3po_core.seeds import gaussian
-from d3po_core.trainer import PairedGroup, TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
 from tests.core.drawing import image_seed, stir_lora
 from tests.core.tiny_models import NAMES, tiny_model
 

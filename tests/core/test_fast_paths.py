@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +27,12 @@ from d3po_core.fused_layers import (
     split_gated_layers,
 )
 from d3po_core.lora_linear import lora_linear, padded_rank
+from d3po_core.packing import PairedGroup, micro_batches
 from d3po_core.policy import Policy, load_policy
 from d3po_core.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
 from d3po_core.row_limit import RowLimit
 from d3po_core.seeds import gaussian
-from d3po_core.trainer import PairedGroup, TrainingSet, _micro_batches, train_updates
+from d3po_core.trainer import TrainingSet, train_updates
 from tests.core.drawing import image_seed, stir_lora
 from tests.core.tiny_models import tiny_model
 
@@ -333,8 +333,7 @@ def test_images_of_a_group_pass_once_at_the_step_where_they_are_equal(
 @given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 12))
 def test_cells_are_packed_as_full_as_their_order_allows(sizes: list[int], micro_batch: int) -> None:
     cells = [(PairedGroup(tuple(range(size)), ()), index) for index, size in enumerate(sizes)]
-    lesson: Any = SimpleNamespace(num_passes=lambda cell: len(cell[0].images))
-    packed = list(_micro_batches(lesson, cells, micro_batch))
+    packed = list(micro_batches(cells, list(range(9)), micro_batch))
     assert sorted(step for batch in packed for _, step in batch) == list(range(len(sizes))), "each cell once"
     rows = [sum(len(group.images) for group, _ in batch) for batch in packed]
     assert all(total <= micro_batch or len(batch) == 1 for total, batch in zip(rows, packed, strict=True))

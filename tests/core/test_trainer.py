@@ -20,11 +20,12 @@ from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.ddim import Schedule, make_schedule
 from d3po_core.errors import NonFiniteLossError
+from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.preferences import derive_preferences
 from d3po_core.rollout import replay_log_probs, sample_trajectories
 from d3po_core.tables import connect, table_from_rows, write_table
-from d3po_core.trainer import PairedGroup, TrainingSet, Update, make_optimizer, plan_updates, train_updates
+from d3po_core.trainer import TrainingSet, Update, make_optimizer, plan_updates, train_updates
 from d3po_core.training_set import load_training_set
 from tests.core.drawing import image_seed, stir_lora
 

@@ -1,0 +1,88 @@
+"""How an update's work is cut: cells in random order, packed into micro-batches, and which rows pass for others.
+
+A cell is a group at a step. The members of a group that share x_T are still equal at the first step: there one of them
+passes through the network for all.
+
+Tensor names carry their shape: N images with a pair, T steps, R rows (an image at a step) of a micro-batch, P pairs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from d3po_core.seeds import permutation
+
+
+@dataclass(frozen=True)
+class PairedGroup:
+    """The images of one group that are in a pair, by their index in the training set, and its pairs."""
+
+    images: tuple[int, ...]
+    pairs: tuple[tuple[int, int, float], ...]
+
+
+Cell = tuple[PairedGroup, int]
+
+
+def shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> list[Cell]:
+    """All groups at all steps, in random order."""
+    cells = [(group, step) for group in groups for step in steps]
+    return [cells[index] for index in permutation(seed, len(cells))]
+
+
+def equal_starts(groups: list[PairedGroup], latents_NTCHW: torch.Tensor) -> list[int]:
+    """For each image the first of its group ``[N]`` that starts from the same x_T."""
+    starts = list(range(len(latents_NTCHW)))
+    for group in groups:
+        for place, image in enumerate(group.images):
+            own = latents_NTCHW[image, 0]
+            starts[image] = next((i for i in group.images[:place] if torch.equal(latents_NTCHW[i, 0], own)), image)
+    return starts
+
+
+def num_passes(cell: Cell, start_N: list[int]) -> int:
+    """How many rows of a cell pass through the network."""
+    group, step = cell
+    return len({start_N[image] for image in group.images}) if step == 0 else len(group.images)
+
+
+def equal_rows(start_N: list[int], image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
+    """For each row the first one ``[R]`` that passes through the network as it does."""
+    first: dict[tuple[int, int], int] = {}
+    keys = [
+        (start_N[image] if step == 0 else image, step)
+        for image, step in zip(image_R.tolist(), step_R.tolist(), strict=True)
+    ]
+    return torch.tensor([first.setdefault(key, row) for row, key in enumerate(keys)])
+
+
+def micro_batches(cells: list[Cell], start_N: list[int], rows: int) -> Iterator[list[Cell]]:
+    """Cells packed until so many rows pass through the network at once, each into the first that has room."""
+    waiting = [(num_passes(cell, start_N), cell) for cell in cells]
+    while waiting:
+        packed: list[Cell] = []
+        left: list[tuple[int, Cell]] = []
+        room = rows
+        for size, cell in waiting:
+            if size <= room or not packed:
+                packed.append(cell)
+                room -= size
+            else:
+                left.append((size, cell))
+        yield packed
+        waiting = left
+
+
+def pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Winner row, loser row, weight and step of every pair of a micro-batch, each ``[P]``."""
+    winners, losers, weights, steps, first_row = [], [], [], [], 0
+    for group, step in cells:
+        row_of = {image: first_row + k for k, image in enumerate(group.images)}
+        for winner, loser, weight in group.pairs:
+            winners.append(row_of[winner])
+            losers.append(row_of[loser])
+            weights.append(weight)
+            steps.append(step)
+        first_row += len(group.images)
+    return torch.tensor(winners), torch.tensor(losers), torch.tensor(weights), torch.tensor(steps)
