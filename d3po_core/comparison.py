@@ -16,7 +16,7 @@ from scipy.stats import bootstrap, norm, t
 
 from d3po_core.campaign import finished_numbers
 from d3po_core.errors import D3POError
-from d3po_core.images import load_png
+from d3po_core.images import load_pngs
 from d3po_core.records import ScoreSummary
 from d3po_core.tables import connect
 
@@ -167,11 +167,7 @@ def diversity_by_prompt(prompts: list[str], paths: list[Path]) -> dict[str, floa
     for prompt, path in zip(prompts, paths, strict=True):
         if path.is_file():
             groups.setdefault(prompt, []).append(path)
-    return {
-        prompt: diversity(np.stack([load_png(path) for path in group]))
-        for prompt, group in groups.items()
-        if len(group) > 1
-    }
+    return {prompt: diversity(load_pngs(group)) for prompt, group in groups.items() if len(group) > 1}
 
 
 def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:

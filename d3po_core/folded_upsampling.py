@@ -11,6 +11,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
+from d3po_core.fused_layers import replace_modules
+
 
 def fold_weight(weight_OI33: torch.Tensor) -> torch.Tensor:
     """The transposed convolution's weight ``[I, O, 4, 4]``; sums are taken in single precision, then rounded.
@@ -44,10 +46,7 @@ class FoldedUpsample(torch.nn.Module):
 
 def fold_upsampling(network: torch.nn.Module) -> None:
     """Replace a network's upsamplings whose convolution is a plain frozen one."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if type(child) is Upsample2D and _can_be_folded(child):
-                setattr(module, name, FoldedUpsample(child))
+    replace_modules(network, Upsample2D, FoldedUpsample, _can_be_folded)
 
 
 def _can_be_folded(upsample: Upsample2D) -> bool:

@@ -13,7 +13,8 @@ Tensor names carry their shape: B images, L tokens, K inputs, N outputs, R ranks
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,6 +25,8 @@ from peft.tuners.lora import Linear
 from torch.nn import functional
 
 from d3po_core.lora_linear import lora_linear, padded_rank
+
+Original = TypeVar("Original", bound=torch.nn.Module)
 
 
 class FusedLoRA:
@@ -186,12 +189,22 @@ class ScaledGroupNorm(torch.nn.Module):
         return (x_BCP.float() * scale_BC1 + shift_BC1).to(x_BCP.dtype)
 
 
-def scale_group_norms(network: torch.nn.Module) -> None:
-    """Replace a network's group norms by ScaledGroupNorm."""
+def replace_modules(
+    network: torch.nn.Module,
+    kind: type[Original],
+    made_of: Callable[[Original], torch.nn.Module],
+    fits: Callable[[Original], bool] = lambda _: True,
+) -> None:
+    """Put something in the place of all modules of exactly this kind that fit."""
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if type(child) is torch.nn.GroupNorm:
-                setattr(module, name, ScaledGroupNorm(child))
+            if type(child) is kind and fits(child):
+                setattr(module, name, made_of(child))
+
+
+def scale_group_norms(network: torch.nn.Module) -> None:
+    """Replace a network's group norms by ScaledGroupNorm."""
+    replace_modules(network, torch.nn.GroupNorm, ScaledGroupNorm)
 
 
 def split_gated_layers(network: torch.nn.Module) -> None:

@@ -309,7 +309,7 @@ def kl_from_base(
         return torch.cat(
             [kl_from_base(policy, schedule, prompts[p], latents_BTCHW[p], guidance_scale, rows) for p in parts]
         )
-    steps, at_once = torch.nonzero(schedule.sigma_T > 0).flatten().cpu(), max(1, rows // len(prompts))
+    steps, at_once = torch.nonzero(schedule.trainable_T).flatten().cpu(), max(1, rows // len(prompts))
     # Every pass has all images, so that its texts stay the same; the last one repeats a step to be as large.
     passes = pad_rows(steps, -(-len(steps) // at_once) * at_once).view(-1, at_once)
     conditioning = policy.encode(prompts * at_once, guidance_scale)
