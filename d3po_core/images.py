@@ -3,13 +3,18 @@
 import io
 import math
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from d3po_core.tables import atomic_path
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 THREADS = min(8, os.cpu_count() or 1)
 # While a GPU works: each thread that packs images slows the one that hands work to the device. An operation took 2.1 us
@@ -43,8 +48,13 @@ def load_png(path: Path) -> np.ndarray:
 
 def load_pngs(paths: list[Path]) -> np.ndarray:
     """Read images of one size as uint8 ``[B, height, width, 3]``, several at a time."""
+    return np.stack(at_once(load_png, paths))
+
+
+def at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Results of a function that holds a processor but not Python (as Pillow's do), computed several at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return np.stack(list(pool.map(load_png, paths)))
+        return list(pool.map(function, items))
 
 
 def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:

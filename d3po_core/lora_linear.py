@@ -56,8 +56,12 @@ def _backward_op(
     grad_MN: torch.Tensor, x_MK: torch.Tensor, low_MR: torch.Tensor, weight_NK: torch.Tensor, down_RK: torch.Tensor,
     up_NR: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grad_low_MR = grad_MN @ up_NR
-    grad_x_MK = (grad_low_MR @ down_RK).addmm_(grad_MN, weight_NK)
+    if _lora_kernel is not None and _lora_kernel.can_compute(grad_MN, down_RK.T):
+        # The gradient of x is again a layer with a LoRA, of the transposed matrices.
+        grad_x_MK, grad_low_MR = _lora_kernel.lora_forward(grad_MN, weight_NK.T, None, up_NR.T, down_RK.T)
+    else:
+        grad_low_MR = grad_MN @ up_NR
+        grad_x_MK = (grad_low_MR @ down_RK).addmm_(grad_MN, weight_NK)
     return grad_x_MK, grad_low_MR.T @ x_MK, grad_MN.T @ low_MR
 
 

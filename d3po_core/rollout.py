@@ -18,6 +18,7 @@ from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, log_prob, step_mean
 from d3po_core.policy import Policy
 from d3po_core.seeds import GaussianSteps, derive_seed, gaussian
+from d3po_core.sending import send
 
 # A prompt and the seed of x_T.
 Start = tuple[str, int]
@@ -162,7 +163,7 @@ def _start(seed: ImageSeed) -> Start:
 def _first_latent(policy: Policy, initial_seeds: list[int], latent_dtype: torch.dtype) -> torch.Tensor:
     """x_T ``[B, C, H, W]`` in its stored dtype, on the policy's device."""
     drawn = {seed: gaussian(seed, *policy.latent_shape) for seed in dict.fromkeys(initial_seeds)}
-    return _send(torch.stack([drawn[seed] for seed in initial_seeds]).to(latent_dtype), policy.device)
+    return send(torch.stack([drawn[seed] for seed in initial_seeds]).to(latent_dtype), policy.device)
 
 
 def _denoise(
@@ -194,11 +195,6 @@ def _denoise(
             if on_step:
                 on_step(count)
     return Trajectories(torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device without waiting for what it still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def draw_images(
@@ -278,54 +274,54 @@ def replay_log_probs(
     """
     equal_B = torch.arange(len(prompts)) if equal_B is None else equal_B
     first_U, pass_B = equal_B.unique(return_inverse=True)
-    latent, following = (x.to(policy.device, torch.float32) for x in (latent_BCHW, next_BCHW))
-    step_B = step_B.to(policy.device)
     conditioning = policy.encode([prompts[row] for row in first_U.tolist()], guidance_scale)
-    first_U, pass_B = first_U.to(policy.device), pass_B.to(policy.device)
+    latent, following = (send(x, policy.device).float() for x in (latent_BCHW, next_BCHW))
+    step_B, first_U, pass_B = (send(x, policy.device) for x in (step_B, first_U, pass_B))
     output = policy.predict(latent[first_U], schedule.timesteps_T[step_B[first_U]], conditioning)[pass_B]
     return log_prob(following, step_mean(schedule, step_B, latent, output), schedule.sigma_T[step_B])
 
 
 @torch.no_grad()
 def kl_from_base(
-    policy: Policy, schedule: Schedule, prompts: list[str], latents_BTCHW: torch.Tensor, guidance_scale: float,
+    policy: Policy, schedule: Schedule, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, guidance_scale: float,
     rows: int,
 ) -> torch.Tensor:  # fmt: skip
     """How far the policy has drifted: KL(policy || base) along trajectories of the policy, ``[B]``, nats per element.
 
     Each step's KL is exact (two Gaussians of one variance); the sum over the steps of a sampled trajectory is, by the
-    chain rule, an unbiased estimate of the KL between the whole trajectories. Steps with sigma 0 are left out.
+    chain rule, an unbiased estimate of the KL between the whole trajectories. Steps with sigma 0 are left out. Only the
+    base passes over the trajectories: the policy's means are what it sampled, less the noise.
 
     Args:
         policy: the policy.
         schedule: the T steps, on the policy's device.
-        prompts: B prompts.
-        latents_BTCHW: x_T ... x_0 as the policy sampled them, ``[B, T+1, C, H, W]``.
+        seeds: what the B images were made from.
+        latents_BTCHW: x_T ... x_0 as the policy sampled them, ``[B, T+1, C, H, W]`` on the CPU in float32: what another
+            dtype rounds away would count as drift.
         guidance_scale: the guidance that they were sampled with.
         rows: how many images and steps pass through the network at once.
     """
-    if len(prompts) > rows:
-        parts = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
+    if len(seeds) > rows:
+        parts = [slice(i, i + rows) for i in range(0, len(seeds), rows)]
         return torch.cat(
-            [kl_from_base(policy, schedule, prompts[p], latents_BTCHW[p], guidance_scale, rows) for p in parts]
+            [kl_from_base(policy, schedule, seeds[p], latents_BTCHW[p], guidance_scale, rows) for p in parts]
         )
-    steps, at_once = torch.nonzero(schedule.trainable_T).flatten().cpu(), max(1, rows // len(prompts))
+    steps, at_once = torch.nonzero(schedule.trainable_T).flatten().cpu(), max(1, rows // len(seeds))
     # Every pass has all images, so that its texts stay the same; the last one repeats a step to be as large.
     passes = pad_rows(steps, -(-len(steps) // at_once) * at_once).view(-1, at_once)
-    conditioning = policy.encode(prompts * at_once, guidance_scale)
+    conditioning = policy.encode([seed.prompt for seed in seeds] * at_once, guidance_scale)
 
-    def means() -> torch.Tensor:
-        return torch.cat([mean(steps_S) for steps_S in passes])[: len(steps)]
-
-    def mean(steps_S: torch.Tensor) -> torch.Tensor:
-        step_R = steps_S.repeat_interleave(len(prompts)).to(policy.device)
-        latent = latents_BTCHW[:, steps_S].transpose(0, 1).flatten(0, 1).to(policy.device, torch.float32)
+    def base_mean(steps_S: torch.Tensor) -> torch.Tensor:
+        step_R = send(steps_S.repeat_interleave(len(seeds)), policy.device)
+        latent = send(latents_BTCHW[:, steps_S].transpose(0, 1).flatten(0, 1), policy.device)
         output = policy.predict(latent, schedule.timesteps_T[step_R], conditioning)
         return step_mean(schedule, step_R, latent, output).unflatten(0, (at_once, -1))
 
-    with policy.steady(conditioning):
-        mean_SBCHW = means()
-    with policy.base(), policy.steady(conditioning):  # once: a network trained as a whole is swapped for the base's
-        base_SBCHW = means()
-    squares_SB = ((mean_SBCHW - base_SBCHW) ** 2).mean(dim=(2, 3, 4)).cpu()
-    return (squares_SB / (2 * schedule.sigma_T[steps].cpu()[:, None] ** 2)).sum(dim=0)
+    with policy.base(), policy.steady(conditioning):
+        base_SBCHW = torch.cat([base_mean(steps_S) for steps_S in passes])[: len(steps)]
+    noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
+    noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
+    sigma_S = schedule.sigma_T.cpu()[steps]
+    mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - sigma_S[:, None, None, None, None] * noise_SBCHW
+    squares_SB = ((mean_SBCHW - base_SBCHW.cpu()) ** 2).mean(dim=(2, 3, 4))
+    return (squares_SB / (2 * sigma_S[:, None] ** 2)).sum(dim=0)

@@ -39,6 +39,7 @@ from d3po_core.policy import Policy
 from d3po_core.ranks import own_share, sum_over_ranks
 from d3po_core.rollout import replay_log_probs
 from d3po_core.seeds import derive_seed, permutation
+from d3po_core.sending import send
 
 
 @dataclass(frozen=True)
@@ -218,12 +219,13 @@ class _Lesson:
 
     def log_probs(self, image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
         """log_prob ``[R]`` of stored steps under the policy as it is now."""
+        images, steps = (send(x, self.latents_NTCHW.device) for x in (image_R, step_R))
         return replay_log_probs(
             self.policy,
             self.schedule,
             [self.prompts[i] for i in image_R.tolist()],
-            self.latents_NTCHW[image_R, step_R],
-            self.latents_NTCHW[image_R, step_R + 1],
+            self.latents_NTCHW[images, steps],
+            self.latents_NTCHW[images, steps + 1],
             step_R,
             self.guidance_scale,
             equal_rows(self.start_N, image_R, step_R),
@@ -232,12 +234,12 @@ class _Lesson:
 
 def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) -> None:
     """Forward and backward of one micro-batch: one policy pass a row, then arithmetic for every pair."""
-    policy, device = lesson.policy, lesson.policy.device
+    policy = lesson.policy
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     step_R = torch.tensor([step for group, step in cells for _ in group.images])
     if sum(num_passes(cell, lesson.start_N) for cell in cells) <= rows:
         log_prob_R = lesson.log_probs(image_R, step_R)
-        policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally))
+        policy.backward(_loss(lesson, cells, log_prob_R, image_R, step_R, tally))
         return
     # A group that does not fit: the loss is a function of its log_probs, so their gradient is known after a pass that
     # keeps nothing, and a second pass takes it to the weights, some rows at a time.
@@ -245,7 +247,7 @@ def _accumulate(lesson: _Lesson, cells: list[Cell], tally: "_Tally", rows: int) 
     with torch.no_grad():
         log_prob_R = torch.cat([lesson.log_probs(*part) for part in parts])
     log_prob_R.requires_grad_()
-    loss = _loss(lesson, cells, log_prob_R, image_R, step_R.to(device), tally)
+    loss = _loss(lesson, cells, log_prob_R, image_R, step_R, tally)
     (slope_R,) = torch.autograd.grad(loss, log_prob_R)
     for part, slope in zip(parts, slope_R.split(rows), strict=True):
         policy.backward((slope * lesson.log_probs(*part)).sum())
@@ -257,8 +259,9 @@ def _loss(
 ) -> torch.Tensor:  # fmt: skip
     """A micro-batch's part of the update's mean loss; what is worth knowing goes into the tally."""
     device, config = lesson.policy.device, lesson.config
-    winner_P, loser_P, weight_P, step_P = (values.to(device) for values in pair_rows(cells))
-    raw_ratio_R = log_prob_R - lesson.reference_NT[image_R.to(device), step_R]
+    winner_P, loser_P, weight_P, step_P = (send(values, device) for values in pair_rows(cells))
+    image_R, step_R = send(image_R, device), send(step_R, device)
+    raw_ratio_R = log_prob_R - lesson.reference_NT[image_R, step_R]
     result = pair_loss(
         lesson.weight_T[step_R] * raw_ratio_R,
         winner_P,

@@ -10,7 +10,7 @@ from prefect import task
 from d3po_core.agreement import earlier_gold
 from d3po_core.campaign import finish_stage, read_record
 from d3po_core.config import CampaignConfig
-from d3po_core.images import load_pngs
+from d3po_core.images import at_once, load_pngs
 from d3po_core.information import dissimilarity
 from d3po_core.preferences import derive_preferences
 from d3po_core.raters import decide
@@ -52,9 +52,9 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
             images = load_pngs([config.folder / sample["image_path"] for sample in batch])
             for name, scorer in scorers.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
-            for first in range(0, len(batch), size):
-                spread = dissimilarity(images[first : first + size])
-                groups.append({"group_id": batch[first]["group_id"], "dissimilarity": spread})
+            spreads = at_once(dissimilarity, images.reshape(-1, size, *images.shape[1:]))
+            for sample, spread in zip(batch[::size], spreads, strict=True):
+                groups.append({"group_id": sample["group_id"], "dissimilarity": spread})
             bar.update(len(batch))
     now = datetime.now(UTC)
     rows = [

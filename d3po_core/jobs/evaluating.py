@@ -62,12 +62,12 @@ def _drift(
     kl_D = torch.zeros(len(chosen))
     if own:
         schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
-        prompts = [seeds[chosen[place]].prompt for place in own]
+        own_seeds = [seeds[chosen[place]] for place in own]
         latents_BTCHW = torch.stack([latents[chosen[place]] for place in own])
         guidance = config.sample.guidance_scale
         kl_D[own] = policy.sampling_rows.fit(
             config.sample.batch_size,
-            lambda rows: kl_from_base(policy, schedule, prompts, latents_BTCHW, guidance, rows),
+            lambda rows: kl_from_base(policy, schedule, own_seeds, latents_BTCHW, guidance, rows),
         )
     kl_D = kl_D.to(policy.device)
     sum_over_ranks(policy.accelerator, [kl_D])  # every entry is one rank's, and 0 elsewhere

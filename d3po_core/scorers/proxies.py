@@ -1,18 +1,19 @@
 """Scorers that need nothing but the image: sizes, brightness, and the judge of the shapes world."""
 
-import io
+import tempfile
 
 import numpy as np
 from PIL import Image
 
 from d3po_core.errors import D3POError
+from d3po_core.images import at_once
 
 JPEG_QUALITY = 95
 
 
 def jpeg_incompressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     """Size in kB (1000 bytes) of each image as JPEG of quality 95. Source: DDPO, arXiv 2305.13301, Section 5.1."""
-    return np.array([_jpeg_bytes(image) / 1000 for image in images])
+    return np.array(at_once(_jpeg_bytes, images)) / 1000
 
 
 def jpeg_compressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -40,6 +41,7 @@ def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def _jpeg_bytes(image: np.ndarray) -> int:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.tell()
+    # A file, not memory: Pillow lets other threads run only while it packs into a file.
+    with tempfile.TemporaryFile() as file:
+        Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+        return file.tell()

@@ -47,26 +47,47 @@ def test_kernel_is_the_layer_with_its_lora() -> None:
     assert (run.returncode, run.stdout.strip()) == (0, "equal"), run.stderr
 
 
-def test_the_operator_leaves_to_the_kernel_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kernel:
-        asked: ClassVar[list[tuple[int, ...]]] = []
+class Kernel:
+    """The kernel's contract, by plain products."""
 
-        @classmethod
-        def can_compute(cls, x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
-            cls.asked.append((*x_MK.shape, *up_NR.shape))
-            return len(x_MK) > 4
+    asked: ClassVar[list[tuple[int, ...]]] = []
+    calls: ClassVar[list[int]] = []
 
-        @staticmethod
-        def lora_forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.full((5, 8), 7.0), torch.zeros(5, 16)
+    @classmethod
+    def can_compute(cls, x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
+        cls.asked.append((*x_MK.shape, *up_NR.shape))
+        return len(x_MK) > 4
 
+    @classmethod
+    def lora_forward(
+        cls, x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, down_RK: torch.Tensor,
+        up_NR: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        cls.calls.append(len(x_MK))
+        low_MR = x_MK @ down_RK.T
+        return x_MK @ weight_NK.T + low_MR @ up_NR.T + (0 if bias_N is None else bias_N), low_MR
+
+
+@pytest.mark.parametrize("rows", [5, 4])
+def test_the_operator_leaves_to_the_kernel_what_it_can_compute(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes, and both ways give the gradients of the plain formula."""
     monkeypatch.setattr(lora_linear, "_lora_kernel", Kernel)
-    tensors = torch.randn(8, 8), None, torch.randn(16, 8), torch.randn(8, 16)
-    assert (lora_linear.lora_linear(torch.randn(5, 8), *tensors)[0] == 7).all()
-    few = torch.randn(4, 8)
-    expected = few @ tensors[0].T + few @ tensors[2].T @ tensors[3].T
-    torch.testing.assert_close(lora_linear.lora_linear(few, *tensors)[0], expected)
-    assert Kernel.asked == [(5, 8, 8, 16), (4, 8, 8, 16)]
+    monkeypatch.setattr(Kernel, "asked", [])
+    monkeypatch.setattr(Kernel, "calls", [])
+    weight, bias = torch.randn(24, 8), torch.randn(24)
+    x, down, up, grad = torch.randn(rows, 8), torch.randn(16, 8), torch.randn(24, 16), torch.randn(rows, 24)
+    gradients = []
+    for layer in (
+        lambda x, down, up: lora_linear.lora_linear(x, weight, bias, down, up)[0],
+        lambda x, down, up: x @ weight.T + bias + x @ down.T @ up.T,
+    ):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, down, up)]
+        out_MN = layer(*inputs)
+        gradients.append((out_MN.detach(), *torch.autograd.grad(out_MN, inputs, grad)))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert Kernel.asked == [(rows, 8, 24, 16), (rows, 24, 8, 16)]
+    assert Kernel.calls == ([rows, rows] if rows > 4 else [])
 
 
 def test_on_a_processor_the_kernel_stands_back() -> None:

@@ -267,7 +267,7 @@ def test_merging_the_lora_leaves_every_weight_as_it_was(stirred: Policy) -> None
 def test_untrained_policy_has_not_drifted(policy: Policy) -> None:
     drawn = sample(policy, SEEDS, 1.0, torch.float32)
     schedule = policy.schedule(NUM_STEPS, 1.0)
-    kl_B = kl_from_base(policy, schedule, [seed.prompt for seed in SEEDS], drawn.latents_BTCHW, 1.0, rows=4)
+    kl_B = kl_from_base(policy, schedule, SEEDS, drawn.latents_BTCHW, 1.0, rows=4)
     torch.testing.assert_close(kl_B, torch.zeros(len(SEEDS)), rtol=0, atol=1e-6)
 
 
@@ -292,7 +292,7 @@ def test_drift_is_the_kl_of_the_steps_gaussians(stirred: Policy, guidance: float
             normals.append(torch.distributions.Normal(mean.double(), sigma))
         expected_B += torch.distributions.kl_divergence(*normals).mean(dim=(1, 2, 3))
     for rows in (1, len(SEEDS), 2 * len(SEEDS) + 1, 64):
-        kl_B = kl_from_base(stirred, schedule, prompts, drawn.latents_BTCHW, guidance, rows)
+        kl_B = kl_from_base(stirred, schedule, SEEDS, drawn.latents_BTCHW, guidance, rows)
         assert kl_B.min() > 0
         torch.testing.assert_close(kl_B.double(), expected_B, rtol=1e-4, atol=0)
 
