@@ -17,6 +17,10 @@ try:
 except ImportError:  # no Triton, which comes with PyTorch's builds for GPUs on Linux
     _lora_kernel = None
 
+FEWEST_BACKWARD_ROWS = 1 << 16
+"""With so many the kernel's backward pass is faster: on an H200 1.19 ms against 1.21 (524,288 rows, 320 to 960
+channels) and 0.55 against 0.69 (320 to 320), but 0.72 against 0.62 with 32,768 rows of 1,280 to 3,840."""
+
 WIDEST_POWER = 64
 """Up to here ranks are padded to a power of two, which the kernel needs; beyond, to whole 16 bytes."""
 
@@ -56,7 +60,8 @@ def _backward_op(
     grad_MN: torch.Tensor, x_MK: torch.Tensor, low_MR: torch.Tensor, weight_NK: torch.Tensor, down_RK: torch.Tensor,
     up_NR: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    if _lora_kernel is not None and _lora_kernel.can_compute(grad_MN, down_RK.T):
+    long = len(grad_MN) >= FEWEST_BACKWARD_ROWS
+    if long and _lora_kernel is not None and _lora_kernel.can_compute(grad_MN, down_RK.T):
         # The gradient of x is again a layer with a LoRA, of the transposed matrices.
         grad_x_MK, grad_low_MR = _lora_kernel.lora_forward(grad_MN, weight_NK.T, None, up_NR.T, down_RK.T)
     else:

@@ -71,6 +71,7 @@ class Policy:
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
         self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
+        self._schedules: dict[tuple[int, float], Schedule] = {}
         self.loss_scale = self.first_loss_scale
         self.sizes = BatchSizes() if config.compile else None
         self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
@@ -152,8 +153,10 @@ class Policy:
         """Tell the policy that its trainable parameters have new values: those of a LoRA are used as they are."""
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """The model's denoising steps, on its device."""
-        return self.family.schedule(num_steps, eta).to(self.device)
+        """The model's denoising steps, on its device; sent there once: that waits for all that the device has to do."""
+        if (num_steps, eta) not in self._schedules:
+            self._schedules[num_steps, eta] = self.family.schedule(num_steps, eta).to(self.device)
+        return self._schedules[num_steps, eta]
 
     def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
         """Embed prompts; a prompt that was embedded lately does not pass through the text encoder again."""

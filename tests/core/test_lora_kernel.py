@@ -72,6 +72,7 @@ class Kernel:
 def test_the_operator_leaves_to_the_kernel_what_it_can_compute(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both passes, and both ways give the gradients of the plain formula."""
     monkeypatch.setattr(lora_linear, "_lora_kernel", Kernel)
+    monkeypatch.setattr(lora_linear, "FEWEST_BACKWARD_ROWS", 5)
     monkeypatch.setattr(Kernel, "asked", [])
     monkeypatch.setattr(Kernel, "calls", [])
     weight, bias = torch.randn(24, 8), torch.randn(24)
@@ -86,7 +87,8 @@ def test_the_operator_leaves_to_the_kernel_what_it_can_compute(rows: int, monkey
         gradients.append((out_MN.detach(), *torch.autograd.grad(out_MN, inputs, grad)))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    assert Kernel.asked == [(rows, 8, 24, 16), (rows, 24, 8, 16)]
+    # Of so few rows the backward pass is faster by plain products.
+    assert Kernel.asked == [(rows, 8, 24, 16), (rows, 24, 8, 16)][: rows - 3]
     assert Kernel.calls == ([rows, rows] if rows > 4 else [])
 
 
