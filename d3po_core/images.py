@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from d3po_core.tables import atomic_path
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -30,8 +29,7 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
     """Write uint8 images ``[B, height, width, 3]``, several at a time: packing one holds a processor, not Python."""
-    with ThreadPoolExecutor(PACKING_THREADS) as pool:
-        list(pool.map(save_png, images, paths))
+    at_once(save_png, images, paths, threads=PACKING_THREADS)
 
 
 def png_bytes(image: np.ndarray) -> bytes:
@@ -51,10 +49,10 @@ def load_pngs(paths: list[Path]) -> np.ndarray:
     return np.stack(at_once(load_png, paths))
 
 
-def at_once(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Results of a function that holds a processor but not Python (as Pillow's do), computed several at a time."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
+def at_once(function: Callable[..., Result], *items: Iterable[Any], threads: int = THREADS) -> list[Result]:
+    """What ``map`` gives, several at a time: for a function that holds a processor but not Python, as Pillow's do."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, *items))
 
 
 def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:

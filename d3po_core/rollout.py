@@ -188,7 +188,7 @@ def _denoise(
                 output = policy.predict(latent, schedule.timesteps_T[step_B], conditioning)
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
-            noise_BCHW = noise.next(pinned=policy.device.type == "cuda").to(policy.device, non_blocking=True)
+            noise_BCHW = send(noise.next(pinned=policy.device.type == "cuda"), policy.device)
             stored = (mean + sigma_B[:, None, None, None] * noise_BCHW).to(latent_dtype)
             log_probs.append(log_prob(stored.float(), mean, sigma_B))
             latents.append(stored)
@@ -307,6 +307,7 @@ def kl_from_base(
             [kl_from_base(policy, schedule, seeds[p], latents_BTCHW[p], guidance_scale, rows) for p in parts]
         )
     steps, at_once = torch.nonzero(schedule.trainable_T).flatten().cpu(), max(1, rows // len(seeds))
+    sigma_S = schedule.sigma_T.cpu()[steps]
     # Every pass has all images, so that its texts stay the same; the last one repeats a step to be as large.
     passes = pad_rows(steps, -(-len(steps) // at_once) * at_once).view(-1, at_once)
     conditioning = policy.encode([seed.prompt for seed in seeds] * at_once, guidance_scale)
@@ -317,11 +318,11 @@ def kl_from_base(
         output = policy.predict(latent, schedule.timesteps_T[step_R], conditioning)
         return step_mean(schedule, step_R, latent, output).unflatten(0, (at_once, -1))
 
-    with policy.base(), policy.steady(conditioning):
+    with policy.base(), policy.steady(conditioning):  # once: a network trained as a whole is swapped for the base's
         base_SBCHW = torch.cat([base_mean(steps_S) for steps_S in passes])[: len(steps)]
+    # While the device works.
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
-    sigma_S = schedule.sigma_T.cpu()[steps]
     mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - sigma_S[:, None, None, None, None] * noise_SBCHW
     squares_SB = ((mean_SBCHW - base_SBCHW.cpu()) ** 2).mean(dim=(2, 3, 4))
     return (squares_SB / (2 * sigma_S[:, None] ** 2)).sum(dim=0)

@@ -226,7 +226,7 @@ class _Lesson:
             [self.prompts[i] for i in image_R.tolist()],
             self.latents_NTCHW[images, steps],
             self.latents_NTCHW[images, steps + 1],
-            step_R,
+            steps,
             self.guidance_scale,
             equal_rows(self.start_N, image_R, step_R),
         )

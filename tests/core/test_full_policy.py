@@ -116,7 +116,7 @@ def test_drift_is_that_from_the_base(schedule: Schedule) -> None:
         latents_BTCHW = training_set(policy, schedule).latents_NTCHW
         kl_B = kl_from_base(policy, schedule, seeds, latents_BTCHW, 1.0, rows=64)
         assert bool((kl_B > 1e-3).all()) == drifts
-        assert bool((kl_B < 1e-6).all()) != drifts
+        assert bool((kl_B < 1e-8).all()) != drifts  # exactly nothing, but for rounding of what was sampled
 
 
 @pytest.mark.parametrize(("reference", "guidance"), [("round_start", 3.0), ("base", 1.0)])

@@ -87,8 +87,9 @@ def test_the_operator_leaves_to_the_kernel_what_it_can_compute(rows: int, monkey
         gradients.append((out_MN.detach(), *torch.autograd.grad(out_MN, inputs, grad)))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    # Of so few rows the backward pass is faster by plain products.
-    assert Kernel.asked == [(rows, 8, 24, 16), (rows, 24, 8, 16)][: rows - 3]
+    # Of too few rows the kernel is not even asked for the backward pass.
+    passes = 2 if rows > 4 else 1
+    assert Kernel.asked == [(rows, 8, 24, 16), (rows, 24, 8, 16)][:passes]
     assert Kernel.calls == ([rows, rows] if rows > 4 else [])
 
 
