@@ -5,9 +5,8 @@
 
 Through the same pool and jobs as a round. On GPUs Stable Diffusion's architecture with random weights, 512 px, 20
 steps, guidance 5, LoRA rank 4. The work is the same for every number of processes; with the defaults an update's
-image-steps are a multiple of what four ranks take at once. Sampling is timed from the job's start to its end, with
-files; training by its updates' seconds. The first turn of each is not counted: it loads and compiles, and gives every
-process only the work that it has when the processes are most.
+passes are little less than a multiple of what four ranks take at once. Sampling is timed from the job's start to its
+end, with files; training by its updates' seconds. The first turn of each is not counted: it loads and compiles.
 """
 
 import argparse
@@ -93,11 +92,11 @@ def measure(arguments: argparse.Namespace, model: Results, folder: Path) -> Resu
     first: dict[str, float] = {}
     try:
         for turn in range(-1, arguments.repeats):
-            share = processes / max(arguments.processes) if turn < 0 else 1
-            config = _campaign(arguments, share, model, folder / "runs", f"{processes}-{turn + 1}")
+            sizes = _first_turn(arguments, processes) if turn < 0 else arguments
+            config = _campaign(sizes, model, folder / "runs", f"{processes}-{turn + 1}")
             for name, work in (("sampling", _sample), ("training", _train)):
                 started = time.perf_counter()
-                rate = work(pool, config, math.ceil(arguments.groups * share))
+                rate = work(pool, config, sizes)
                 if turn < 0:
                     first[name] = time.perf_counter() - started
                 else:
@@ -110,13 +109,18 @@ def measure(arguments: argparse.Namespace, model: Results, folder: Path) -> Resu
     return {**rates, "first turn, seconds": first}
 
 
-def _campaign(arguments: argparse.Namespace, share: float, model: Results, runs: Path, name: str) -> CampaignConfig:
-    """Round 1 of a campaign with that share of the images."""
-    shards = math.ceil(arguments.shards * share)
+def _first_turn(arguments: argparse.Namespace, processes: int) -> argparse.Namespace:
+    """Sizes of the turn that is not counted: no more work for a process than it has when there are the most of them."""
+    share = processes / max(arguments.processes)
+    sizes = {name: math.ceil(getattr(arguments, name) * share) for name in ("shards", "groups")}
+    return argparse.Namespace(**vars(arguments) | sizes)
+
+
+def _campaign(arguments: argparse.Namespace, model: Results, runs: Path, name: str) -> CampaignConfig:
     values = {
         "campaign": name, "runs_dir": str(runs), "model": model,
         "sample": {
-            "groups_per_round": shards * (arguments.batch // GROUP_SIZE), "group_size": GROUP_SIZE,
+            "groups_per_round": arguments.shards * (arguments.batch // GROUP_SIZE), "group_size": GROUP_SIZE,
             "num_steps": arguments.steps, "guidance_scale": 5.0, "batch_size": arguments.batch,
             "latent_dtype": "float16",
         },
@@ -128,8 +132,8 @@ def _campaign(arguments: argparse.Namespace, share: float, model: Results, runs:
     return config
 
 
-def _sample(pool: RankPool, config: CampaignConfig, num_groups: int) -> float:
-    """Images a second of a round's sampling, PNGs and trajectories written; of all its groups."""
+def _sample(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+    """Images a second of a round's sampling, PNGs and trajectories written."""
     started = time.perf_counter()
     pool.run(sample_shards, config, 1, lambda count: None)
     seconds = time.perf_counter() - started
@@ -138,15 +142,15 @@ def _sample(pool: RankPool, config: CampaignConfig, num_groups: int) -> float:
     return len(table) / seconds
 
 
-def _train(pool: RankPool, config: CampaignConfig, num_groups: int) -> float:
-    """Pair-steps a second of the updates of a round on that many groups, in which the first image of each wins."""
+def _train(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+    """Pair-steps a second of the updates of a round in which the first image of every group wins."""
     samples = read_rows(partition(config.folder, "samples", 1) / "part.parquet")
     groups = [list(members) for _, members in itertools.groupby(samples, key=lambda row: row["group_id"])]
     preferences = [
         {"pair_id": f"{winner['sample_id']}>{loser['sample_id']}", "group_id": winner["group_id"],
          "winner_id": winner["sample_id"], "loser_id": loser["sample_id"], "weight": 1.0, "num_raters": 1,
          "agreement": 1.0}
-        for winner, loser in groups[:num_groups]
+        for winner, loser in groups[: arguments.groups]
     ]  # fmt: skip
     write_table(config.folder, "preferences", 1, table_from_rows("preferences", preferences))
     pool.run(train_checkpoint, config, 1, lambda count: None)
