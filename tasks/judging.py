@@ -10,16 +10,13 @@ from prefect import task
 from d3po_core.agreement import earlier_gold
 from d3po_core.campaign import finish_stage, read_record
 from d3po_core.config import CampaignConfig
-from d3po_core.images import at_once, load_pngs
-from d3po_core.information import dissimilarity
 from d3po_core.preferences import derive_preferences
 from d3po_core.raters import decide
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
 from d3po_core.tables import connect, partition, table_from_rows, write_table
 from tasks import tracking
-from tasks.stage import STAGE_OPTIONS, load_scorers, progress, scoring_turn
-
-SCORE_BATCH = 256
+from tasks.scoring import score_round, scored_early
+from tasks.stage import STAGE_OPTIONS, progress, scoring_turn
 
 
 @task(name="judge", **STAGE_OPTIONS)
@@ -40,29 +37,23 @@ def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
 
 def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
-    scorers = load_scorers(config, config.judge.scorers)
-    scores: dict[str, list[float]] = {name: [] for name in scorers}
-    size = config.sample.group_size
-    whole_groups = max(1, SCORE_BATCH // size) * size  # samples are written group after group
-    groups = []
-    turn = scoring_turn(config, scorers)
-    with turn, progress(config, round_number, "judge", len(samples), "image") as bar:
-        for start in range(0, len(samples), whole_groups):
-            batch = samples[start : start + whole_groups]
-            images = load_pngs([config.folder / sample["image_path"] for sample in batch])
-            for name, scorer in scorers.items():
-                scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
-            spreads = at_once(dissimilarity, images.reshape(-1, size, *images.shape[1:]))
-            for sample, spread in zip(batch[::size], spreads, strict=True):
-                groups.append({"group_id": sample["group_id"], "dissimilarity": spread})
-            bar.update(len(batch))
+    total = len(samples) * len(set(config.judge.scorers))
+    early = scored_early(config, round_number)
+    done = sum(len(values) for shard in early.values() for values in shard.scores.values())
+    turn = scoring_turn(config, config.judge.scorers)
+    with turn, progress(config, round_number, "judge", total, "score", done) as bar:
+        scores, dissimilarities = score_round(config, round_number, samples, early, bar.update)
+    groups = [
+        {"group_id": sample["group_id"], "dissimilarity": dissimilarity}
+        for sample, dissimilarity in zip(samples[:: config.sample.group_size], dissimilarities, strict=True)
+    ]
     now = datetime.now(UTC)
     rows = [
         {
             "rater": name, "rater_kind": "proxy", "kind": "score", "sample_id": sample["sample_id"], "other_id": None,
             "value": score, "judged_at": now, "source": "proxy", "seconds": None, "position": None,
         }
-        for name in scorers
+        for name in scores
         for sample, score in zip(samples, scores[name], strict=True)
     ]  # fmt: skip
     write_table(config.folder, "judgements", round_number, table_from_rows("judgements", rows), name="proxy")

@@ -12,6 +12,7 @@ from d3po_core.records import SampleRecord
 from d3po_core.tables import atomic_path, write_table
 from tasks import tracking
 from tasks.ranks import run_job
+from tasks.scoring import scored_meanwhile
 from tasks.stage import STAGE_OPTIONS, model_turn, progress
 
 SHEET_IMAGES = 64
@@ -29,7 +30,11 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     shards = round_shards(config, round_number)
     total = config.sample.images_per_round
     done = sum(len(shard.members) for shard in shards if shard.rows_path.exists())
-    with model_turn(config), progress(config, round_number, "sample", total, "image", done) as bar:
+    with (
+        model_turn(config),
+        scored_meanwhile(config, round_number, shards),
+        progress(config, round_number, "sample", total, "image", done) as bar,
+    ):
         run_job(sample_shards, config, round_number, bar.update)
     table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in shards])
     write_table(config.folder, "samples", round_number, table)

@@ -5,35 +5,54 @@ import io
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
+from d3po_core.jobs import Job, Tell
 from d3po_core.tables import partition, read_rows
+from tasks import sampling, scoring
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.publishing import check_campaign
 from tasks.sampling import _sample
+from tasks.scoring import early_scorers, scored_early
 from tests.core.small_scorers import clip_folder
 
 
+@dataclass
+class Redness:
+    """A server that scores the mean of red, what it answered so far, and whether it works."""
+
+    url: str = ""
+    answered: list[int] = field(default_factory=list)
+    broken: bool = False
+
+
 @pytest.fixture
-def redness(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a server that scores the mean of red."""
+def redness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Redness]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    state = Redness()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in content["images"]]
-            self.send_response(200)
+            self.send_response(400 if state.broken else 200)
             self.end_headers()
+            if not state.broken:
+                state.answered.append(len(images))
             self.wfile.write(json.dumps({"scores": [float(image[..., 0].mean()) for image in images]}).encode())
 
         def log_message(self, format: str, *arguments: object) -> None:
@@ -41,13 +60,14 @@ def redness(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    state.url = f"http://127.0.0.1:{server.server_address[1]}/"
+    yield state
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture
-def config(tmp_path: Path, redness: str) -> CampaignConfig:
+def config(tmp_path: Path, redness: Redness) -> CampaignConfig:
     clip_folder(tmp_path / "clip")
     values = {
         "campaign": "mixed",
@@ -57,7 +77,7 @@ def config(tmp_path: Path, redness: str) -> CampaignConfig:
         "judge": {
             "scorers": ["clip_score", "redness"], "combine": "weighted", "scorer_weights": {"redness": 2},
         },
-        "scoring": {"models": {"clip_score": str(tmp_path / "clip"), "redness": redness}, "batch_size": 4},
+        "scoring": {"models": {"clip_score": str(tmp_path / "clip"), "redness": redness.url}, "batch_size": 4},
         "evaluate": {"images_per_prompt": 1, "max_prompts": 2, "scorers": ["clip_score"], "unseen": ["redness"],
                      "grid_prompts": 1, "drift_images": 0},
     }  # fmt: skip
@@ -98,3 +118,131 @@ def test_scorer_that_is_not_there_is_known_before_anything_is_sampled(config: Ca
     with pytest.raises(D3POError, match=r"scorer 'clip_score': .*model\.safetensors is missing"):
         check_campaign(config)
     assert not config.folder.exists()
+
+
+SHARDS, IMAGES = 3, 9  # of the configuration below: every group of three is a shard
+
+
+@pytest.fixture
+def in_shards(config: CampaignConfig) -> CampaignConfig:
+    """A round of several shards, judged by the server alone."""
+    values = config.model_dump()
+    values["sample"]["batch_size"] = 3
+    values["judge"] |= {"scorers": ["redness"], "combine": "pareto", "scorer_weights": {}}
+    return load_config(values, "test")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def judged(config: CampaignConfig) -> tuple[pa.Table, pa.Table]:
+    """What the stage judge writes, without when."""
+    judgements = pq.ParquetFile(partition(config.folder, "judgements", 1) / "proxy.parquet").read()
+    groups = pq.ParquetFile(partition(config.folder, "groups", 1) / "part.parquet").read()
+    return judgements.drop_columns("judged_at"), groups
+
+
+def sampling_that(monkeypatch: pytest.MonkeyPatch, afterwards: Callable[[], None]) -> None:
+    """Let the sampling's job do something more before it is over."""
+    run_job = sampling.run_job
+
+    def run(job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> None:
+        run_job(job, config, round_number, tell)
+        afterwards()
+
+    monkeypatch.setattr(sampling, "run_job", run)
+
+
+def test_server_is_asked_about_finished_shards_while_the_model_samples(
+    in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling_that(monkeypatch, lambda: wait_until(lambda: sum(redness.answered) == IMAGES))
+    _sample(in_shards, 1)
+    assert redness.answered == [3] * SHARDS
+    _judge(in_shards, 1)
+    assert sum(redness.answered) == IMAGES, "the judge asked again about shards that were scored"
+    early = judged(in_shards)
+
+    _judge(in_shards, 1)  # as another process, which knows nothing of the first
+    assert redness.answered == [3] * SHARDS * 2
+    assert judged(in_shards) == early
+
+
+def test_every_image_is_asked_about_once_whenever_the_sampling_ends(
+    in_shards: CampaignConfig, redness: Redness
+) -> None:
+    _sample(in_shards, 1)
+    record = _judge(in_shards, 1)
+    assert record.num_judgements == sum(redness.answered) == IMAGES
+
+
+def test_scores_outlive_a_sampling_that_fails(
+    in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        wait_until(lambda: len(redness.answered) == SHARDS)
+        raise RuntimeError("the card is gone")
+
+    with monkeypatch.context() as patch:
+        sampling_that(patch, fail)
+        with pytest.raises(RuntimeError, match="the card is gone"):
+            _sample(in_shards, 1)
+    _sample(in_shards, 1)
+    _judge(in_shards, 1)
+    assert redness.answered == [3] * SHARDS
+
+
+def test_server_that_fails_meanwhile_stops_no_sampling_and_is_asked_again(
+    in_shards: CampaignConfig, redness: Redness
+) -> None:
+    redness.broken = True
+    _sample(in_shards, 1)
+    with pytest.raises(D3POError, match=r"scorer 'redness': .* answered 400"):
+        _judge(in_shards, 1)
+    redness.broken = False
+    assert _judge(in_shards, 1).num_judgements == sum(redness.answered) == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"), [(True, ["jpeg_compressibility", "redness"]), (False, ["redness"])], ids=["gpu", "cpu"]
+)
+def test_asked_early_is_who_takes_nothing_from_the_sampling(
+    gpu: bool, expected: list[str], config: CampaignConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorers = ["jpeg_compressibility", "clip_score", "redness", "own.module:function", "redness"]
+    values = config.model_dump() | {"judge": {"scorers": scorers}}
+    values["model"]["device"] = "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert early_scorers(load_config(values, "test")) == expected
+
+
+@pytest.mark.parametrize("scorers", [["brightness", "jpeg_compressibility"], ["clip_score"], ["clip_score", "redness"]])
+def test_round_scored_beside_a_gpu_is_judged_as_one_scored_afterwards(
+    scorers: list[str], in_shards: CampaignConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = in_shards.model_dump()
+    values["judge"]["scorers"] = scorers
+    config = load_config(values, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "device_type", lambda device: "cuda")
+        early = scoring._early
+        sampling_that(patch, lambda: wait_until(lambda: len(early[config.folder, 1]._found) == SHARDS))
+        _sample(config, 1)
+        _judge(config, 1)
+        assert not early, "what was found is kept after it was used"
+    found = judged(config)
+    _judge(config, 1)
+    assert judged(config) == found
+
+
+def test_model_on_the_processors_is_left_alone_with_them(in_shards: CampaignConfig) -> None:
+    values = in_shards.model_dump()
+    values["judge"]["scorers"] = ["brightness"]
+    config = load_config(values, "test")
+    _sample(config, 1)
+    assert not scored_early(config, 1)
+    assert _judge(config, 1).num_judgements == IMAGES

@@ -1,0 +1,176 @@
+"""Scores of a round's images; some are there before the stage judge: shards are scored while others are sampled.
+
+Asked early are only scorers that take nothing from the sampling: servers, and beside a GPU the built-in proxies. A
+learned scorer waits for its turn on the device, and a function of the user's may need the device as well. Early scores
+are kept in memory alone: a run that was killed asks again about the same shards, and so comes to the same numbers.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from d3po_core.config import CampaignConfig, is_url
+from d3po_core.images import at_once, load_pngs
+from d3po_core.information import dissimilarity
+from d3po_core.jobs import Tell
+from d3po_core.jobs.sampling import Shard, round_shards
+from d3po_core.scorers import BUILT_IN
+from d3po_core.scorers.models import device_type
+from tasks.stage import load_scorers
+
+LOOK_EVERY_SECONDS = 0.2
+SCORE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """What the scorers that can be asked early say of a shard's images.
+
+    Attributes:
+        scores: scorer -> a score of every image.
+        dissimilarities: how different the images of each group look.
+    """
+
+    scores: dict[str, list[float]]
+    dissimilarities: list[float]
+
+
+def early_scorers(config: CampaignConfig) -> list[str]:
+    """The judge's scorers that can be asked while the model samples."""
+    beside_gpu = device_type(config.model.device) == "cuda"
+    return [
+        name
+        for name in dict.fromkeys(config.judge.scorers)
+        if (beside_gpu if name in BUILT_IN else is_url(config.scoring.models.get(name, "")))
+    ]
+
+
+def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardScores:
+    """Ask the early scorers about a shard.
+
+    Args:
+        config: the campaign's configuration.
+        samples: the shard's rows of ``samples``, group after group.
+
+    Raises:
+        D3POError: a scorer failed.
+    """
+    images = load_pngs([config.folder / sample["image_path"] for sample in samples])
+    prompts = [sample["prompt"] for sample in samples]
+    scorers = load_scorers(config, early_scorers(config))
+    scores = {name: scorer(images, prompts).tolist() for name, scorer in scorers.items()}
+    groups = images.reshape(-1, config.sample.group_size, *images.shape[1:])
+    return ShardScores(scores, at_once(dissimilarity, groups))
+
+
+def score_round(
+    config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], early: dict[int, ShardScores], tell: Tell
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Ask all scorers of the judge.
+
+    Args:
+        config: the campaign's configuration.
+        round_number: the round.
+        samples: its rows of ``samples``, shard after shard.
+        early: what is known already, by a shard's index.
+        tell: called with how many scores have come.
+
+    Returns:
+        Scorer -> a score of every image, and how different the images of each group look.
+
+    Raises:
+        D3POError: a scorer is not there, or failed.
+    """
+    scores: dict[str, list[float]] = {name: [] for name in config.judge.scorers}
+    dissimilarities: list[float] = []
+    rest = iter(samples)
+    for shard in round_shards(config, round_number):
+        members = list(itertools.islice(rest, len(shard.members)))
+        found = early.get(shard.index)
+        if found is None:
+            found = score_shard(config, members)
+            tell(sum(map(len, found.scores.values())))
+        for name, values in found.scores.items():
+            scores[name] += values
+        dissimilarities += found.dissimilarities
+    asked = early_scorers(config)
+    later = load_scorers(config, [name for name in scores if name not in asked])
+    for start in range(0, len(samples), SCORE_BATCH) if later else ():
+        batch = samples[start : start + SCORE_BATCH]
+        images = load_pngs([config.folder / sample["image_path"] for sample in batch])
+        for name, scorer in later.items():
+            scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
+            tell(len(batch))
+    return scores, dissimilarities
+
+
+class _EarlyScores:
+    """A thread that scores the shards of one round as they are finished."""
+
+    def __init__(self, config: CampaignConfig) -> None:
+        self._config = config
+        self._found: dict[int, ShardScores] = {}
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, shards: list[Shard]) -> None:
+        """Look for finished shards, until told that sampling is over."""
+        left = [shard for shard in shards if shard.index not in self.found()]
+        self._over.clear()
+        # A daemon: a server that does not answer keeps no process from ending.
+        self._thread = threading.Thread(target=self._score, args=(left,), name="score", daemon=True)
+        self._thread.start()
+
+    def sampling_is_over(self) -> None:
+        """Begin no further shard."""
+        self._over.set()
+
+    def found(self) -> dict[int, ShardScores]:
+        """What is known by a shard's index; waits for the shard in work."""
+        if self._thread:
+            self._thread.join()
+        return self._found
+
+    def _score(self, left: list[Shard]) -> None:
+        # A scorer that fails is asked again by the stage judge, which says what is wrong if that fails as well.
+        with contextlib.suppress(Exception):
+            while left and not self._over.is_set():
+                finished = next((shard for shard in left if shard.rows_path.exists()), None)
+                if finished is None:
+                    self._over.wait(LOOK_EVERY_SECONDS)
+                    continue
+                samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
+                self._found[finished.index] = score_shard(self._config, samples)
+                left.remove(finished)
+
+
+_early: dict[tuple[Path, int], _EarlyScores] = {}
+
+
+@contextlib.contextmanager
+def scored_meanwhile(config: CampaignConfig, round_number: int, shards: list[Shard]) -> Iterator[None]:
+    """Within this context, which is the sampling of a round, its finished shards are scored.
+
+    With a model on the CPU only if a server is among the scorers: anything else would take processors from it.
+    """
+    if device_type(config.model.device) == "cpu" and not early_scorers(config):
+        yield
+        return
+    early = _early.setdefault((config.folder, round_number), _EarlyScores(config))
+    early.begin(shards)
+    try:
+        yield
+    finally:
+        early.sampling_is_over()
+
+
+def scored_early(config: CampaignConfig, round_number: int) -> dict[int, ShardScores]:
+    """What was found while the round was sampled, by a shard's index, once; empty if that was another process."""
+    early = _early.pop((config.folder, round_number), None)
+    return early.found() if early else {}
