@@ -152,6 +152,9 @@ class ScoringConfig(_Section):
         {}, description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores"
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Images a scorer is given at once")
+    while_sampling: bool = Field(
+        True, description="Ask servers, and beside a GPU the built-in scorers, about images while others are sampled"
+    )
     timeout_seconds: float = Field(60.0, gt=0, le=3600, description="How long a server may take over one batch")
     tries: int = Field(
         5, ge=1, le=100, description="How often a server is asked that is away or busy, ever more slowly"
@@ -290,7 +293,10 @@ FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.variant",
                 "sample.guidance_scale", "sample.eta")  # fmt: skip
 
 # Fields that may change even within a round: they change no number.
-FREE_FIELDS = ("train.save_every_seconds", "scoring.batch_size", "scoring.timeout_seconds", "scoring.tries")
+FREE_FIELDS = (
+    "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
+    "scoring.tries",
+)  # fmt: skip
 
 # The published code's choices. Not its learning rate, 3e-5 for Stable Diffusion: that depends on the model.
 PUBLISHED: dict[str, Any] = {

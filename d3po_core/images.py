@@ -1,10 +1,12 @@
 """Image files: lossless PNG, and sheets of many images for people to look at."""
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,18 @@ Result = TypeVar("Result")
 THREADS = min(8, os.cpu_count() or 1)
 # While a GPU works: each thread that packs images slows the one that hands work to the device. An operation took 2.1 us
 # on two cores, 4.3 beside 2 threads, 9.9 beside 8.
-PACKING_THREADS = min(2, THREADS)
+THREADS_BESIDE_A_GPU = min(2, THREADS)
+_threads: ContextVar[int] = ContextVar("threads", default=THREADS)
+
+
+@contextlib.contextmanager
+def beside_a_gpu() -> Iterator[None]:
+    """Within this context, and the thread that enters it, few images are worked on at a time."""
+    before = _threads.set(THREADS_BESIDE_A_GPU)
+    try:
+        yield
+    finally:
+        _threads.reset(before)
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
@@ -29,7 +42,8 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
     """Write uint8 images ``[B, height, width, 3]``, several at a time: packing one holds a processor, not Python."""
-    at_once(save_png, images, paths, threads=PACKING_THREADS)
+    with beside_a_gpu():
+        at_once(save_png, images, paths)
 
 
 def png_bytes(image: np.ndarray) -> bytes:
@@ -49,9 +63,9 @@ def load_pngs(paths: list[Path]) -> np.ndarray:
     return np.stack(at_once(load_png, paths))
 
 
-def at_once(function: Callable[..., Result], *items: Iterable[Any], threads: int = THREADS) -> list[Result]:
+def at_once(function: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
     """What ``map`` gives, several at a time: for a function that holds a processor but not Python, as Pillow's do."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_threads.get()) as pool:
         return list(pool.map(function, *items))
 
 

@@ -16,7 +16,7 @@ from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
 from d3po_core.tables import connect, partition, table_from_rows, write_table
 from tasks import tracking
 from tasks.scoring import score_round, scored_early
-from tasks.stage import STAGE_OPTIONS, progress, scoring_turn
+from tasks.stage import STAGE_OPTIONS, progress
 
 
 @task(name="judge", **STAGE_OPTIONS)
@@ -40,8 +40,7 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     total = len(samples) * len(set(config.judge.scorers))
     early = scored_early(config, round_number)
     done = sum(len(values) for shard in early.values() for values in shard.scores.values())
-    turn = scoring_turn(config, config.judge.scorers)
-    with turn, progress(config, round_number, "judge", total, "score", done) as bar:
+    with progress(config, round_number, "judge", total, "score", done) as bar:
         scores, dissimilarities = score_round(config, round_number, samples, early, bar.update)
     groups = [
         {"group_id": sample["group_id"], "dissimilarity": dissimilarity}

@@ -6,6 +6,7 @@ are kept in memory alone: a run that was killed asks again about the same shards
 """
 
 import contextlib
+import contextvars
 import itertools
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from d3po_core.config import CampaignConfig, is_url
-from d3po_core.images import at_once, load_pngs
+from d3po_core.errors import D3POError
+from d3po_core.images import at_once, beside_a_gpu, load_pngs
 from d3po_core.information import dissimilarity
 from d3po_core.jobs import Tell
 from d3po_core.jobs.sampling import Shard, round_shards
 from d3po_core.scorers import BUILT_IN
 from d3po_core.scorers.models import device_type
-from tasks.stage import load_scorers
+from tasks.logs import run_logger
+from tasks.stage import load_scorers, scoring_turn
 
 LOOK_EVERY_SECONDS = 0.2
 SCORE_BATCH = 256
@@ -41,8 +44,8 @@ class ShardScores:
     dissimilarities: list[float]
 
 
-def early_scorers(config: CampaignConfig) -> list[str]:
-    """The judge's scorers that can be asked while the model samples."""
+def shard_scorers(config: CampaignConfig) -> list[str]:
+    """The judge's scorers that can be asked while the model samples; asked about a shard at once, whenever that is."""
     beside_gpu = device_type(config.model.device) == "cuda"
     return [
         name
@@ -63,7 +66,7 @@ def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardS
     """
     images = load_pngs([config.folder / sample["image_path"] for sample in samples])
     prompts = [sample["prompt"] for sample in samples]
-    scorers = load_scorers(config, early_scorers(config))
+    scorers = load_scorers(config, shard_scorers(config))
     scores = {name: scorer(images, prompts).tolist() for name, scorer in scorers.items()}
     groups = images.reshape(-1, config.sample.group_size, *images.shape[1:])
     return ShardScores(scores, at_once(dissimilarity, groups))
@@ -72,7 +75,7 @@ def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardS
 def score_round(
     config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], early: dict[int, ShardScores], tell: Tell
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Ask all scorers of the judge.
+    """Ask all scorers of the judge: first those that compute here, since a server's answers may cost more.
 
     Args:
         config: the campaign's configuration.
@@ -87,7 +90,16 @@ def score_round(
     Raises:
         D3POError: a scorer is not there, or failed.
     """
+    by_shard = shard_scorers(config)
     scores: dict[str, list[float]] = {name: [] for name in config.judge.scorers}
+    others = load_scorers(config, [name for name in scores if name not in by_shard])
+    with scoring_turn(config, others):
+        for start in range(0, len(samples), SCORE_BATCH) if others else ():
+            batch = samples[start : start + SCORE_BATCH]
+            images = load_pngs([config.folder / sample["image_path"] for sample in batch])
+            for name, scorer in others.items():
+                scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
+                tell(len(batch))
     dissimilarities: list[float] = []
     rest = iter(samples)
     for shard in round_shards(config, round_number):
@@ -99,32 +111,20 @@ def score_round(
         for name, values in found.scores.items():
             scores[name] += values
         dissimilarities += found.dissimilarities
-    asked = early_scorers(config)
-    later = load_scorers(config, [name for name in scores if name not in asked])
-    for start in range(0, len(samples), SCORE_BATCH) if later else ():
-        batch = samples[start : start + SCORE_BATCH]
-        images = load_pngs([config.folder / sample["image_path"] for sample in batch])
-        for name, scorer in later.items():
-            scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
-            tell(len(batch))
     return scores, dissimilarities
 
 
 class _EarlyScores:
-    """A thread that scores the shards of one round as they are finished."""
+    """A thread that scores the shards of one sampling as they are finished, and what it found."""
 
-    def __init__(self, config: CampaignConfig) -> None:
-        self._config = config
+    def __init__(self, config: CampaignConfig, shards: list[Shard]) -> None:
+        self._config, self._left = config, list(shards)
         self._found: dict[int, ShardScores] = {}
+        self._failure: D3POError | None = None
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def begin(self, shards: list[Shard]) -> None:
-        """Look for finished shards, until told that sampling is over."""
-        left = [shard for shard in shards if shard.index not in self.found()]
-        self._over.clear()
-        # A daemon: a server that does not answer keeps no process from ending.
-        self._thread = threading.Thread(target=self._score, args=(left,), name="score", daemon=True)
+        # In the run's context, for its log. A daemon: a server that does not answer keeps no process from ending.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._score,), name="score", daemon=True)
         self._thread.start()
 
     def sampling_is_over(self) -> None:
@@ -132,22 +132,32 @@ class _EarlyScores:
         self._over.set()
 
     def found(self) -> dict[int, ShardScores]:
-        """What is known by a shard's index; waits for the shard in work."""
-        if self._thread:
-            self._thread.join()
+        """What is known by a shard's index; waits for the shard in work.
+
+        Raises:
+            D3POError: a scorer failed on that one. What failed earlier is worth another try.
+        """
+        self._thread.join()
+        if self._failure:
+            raise self._failure
         return self._found
 
-    def _score(self, left: list[Shard]) -> None:
-        # A scorer that fails is asked again by the stage judge, which says what is wrong if that fails as well.
-        with contextlib.suppress(Exception):
-            while left and not self._over.is_set():
-                finished = next((shard for shard in left if shard.rows_path.exists()), None)
-                if finished is None:
-                    self._over.wait(LOOK_EVERY_SECONDS)
-                    continue
-                samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
-                self._found[finished.index] = score_shard(self._config, samples)
-                left.remove(finished)
+    def _score(self) -> None:
+        try:
+            with beside_a_gpu():
+                while self._left and not self._over.is_set():
+                    finished = next((shard for shard in self._left if shard.rows_path.exists()), None)
+                    if finished is None:
+                        self._over.wait(LOOK_EVERY_SECONDS)
+                        continue
+                    samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
+                    self._found[finished.index] = score_shard(self._config, samples)
+                    self._left.remove(finished)
+        except D3POError as error:
+            if self._over.is_set():
+                self._failure = error
+            else:
+                run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
 
 
 _early: dict[tuple[Path, int], _EarlyScores] = {}
@@ -159,18 +169,23 @@ def scored_meanwhile(config: CampaignConfig, round_number: int, shards: list[Sha
 
     With a model on the CPU only if a server is among the scorers: anything else would take processors from it.
     """
-    if device_type(config.model.device) == "cpu" and not early_scorers(config):
+    on_processors = device_type(config.model.device) == "cpu"
+    if not config.scoring.while_sampling or (on_processors and not shard_scorers(config)):
         yield
         return
-    early = _early.setdefault((config.folder, round_number), _EarlyScores(config))
-    early.begin(shards)
+    early = _EarlyScores(config, shards)
     try:
         yield
     finally:
         early.sampling_is_over()
+    _early[config.folder, round_number] = early
 
 
 def scored_early(config: CampaignConfig, round_number: int) -> dict[int, ShardScores]:
-    """What was found while the round was sampled, by a shard's index, once; empty if that was another process."""
+    """What was found while the round was sampled, by a shard's index, once; empty if that was another process.
+
+    Raises:
+        D3POError: a scorer failed on the shard that it was asked about when the sampling ended.
+    """
     early = _early.pop((config.folder, round_number), None)
     return early.found() if early else {}

@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from prefect import get_run_logger
-from prefect.exceptions import MissingContextError
-
 from d3po_core.blind import collect_comparisons, comparison_path, comparisons_of
 from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.preferred import HumanWinRate, human_win_rates
 from d3po_core.tables import atomic_path
+from tasks.logs import run_logger
 from tasks.tracking.stages import LOGGERS, log_human_win_rate
 from tasks.tracking.store import mlflow_client, round_run_id, run_page, tracking_uri
 
@@ -101,18 +99,10 @@ def _deliver_stages(config: CampaignConfig) -> None:
 
 def _warn(what: str, error: Exception) -> None:
     """Whatever keeps MLflow from listening, the round is worth more than its log."""
-    _run_logger().warning(
+    run_logger().warning(
         "MLflow at %s did not take %s (%s); they are kept and delivered with the next one",
         tracking_uri(), what, " ".join(str(error).split())[:200],
     )  # fmt: skip
-
-
-def _run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
-    """The run's own logger, whose lines Prefect's page shows; outside of a run the module's."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return logger
 
 
 def _is_left_alone() -> bool:

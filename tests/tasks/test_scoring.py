@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,28 +28,33 @@ from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.publishing import check_campaign
 from tasks.sampling import _sample
-from tasks.scoring import early_scorers, scored_early
+from tasks.scoring import scored_early, shard_scorers
 from tests.core.small_scorers import clip_folder
 
 
 @dataclass
 class Redness:
-    """A server that scores the mean of red, what it answered so far, and whether it works."""
+    """A server that scores the mean of red, what it was asked and answered so far, and whether it works."""
 
     url: str = ""
     answered: list[int] = field(default_factory=list)
+    asked: int = 0
     broken: bool = False
+    answers: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
 def redness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Redness]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     state = Redness()
+    state.answers.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in content["images"]]
+            state.asked += 1
+            assert state.answers.wait(60)
             self.send_response(400 if state.broken else 200)
             self.end_headers()
             if not state.broken:
@@ -180,7 +186,7 @@ def test_every_image_is_asked_about_once_whenever_the_sampling_ends(
     assert record.num_judgements == sum(redness.answered) == IMAGES
 
 
-def test_scores_outlive_a_sampling_that_fails(
+def test_nothing_is_known_of_a_sampling_that_failed(
     in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -191,20 +197,46 @@ def test_scores_outlive_a_sampling_that_fails(
         sampling_that(patch, fail)
         with pytest.raises(RuntimeError, match="the card is gone"):
             _sample(in_shards, 1)
+    assert not scored_early(in_shards, 1)
     _sample(in_shards, 1)
-    _judge(in_shards, 1)
-    assert redness.answered == [3] * SHARDS
+    assert _judge(in_shards, 1).num_judgements == IMAGES
 
 
-def test_server_that_fails_meanwhile_stops_no_sampling_and_is_asked_again(
-    in_shards: CampaignConfig, redness: Redness
+def test_server_that_fails_meanwhile_is_told_of_stops_no_sampling_and_is_asked_again(
+    in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     redness.broken = True
+    sampling_that(monkeypatch, lambda: wait_until(lambda: "scorer 'redness'" in caplog.text))
     _sample(in_shards, 1)
+    assert "answered 400" in caplog.text
+    assert redness.asked == 1
     with pytest.raises(D3POError, match=r"scorer 'redness': .* answered 400"):
         _judge(in_shards, 1)
+    assert redness.asked == 2
     redness.broken = False
     assert _judge(in_shards, 1).num_judgements == sum(redness.answered) == IMAGES
+
+
+def test_server_that_fails_once_the_sampling_is_over_is_not_asked_twice(
+    in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redness.broken = True
+    redness.answers.clear()
+    sampling_that(monkeypatch, lambda: wait_until(lambda: redness.asked == 1))
+    _sample(in_shards, 1)
+    redness.answers.set()
+    with pytest.raises(D3POError, match=r"scorer 'redness': .* answered 400"):
+        _judge(in_shards, 1)
+    assert redness.asked == 1
+
+
+def test_server_can_be_left_alone_while_the_model_samples(in_shards: CampaignConfig, redness: Redness) -> None:
+    values = in_shards.model_dump()
+    values["scoring"]["while_sampling"] = False
+    config = load_config(values, "test")
+    _sample(config, 1)
+    assert redness.asked == 0
+    assert _judge(config, 1).num_judgements == IMAGES
 
 
 @pytest.mark.parametrize(
@@ -217,7 +249,7 @@ def test_asked_early_is_who_takes_nothing_from_the_sampling(
     values = config.model_dump() | {"judge": {"scorers": scorers}}
     values["model"]["device"] = "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert early_scorers(load_config(values, "test")) == expected
+    assert shard_scorers(load_config(values, "test")) == expected
 
 
 @pytest.mark.parametrize("scorers", [["brightness", "jpeg_compressibility"], ["clip_score"], ["clip_score", "redness"]])
@@ -227,13 +259,19 @@ def test_round_scored_beside_a_gpu_is_judged_as_one_scored_afterwards(
     values = in_shards.model_dump()
     values["judge"]["scorers"] = scorers
     config = load_config(values, "test")
+    score_shard, scored = scoring.score_shard, []
+
+    def noted(*arguments: Any) -> scoring.ShardScores:
+        scored.append(score_shard(*arguments))
+        return scored[-1]
+
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "device_type", lambda device: "cuda")
-        early = scoring._early
-        sampling_that(patch, lambda: wait_until(lambda: len(early[config.folder, 1]._found) == SHARDS))
+        patch.setattr(scoring, "score_shard", noted)
+        sampling_that(patch, lambda: wait_until(lambda: len(scored) == SHARDS))
         _sample(config, 1)
         _judge(config, 1)
-        assert not early, "what was found is kept after it was used"
+    assert len(scored) == SHARDS, "the judge scored a shard again"
     found = judged(config)
     _judge(config, 1)
     assert judged(config) == found
