@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from d3po_core import errors
+from d3po_core.campaign import sweep_leftovers
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.jobs import Job, Tell
 from d3po_core.scorers.models import device_type
@@ -143,6 +144,7 @@ class RankPool:
             return results[0]
         except BaseException:
             self.kill()
+            sweep_leftovers(config.folder, round_number)  # a rank may have been writing
             raise
 
     def _next(self) -> tuple[Rank, Answer]:

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
-from d3po_core.campaign import checkpoint_path, finish_stage, start_of, sweep_leftovers
+from d3po_core.campaign import checkpoint_path, finish_stage, start_of
 from d3po_core.config import CampaignConfig
 from d3po_core.images import load_pngs, sheet
 from d3po_core.jobs.sampling import round_shards, sample_shards
@@ -28,7 +28,6 @@ def sample_images(config: CampaignConfig, round_number: int) -> SampleRecord:
 
 def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     shards = round_shards(config, round_number)
-    sweep_leftovers(config.folder, round_number)  # a rank of an earlier attempt may have been killed while it wrote
     total = config.sample.images_per_round
     done = sum(len(shard.members) for shard in shards if shard.rows_path.exists())
     with (

@@ -118,7 +118,7 @@ class _EarlyScores:
     """A thread that scores the shards of one sampling as they are finished, and what it found."""
 
     def __init__(self, config: CampaignConfig, shards: list[Shard]) -> None:
-        self._config, self._left = config, list(shards)
+        self._config, self._shards = config, shards
         self._found: dict[int, ShardScores] = {}
         self._failure: D3POError | None = None
         self._over = threading.Event()
@@ -145,14 +145,14 @@ class _EarlyScores:
     def _score(self) -> None:
         try:
             with beside_a_gpu():
-                while self._left and not self._over.is_set():
-                    finished = next((shard for shard in self._left if shard.rows_path.exists()), None)
+                while len(self._found) < len(self._shards) and not self._over.is_set():
+                    left = (shard for shard in self._shards if shard.index not in self._found)
+                    finished = next((shard for shard in left if shard.rows_path.exists()), None)
                     if finished is None:
                         self._over.wait(LOOK_EVERY_SECONDS)
                         continue
                     samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
                     self._found[finished.index] = score_shard(self._config, samples)
-                    self._left.remove(finished)
         except D3POError as error:
             if self._over.is_set():
                 self._failure = error

@@ -266,8 +266,11 @@ def test_killed_rank_fails_the_job_with_its_log_and_the_retry_ends_alike(
 
 def test_dead_rank_takes_those_along_that_wait_for_it(copied: Callable[..., CampaignConfig]) -> None:
     config = copied("dead")
+    half_written = config.folder / "images/round=1/.r1-e0.png.7.tmp"
+    half_written.touch()
     with pytest.raises(RankError) as caught:
         run_job(rank_ends.die, config, 1, NOT_TOLD)
+    assert not half_written.exists()
     message = str(caught.value)
     assert message.startswith(f"rank 1 of 2 ended with exit code 3; its log {config.folder}/logs/rank-1.log ends with:")
     assert "the last words of rank 1" in message
