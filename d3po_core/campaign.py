@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import time
@@ -12,18 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
-
 from d3po_core.config import (
     FIXED_FIELDS,
     FREE_FIELDS,
     CampaignConfig,
-    ModelConfig,
     changed_fields,
     data_folder,
     is_url,
     load_config,
-    resolve_path,
 )
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
@@ -332,46 +327,3 @@ def discard_round(campaign: Path) -> int | None:
     (campaign / TARGET_FILE).unlink(missing_ok=True)
     shutil.rmtree(stages)
     return number
-
-
-def check_space(config: CampaignConfig) -> None:
-    """Make sure that a round fits on the disk before anything is computed.
-
-    Raises:
-        D3POError: there is less free space than a round needs.
-    """
-    needed = round_bytes(config)
-    existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise D3POError(
-            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
-            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
-        )
-
-
-def round_bytes(config: CampaignConfig) -> int:
-    """About how many bytes a round writes: trajectories, images (a byte a channel, an upper bound for PNG), weights."""
-    unet = resolve_path(config.model.single_file_config or config.model.path) / "unet" / "config.json"
-    shape = json.loads(unet.read_text()) if unet.is_file() else {"in_channels": 4, "sample_size": 64}
-    size = shape["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    elements = shape["in_channels"] * height * width
-    trajectory = (config.sample.num_steps + 1) * elements * (4 if config.sample.latent_dtype == "float32" else 2)
-    pixels = 3 * (height * 8) * (width * 8)
-    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
-    # Weights and two moments in single precision, in the checkpoint and in the progress that it replaces.
-    weights = 2 * 3 * 4 * _network_elements(config.model) if config.model.train == "full" else 0
-    return config.sample.images_per_round * (trajectory + pixels) + evaluation + weights
-
-
-def _network_elements(model: ModelConfig) -> int:
-    """How many weights the trained network has; of a model that is no folder, as many as Stable Diffusion 1.5's."""
-    wanted = f"*.{model.variant}*safetensors" if model.variant else "*.safetensors"
-    folder = resolve_path(model.path)
-    files = [path for part in ("unet", "transformer") for path in (folder / part).glob(wanted)]
-    count = 0
-    for path in files:
-        with safe_open(path, framework="numpy") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count or 860_000_000

@@ -22,7 +22,10 @@ def data_folder() -> Path:
 
 def resolve_path(path: str) -> Path:
     """An absolute path: relative ones are taken from the project's root, whatever the working directory."""
-    return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+    try:
+        return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL, nobody's home, links in a ring
+        raise D3POError(f"path {path!r}: cannot be one ({error}); give another") from None
 
 
 def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], what: str) -> None:
@@ -30,6 +33,9 @@ def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], wha
     if unknown:
         expected = ", ".join(dict.fromkeys(expected))
         raise ValueError(f"{field} names {', '.join(map(repr, unknown))}; expected one of {what}: {expected}")
+
+
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -49,7 +55,7 @@ class ModelConfig(_Section):
         "lora", description="What is trained: a LoRA, or all weights of the network (a far lower train.learning_rate)"
     )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the trained LoRA")
-    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; the rank when not given")
+    lora_alpha: float | None = Field(None, gt=0, le=65536, description="LoRA scale numerator; the rank when not given")
     lora_targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Names of the network's layers that get a LoRA"
     )
@@ -69,13 +75,15 @@ class SampleConfig(_Section):
 
     prompts: str = Field("data/prompts/shapes_train.txt", description="Text file, CSV or Parquet file of prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
-    groups_per_round: int = Field(16, ge=1, description="Prompts drawn a round; each gives one group of images")
+    groups_per_round: int = Field(
+        16, ge=1, le=1_000_000, description="Prompts drawn a round; each gives one group of images"
+    )
     group_size: int = Field(8, ge=2, le=64, description="Images of one prompt that start from one initial latent")
     share_initial_latent: bool = Field(True, description="Start all members of a group from one x_T")
     num_steps: int = Field(10, ge=2, le=1000, description="Denoising steps T")
     guidance_scale: float = Field(1.0, ge=1.0, le=50, description="Classifier-free guidance; 1 turns it off")
-    eta: float = Field(1.0, gt=0, le=1, description="DDIM noise; 0 would leave nothing to take a log_prob of")
-    batch_size: int = Field(64, ge=1, description="Images that pass through the network at once")
+    eta: float = Field(1.0, ge=1e-3, le=1, description="DDIM noise; 0 would leave nothing to take a log_prob of")
+    batch_size: int = Field(64, ge=1, le=65536, description="Images that pass through the network at once")
     latent_dtype: Literal["float32", "float16"] = Field("float32", description="How trajectories are stored")
 
     @property
@@ -108,7 +116,9 @@ class PeopleConfig(_Section):
     accuracy_floor: float = Field(
         0.6, ge=0, le=1, description="A rater surely right on fewer of the gold questions is left out"
     )
-    deadline_hours: float | None = Field(None, gt=0, description="Wait this long at most; without end when not given")
+    deadline_hours: float | None = Field(
+        None, gt=0, le=100_000, description="Wait this long at most; without end when not given"
+    )
     after_deadline: Literal["go_on", "proxy", "fail"] = Field(
         "go_on", description="At the deadline: go on with what is there, let the proxies judge the rest, or fail"
     )
@@ -128,7 +138,7 @@ class JudgeConfig(_Section):
         description="Several scorers: an image must win for some and lose for none, or more must be for it, or its "
         "weighted sum of standardised scores must be higher",
     )
-    scorer_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    scorer_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(
         {}, description="With combine 'weighted', how much a scorer counts; 1 when not given"
     )
     pairs: Literal["all", "best_worst"] = Field("all", description="Pairs of a group that are used")
@@ -178,12 +188,15 @@ class TrainConfig(_Section):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW; or with its moments in 8 bits, a quarter of their memory (extra adam8bit)"
     )
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm")
+    learning_rate: float = Field(2e-3, ge=1e-12, le=1, description="AdamW learning rate")
+    weight_decay: float = Field(1e-4, ge=0, le=10, description="AdamW weight decay")
+    adam_betas: tuple[MomentDecay, MomentDecay] = Field((0.9, 0.999), description="AdamW moment decays")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Gradients are clipped to this global norm")
     beta: float = Field(
-        300.0, gt=0, description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W"
+        300.0,
+        gt=0,
+        le=1e12,
+        description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W",
     )
     reference: Literal["round_start", "base"] = Field(
         "round_start", description="Reference policy: the round's sampler (Section 5.2) or the base (Algorithm 1)"
@@ -199,10 +212,10 @@ class TrainConfig(_Section):
     updates_per_round: int | Literal["one_per_group"] = Field(
         4, description="Optimizer steps a round, or one for every group that has a pair"
     )
-    epochs: int = Field(1, ge=1, description="Passes over the round's images")
-    micro_batch: int = Field(64, ge=1, description="Image-steps that pass through the network at once")
+    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the round's images")
+    micro_batch: int = Field(64, ge=1, le=65536, description="Image-steps that pass through the network at once")
     carry_optimizer: bool = Field(True, description="Keep AdamW's moments from round to round")
-    save_every_seconds: float = Field(60.0, ge=0, description="How often a running round saves its progress")
+    save_every_seconds: float = Field(60.0, ge=0, le=1e9, description="How often a running round saves its progress")
 
     @model_validator(mode="after")
     def _updates_fill_epochs(self) -> Self:
@@ -219,11 +232,13 @@ class EvaluateConfig(_Section):
 
     prompts: str = Field("data/prompts/shapes_eval.txt", description="Text file, CSV or Parquet of held-out prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
-    images_per_prompt: int = Field(8, ge=1, description="Fixed seeds a prompt")
-    max_prompts: int = Field(64, ge=1, description="Use the first so many held-out prompts")
+    images_per_prompt: int = Field(8, ge=1, le=10_000, description="Fixed seeds a prompt")
+    max_prompts: int = Field(64, ge=1, le=1_000_000, description="Use the first so many held-out prompts")
     scorers: tuple[str, ...] = Field((), description="Scorers to evaluate with; the judge's when empty")
     unseen: tuple[str, ...] = Field((), description="Scorers that training never sees, to notice what the judge misses")
-    drift_images: int = Field(32, ge=0, description="Held-out images on which the drift from the base is measured")
+    drift_images: int = Field(
+        32, ge=0, le=1_000_000, description="Held-out images on which the drift from the base is measured"
+    )
     grid_prompts: int = Field(6, ge=1, le=32, description="Prompts shown in the image grid")
 
 

@@ -1,19 +1,19 @@
 """Loading a base model: a diffusers folder, a hub id, or one merged file with the configuration it was made with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from d3po_core.config import ModelConfig, resolve_path
 from d3po_core.errors import D3POError
-from d3po_core.families import FAMILIES, Family
+from d3po_core.families import Family
+from d3po_core.model_files import check_folder, family_named, model_folder, tensor_shapes
+from d3po_core.weights import expect_finite
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Not wanted, and absent from many folders: these would be loaded, or missed, for nothing.
@@ -32,28 +32,17 @@ def load_family(config: ModelConfig) -> Family:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    path = resolve_path(config.path)
-    source = str(path) if path.exists() else config.path
-    dtype = DTYPES[config.precision]
+    transformers_logging.set_verbosity_error()
     try:
-        described_by = _local(config.single_file_config) if config.single_file_config else source
-        index = DiffusionPipeline.load_config(described_by, revision=config.revision)
-        family = _family(config, index.get("_class_name"))
-        # Parts that a folder was saved without have to be named; SD3 without its third encoder is one such.
-        absent = [name for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None]
-        options: dict[str, Any] = dict.fromkeys(absent) | _LEFT_OUT.get(family.PIPELINE.__name__, {})
-        if config.single_file_config:
-            pipeline = family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options)
-            _expect_all_weights(pipeline)
-        else:
-            pipeline = family.PIPELINE.from_pretrained(
-                source, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **options
-            )
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, SingleFileComponentError) as error:
-        if isinstance(error, D3POError):
-            raise
+        pipeline, family = _loaded(config)
+        _expect_all_weights(pipeline)
+        for name, part in _modules(pipeline):
+            expect_finite(part, f"model.path {config.path!r}: {name}")
+    except D3POError:
+        raise
+    except Exception as error:  # whatever a library says of files that are not what they seem
         hint = "; is the hub id right, and the network or the hub's cache there? A folder works too"
-        if path.exists():
+        if resolve_path(config.path).exists():
             hint = "; is it a whole model, made from model.single_file_config?" if config.single_file_config else ""
         raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None
     if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
@@ -61,8 +50,56 @@ def load_family(config: ModelConfig) -> Family:
     return family(pipeline)
 
 
+def _loaded(config: ModelConfig) -> tuple[Any, type[Family]]:
+    path, dtype = resolve_path(config.path), DTYPES[config.precision]
+    if config.single_file_config:
+        described_by = _local(config.single_file_config)
+        index = DiffusionPipeline.load_config(described_by, revision=config.revision)
+        family = family_named(config, index.get("_class_name"))
+        source = str(path) if path.exists() else config.path
+        options = _left_out(family, index)
+        return family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options), family
+    if path.exists():
+        folder = path
+    else:
+        index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+        family = family_named(config, index.get("_class_name"))
+        folder = Path(DiffusionPipeline.download(
+            config.path, revision=config.revision, variant=config.variant, use_safetensors=True,
+            **_left_out(family, index),
+        ))  # fmt: skip
+        check_folder(config, folder)
+    index = DiffusionPipeline.load_config(str(folder))
+    family = family_named(config, index.get("_class_name"))
+    encoders = {name: _text_encoder(config, folder / name, index[name][1], dtype)
+                for name in family.TEXT_PARTS if index.get(name, [None])[0] is not None}  # fmt: skip
+    options = _left_out(family, index) | encoders
+    return family.PIPELINE.from_pretrained(
+        str(folder), variant=config.variant, dtype=dtype, use_safetensors=True, **options
+    ), family
+
+
+def _left_out(family: type[Family], index: dict[str, Any]) -> dict[str, Any]:
+    """What has to be named as absent: parts that a folder was saved without, and unwanted ones."""
+    absent = [name for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None]
+    return dict.fromkeys(absent) | _LEFT_OUT.get(family.PIPELINE.__name__, {})
+
+
+def _text_encoder(config: ModelConfig, folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    """A text encoder all of whose weights came from its files: the library draws missing ones at random."""
+    has_variant = config.variant and any(folder.glob(f"*.{config.variant}*safetensors"))
+    encoder, found = getattr(transformers, kind).from_pretrained(
+        folder, dtype=dtype, variant=config.variant if has_variant else None, use_safetensors=True,
+        local_files_only=True, output_loading_info=True,
+    )  # fmt: skip
+    wrong = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+    if wrong:
+        raise ValueError(f"{folder.name}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}")
+    return encoder
+
+
 def check_model(config: ModelConfig) -> None:
-    """Look at a model folder without loading it, so that a wrong one is known before any work.
+    """Look at a model's files without loading it, so that a wrong one is known before any work.
 
     Raises:
         D3POError: the folder lacks a part of a pipeline, or a CUDA device is asked for and absent.
@@ -79,26 +116,9 @@ def check_model(config: ModelConfig) -> None:
         return
     if path.is_file():
         _check_single_file(config, path)
-        return
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise D3POError(f"model.path {config.path!r}: {index.name} is missing; expected a diffusers pipeline folder")
-    try:
-        content = json.loads(index.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise D3POError(
-            f"model.path {config.path!r}: {index.name} is not JSON ({error}); copy the folder again"
-        ) from None
-    name = content.get("_class_name") if isinstance(content, dict) else None
-    family = _family(config, name)
-    weights = f"*.{config.variant}*safetensors" if config.variant else "*.safetensors"
-    parts = dict.fromkeys((family.NETWORK, "vae", "text_encoder"), weights) | {"tokenizer": "*.json"}
-    for part, pattern in parts.items():
-        if not list((path / part).glob(pattern)):
-            raise D3POError(
-                f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, "
-                "written by pipe.save_pretrained"
-            )
+    folder = model_folder(config)
+    if folder is not None:
+        check_folder(config, folder, with_weights=not path.is_file())
 
 
 def _check_single_file(config: ModelConfig, path: Path) -> None:
@@ -112,12 +132,7 @@ def _check_single_file(config: ModelConfig, path: Path) -> None:
             f"model.path {config.path!r}: is one file; set model.single_file_config to the folder or hub id of the "
             "model that it was made from, whose configuration and tokenizer are needed"
         )
-
-
-def _family(config: ModelConfig, name: Any) -> type[Family]:
-    if name not in FAMILIES:
-        raise D3POError(f"model.path {config.path!r}: is a {name}; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    tensor_shapes(config, path)
 
 
 def _local(path: str) -> str:
@@ -125,10 +140,14 @@ def _local(path: str) -> str:
     return str(local) if local.exists() else path
 
 
+def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+
+
 def _expect_all_weights(pipeline: Any) -> None:
     """Make sure that no part lacks weights, which the library leaves without values and says nothing."""
-    modules = [(name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
-    missing = [f"{name}.{key}" for name, part in modules for key, value in part.named_parameters() if value.is_meta]
+    missing = [f"{name}.{key}" for name, part in _modules(pipeline)
+               for key, value in (*part.named_parameters(), *part.named_buffers()) if value.is_meta]  # fmt: skip
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
 

@@ -3,6 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3po_core.errors import D3POError
+
+if TYPE_CHECKING:
+    import torch
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
@@ -32,3 +38,17 @@ def loading_line(folder: Path, shown: str) -> str:
         return f"pipe.load_lora_weights({shown})"
     part, kind = file.parent.name, json.loads((file.parent / "config.json").read_text())["_class_name"]
     return f'pipe.{part} = diffusers.{kind}.from_pretrained({shown}, subfolder="{part}")'
+
+
+def expect_finite(module: "torch.nn.Module", whose: str) -> None:
+    """Make sure that a model's weights are numbers.
+
+    Raises:
+        D3POError: some are NaN or infinite; the message begins with ``whose`` and names the first of them.
+    """
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        # The smallest and the largest are NaN or infinite as soon as one weight is.
+        if value.is_floating_point() and value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
+            wrong = value.isfinite().logical_not().sum()
+            raise D3POError(f"{whose}: {int(wrong)} of {value.numel()} numbers of {name} are NaN or infinite; "
+                            "take another copy, or another precision if this one was converted")  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 from prefect import get_run_logger, task
 
 from d3po_core.campaign import (
-    check_space,
     checkpoint_path,
     finish_stage,
     last_finished_round,
@@ -35,6 +34,7 @@ from d3po_core.records import (
     TrainRecord,
 )  # fmt: skip
 from d3po_core.report import REPORT_FILE, write_report
+from d3po_core.space import check_space
 from d3po_core.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
 from d3po_core.trainer import optimizer_class
 from tasks import tracking

@@ -6,11 +6,12 @@ and a line in ``FAMILIES``.
 """
 
 from d3po_core.families.family import Embedding, Family
+from d3po_core.families.parts import Network, Part, Vae
 from d3po_core.families.sd3 import StableDiffusion3
 from d3po_core.families.sdxl import StableDiffusionXL
 from d3po_core.families.stable_diffusion import StableDiffusion
 
-__all__ = ["FAMILIES", "Embedding", "Family"]
+__all__ = ["FAMILIES", "Embedding", "Family", "Network", "Part", "Vae"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.PIPELINE.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from d3po_core.ddim import Schedule
+from d3po_core.families.parts import Part
 
 # What a prompt became: named tensors without a batch dimension. Stacked over a batch, they have one.
 Embedding = dict[str, torch.Tensor]
@@ -19,6 +20,10 @@ class Family(Protocol):
     """Name of the part that is trained."""
     TEXT_PARTS: ClassVar[tuple[str, ...]]
     """Names of the parts that ``embed`` needs."""
+    OPTIONAL_PARTS: ClassVar[tuple[str, ...]]
+    """Those of them that a folder may leave out."""
+    PARTS: ClassVar[dict[str, type[Part]]]
+    """What the configurations of the network and of the VAE may say."""
     REGIONS: ClassVar[tuple[str, ...]]
     """Classes of the network's blocks that are compiled one by one."""
 

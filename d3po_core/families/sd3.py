@@ -7,6 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from d3po_core.ddim import Schedule
 from d3po_core.families.family import Embedding
+from d3po_core.families.parts import Part, ShiftedVae, Transformer
 from d3po_core.families.stable_diffusion import StableDiffusion
 from d3po_core.flow import make_flow_schedule
 
@@ -17,6 +18,8 @@ class StableDiffusion3(StableDiffusion):
     PIPELINE: ClassVar[Any] = StableDiffusion3Pipeline
     NETWORK: ClassVar[str] = "transformer"
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    OPTIONAL_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
+    PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": Transformer, "vae": ShiftedVae}
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
     REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
 
@@ -47,3 +50,8 @@ class StableDiffusion3(StableDiffusion):
     ) -> torch.Tensor:
         """The transformer's velocity."""
         return network(hidden_states=latent_BCHW, timestep=t_B, **embeddings).sample
+
+    @staticmethod
+    def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Latents as the VAE decodes them."""
+        return latent_BCHW / config.scaling_factor + config.shift_factor

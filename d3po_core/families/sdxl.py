@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from d3po_core.families.family import Embedding
+from d3po_core.families.parts import NormedVae, Part, SizedUNet
 from d3po_core.families.stable_diffusion import StableDiffusion
 
 
@@ -14,6 +15,7 @@ class StableDiffusionXL(StableDiffusion):
 
     PIPELINE: ClassVar[Any] = StableDiffusionXLPipeline
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    PARTS: ClassVar[dict[str, type[Part]]] = {"unet": SizedUNet, "vae": NormedVae}
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
@@ -43,3 +45,13 @@ class StableDiffusionXL(StableDiffusion):
         added = {name: embeddings[name] for name in ("text_embeds", "time_ids")}
         text_BLD = embeddings["encoder_hidden_states"]
         return network(latent_BCHW, t_B, encoder_hidden_states=text_BLD, added_cond_kwargs=added).sample
+
+    @staticmethod
+    def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Latents as the VAE decodes them: with a mean and a standard deviation per channel where it has some."""
+        if config.latents_mean is None:
+            return latent_BCHW / config.scaling_factor
+        mean_C11, std_C11 = (
+            latent_BCHW.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
+        )
+        return latent_BCHW * std_C11 / config.scaling_factor + mean_C11

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_core.ddim import Schedule, make_schedule
 from d3po_core.families.family import Embedding
+from d3po_core.families.parts import Part, PlainUNet, Vae
 
 
 class StableDiffusion:
@@ -15,6 +16,8 @@ class StableDiffusion:
     PIPELINE: ClassVar[Any] = StableDiffusionPipeline
     NETWORK: ClassVar[str] = "unet"
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    OPTIONAL_PARTS: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[dict[str, type[Part]]] = {"unet": PlainUNet, "vae": Vae}
     REGIONS: ClassVar[tuple[str, ...]] = (
         "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
@@ -54,5 +57,9 @@ class StableDiffusion:
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
         """The VAE's images."""
         vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return vae.decode((latent_BCHW / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        return vae.decode(self.unscaled(latent_BCHW, vae.config).to(vae.dtype)).sample
+
+    @staticmethod
+    def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Latents as the VAE decodes them, by what its configuration says and the family's pipeline reads of it."""
+        return latent_BCHW / config.scaling_factor

@@ -13,6 +13,7 @@ import numpy as np
 
 from d3po_core.errors import D3POError
 from d3po_core.scorers.sources import Source
+from d3po_core.weights import expect_finite
 
 if TYPE_CHECKING:
     import torch
@@ -120,4 +121,6 @@ def _read(name: str, source: Source, half_precision: bool) -> "torch.nn.Module":
         "image_reward": image_reward.ImageReward,
     }
     with source.explained():
-        return readers[name](source, torch.float16 if half_precision else torch.float32)
+        judge = readers[name](source, torch.float16 if half_precision else torch.float32)
+    expect_finite(judge, f"scorer {name!r}: {source.where}")
+    return judge

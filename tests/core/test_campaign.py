@@ -23,7 +23,6 @@ from d3po_core.campaign import (
     campaign_id,
     campaign_lock,
     campaign_named,
-    check_space,
     checkpoint_path,
     discard_round,
     end_run,
@@ -31,7 +30,6 @@ from d3po_core.campaign import (
     finished_rounds,
     last_finished_round,
     open_campaign,
-    round_bytes,
     rounds_to_do,
     stage_path,
 )
@@ -387,43 +385,6 @@ def test_nothing_is_discarded_when_no_round_was_begun(tmp_path: Path) -> None:
     assert discard_round(tmp_path) is None
     assert all(path.exists() for path in kept)
     assert last_finished_round(tmp_path) == 1
-
-
-def disk_with(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-
-
-def test_too_small_a_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_in(tmp_path / "not yet made")
-    needed = round_bytes(config)
-    disk_with(monkeypatch, needed - 1)
-    with pytest.raises(D3POError, match=r"a round needs about .* MB.*groups_per_round") as caught:
-        check_space(config)
-    assert "\n" not in str(caught.value)
-    assert str(config.folder) in str(caught.value)
-    disk_with(monkeypatch, needed)
-    check_space(config)
-
-
-def test_space_is_that_of_the_disk_that_the_campaign_will_lie_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
-    check_space(config_in(tmp_path / "deep" / "below"))
-    assert asked == [tmp_path]
-
-
-def test_round_bytes_cover_trajectories_and_images(tmp_path: Path) -> None:
-    small = config_in(tmp_path, sample={"groups_per_round": 1, "group_size": 2})
-    large = config_in(tmp_path, sample={"groups_per_round": 11, "group_size": 2})
-    steps, elements = small.sample.num_steps, 4 * 8 * 8
-    per_image = (steps + 1) * elements * 4 + 3 * 64 * 64
-    assert round_bytes(large) - round_bytes(small) == 20 * per_image
-    half = config_in(tmp_path, sample={"groups_per_round": 1, "group_size": 2, "latent_dtype": "float16"})
-    assert round_bytes(small) - round_bytes(half) == 2 * (steps + 1) * elements * 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}'])

@@ -357,7 +357,7 @@ def test_saving_twice_gives_the_same_bytes_and_the_digest_is_of_them(tmp_path: P
 
 
 def test_space_for_checkpoints_is_asked_for(tmp_path: Path) -> None:
-    from d3po_core.campaign import round_bytes
+    from d3po_core.space import round_bytes
 
     needed = [round_bytes(CampaignConfig.model_validate({"model": {"train": train}})) for train in ("lora", "full")]
     count = sum(parameter.numel() for _, parameter in full().trainable_parameters())

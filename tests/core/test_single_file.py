@@ -94,7 +94,7 @@ def test_lora_in_place_of_a_model_is_one_line(models: Path, tmp_path: Path) -> N
 
 
 def test_space_for_a_round_is_that_of_the_folder(models: Path) -> None:
-    from d3po_core.campaign import round_bytes
+    from d3po_core.space import round_bytes
 
     folder = {"path": str(models / "sd")}
     file = {"path": str(models / "sd.safetensors"), "single_file_config": str(models / "sd-config")}

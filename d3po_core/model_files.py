@@ -1,0 +1,196 @@
+"""A model folder as its files describe it, read before any weights: what is wrong with one is one line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from pydantic import ValidationError
+
+from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.errors import D3POError
+from d3po_core.families import FAMILIES, Family, Part
+
+INDEX = "model_index.json"
+# Real configurations have some kB and real headers of weights some 100 kB: a larger one is not what it seems.
+MOST_JSON_BYTES, MOST_HEADER_BYTES = 4_000_000, 25_000_000
+
+
+def model_folder(config: ModelConfig) -> Path | None:
+    """The folder that describes the model, if it is on this machine: the user's own, or the hub's cached copy."""
+    described_by = config.single_file_config or config.path
+    folder = resolve_path(described_by)
+    if folder.exists():
+        return folder
+    try:
+        cached = try_to_load_from_cache(described_by, INDEX, revision=config.revision)
+    except ValueError:  # no hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -> type[Family]:
+    """The family of a model folder whose files hold together.
+
+    Raises:
+        D3POError: a file is absent, damaged or says something that the family cannot do; one line.
+    """
+    family, index = family_of(config, folder), _read(config, folder, INDEX)
+    for part in needed_parts(family, index):
+        _check_entry(config, part, index.get(part))
+    parts_of(config, folder, family)
+    if with_weights:
+        _check_weights(config, folder, family, index)
+    return family
+
+
+def family_of(config: ModelConfig, folder: Path) -> type[Family]:
+    """The family that a folder's index names; a D3POError when it cannot be read or names another."""
+    return family_named(config, _read(config, folder, INDEX).get("_class_name"))
+
+
+def family_named(config: ModelConfig, name: Any) -> type[Family]:
+    """The family whose pipeline has this class name; a D3POError when there is none."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        found = name if isinstance(name, str) else f"{json.dumps(name)[:60]} (in {INDEX})"
+        raise D3POError(f"model.path {config.path!r}: is a {found}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def needed_parts(family: type[Family], index: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the parts that a folder of this family must have; an optional one it may say to be null."""
+    absent = (None, [None, None])
+    texts = [part for part in family.TEXT_PARTS if part not in family.OPTIONAL_PARTS or index.get(part) not in absent]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in texts]
+    return (family.NETWORK, "vae", *texts, *tokenizers, "scheduler")
+
+
+def parts_of(config: ModelConfig, folder: Path, family: type[Family]) -> dict[str, Part]:
+    """The checked configurations of a folder's network and VAE, by the parts' names.
+
+    Raises:
+        D3POError: one is not there, or says something that the family cannot do.
+    """
+    return {
+        part: _checked(config, part, kind, _read(config, folder, f"{part}/config.json"))
+        for part, kind in family.PARTS.items()
+    }
+
+
+def network_elements(config: ModelConfig) -> int | None:
+    """How many weights the trained network has; None when its files are not here."""
+    folder = model_folder(config)
+    if folder is None or not folder.is_dir():
+        return None
+    files = [path for part in ("unet", "transformer") for path in _weight_files(config, folder, part)]
+    return sum(math.prod(shape) for path in files for shape in tensor_shapes(config, path).values()) or None
+
+
+def tensor_shapes(config: ModelConfig, path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        D3POError: the file is cut, is no safetensors file, or has a header that no model needs.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            found = path.stat().st_size
+            if not 2 <= size <= min(MOST_HEADER_BYTES, found - 8):
+                raise ValueError(f"a header of {size} bytes in a file of {found}; at most {MOST_HEADER_BYTES}")
+            header = json.loads(file.read(size))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        if found != 8 + size + end:
+            raise ValueError(f"{found} bytes; its header needs {8 + size + end}")
+        return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = str(error)[:200] if isinstance(error, OSError | ValueError) else "its header is damaged"
+        raise D3POError(f"model.path {config.path!r}: {path.parent.name}/{path.name} is no whole safetensors file "
+                        f"({reason}); copy it again") from None  # fmt: skip
+
+
+def _read(config: ModelConfig, folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a folder, which must hold a mapping."""
+    path = folder / name
+    if not path.is_file():
+        raise D3POError(f"model.path {config.path!r}: {name} is missing; expected a diffusers pipeline folder, "
+                        "written by pipe.save_pretrained")  # fmt: skip
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise D3POError(f"model.path {config.path!r}: {name} is not JSON ({error}); copy the folder again") from None
+    if not isinstance(content, dict):
+        raise D3POError(f"model.path {config.path!r}: {name} holds a {type(content).__name__}; expected a mapping")
+    return content
+
+
+def _named(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+
+
+def _check_entry(config: ModelConfig, part: str, entry: Any) -> None:
+    if not _named(entry):
+        raise D3POError(
+            f"model.path {config.path!r}: {INDEX} says {json.dumps(entry)[:60]} of the part {part}; expected "
+            '["library", "class"]: copy the folder again, or save the pipeline with all of its parts'
+        )
+    if entry[0] not in ("diffusers", "transformers"):
+        raise D3POError(
+            f"model.path {config.path!r}: {INDEX} takes {part} from {entry[0]!r}; expected diffusers or transformers: "
+            "code that comes with a model is never run"
+        )
+
+
+def _checked(config: ModelConfig, part: str, kind: type[Part], content: dict[str, Any]) -> Part:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        why = kind.WHY.get(field)
+        said = f"{field} is {json.dumps(problem['input'])[:60]}: {why}, which cannot be trained here" if why else (
+            f"{field}: {problem['msg']} (found {json.dumps(problem['input'])[:60]})" if field
+            else problem["msg"].removeprefix("Value error, ")
+        )  # fmt: skip
+        raise D3POError(f"model.path {config.path!r}: {part}/config.json: {said}") from None
+
+
+def _weight_files(config: ModelConfig, folder: Path, part: str) -> list[Path]:
+    """A part's files of weights: those of the variant if it has some, else the plain ones."""
+    files = sorted((folder / part).glob("*.safetensors"))
+    variant = [path for path in files if config.variant and f".{config.variant}" in path.stem]
+    return variant or [path for path in files if "." not in path.stem]
+
+
+def _check_weights(config: ModelConfig, folder: Path, family: type[Family], index: dict[str, Any]) -> None:
+    wanted = f"*.{config.variant}*safetensors" if config.variant else "*.safetensors"
+    for part in needed_parts(family, index):
+        if part.startswith("tokenizer"):
+            pattern, there = "*.json", any((folder / part).glob("*.json"))
+        elif part == "scheduler":
+            pattern, there = "scheduler_config.json", (folder / part / "scheduler_config.json").is_file()
+        else:
+            files = _weight_files(config, folder, part)
+            for path in files:
+                tensor_shapes(config, path)
+            # Further encoders may lack a variant; the pipeline then takes their plain files, and so do we.
+            strict = config.variant and part in (family.NETWORK, "vae", "text_encoder")
+            pattern = wanted
+            there = any(f".{config.variant}" in path.stem for path in files) if strict else bool(files)
+        if not there:
+            raise D3POError(
+                f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, written "
+                f"by pipe.save_pretrained{_instead(folder / part)}"
+            )
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors has in their place."""
+    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    if pickled is None:
+        return ""
+    return f" (it has {pickled.name}, which may run code when it is read: convert it to safetensors first)"
