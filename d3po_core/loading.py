@@ -90,7 +90,7 @@ def _text_encoder(config: ModelConfig, folder: Path, kind: str, dtype: torch.dty
     has_variant = config.variant and any(folder.glob(f"*.{config.variant}*safetensors"))
     encoder, found = getattr(transformers, kind).from_pretrained(
         folder, dtype=dtype, variant=config.variant if has_variant else None, use_safetensors=True,
-        local_files_only=True, output_loading_info=True,
+        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     wrong = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
     if wrong:

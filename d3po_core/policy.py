@@ -34,6 +34,7 @@ from d3po_core.fused_layers import (
 )
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
+from d3po_core.seeds import gaussian
 from d3po_core.weights import LORA_FILE
 
 __all__ = ["LORA_FILE", "Conditioning", "Policy", "check_model", "load_policy"]
@@ -86,6 +87,7 @@ class Policy:
         self._bare.to(self.device)
         for name in () if self._moves_parts else ("vae", *family.TEXT_PARTS):
             self._move(name, self.device)
+        self._try_once()
         self._prepare_training(seed)
         self._make_fast()
         # Not wrapped for several processes: they sum their gradients once an update (trainer.py).
@@ -99,6 +101,34 @@ class Policy:
         part = getattr(self.family.pipeline, name, None)
         if part is not None:
             part.to(device)
+
+    @torch.no_grad()
+    def _try_once(self) -> None:
+        """Pass one row through every part, so that configurations that do not fit each other are known before any work.
+
+        Raises:
+            D3POError: a part fails, or gives something else than the next one needs.
+        """
+        latent_1CHW = gaussian(0, 1, *self.latent_shape).to(self.device)
+        t_1 = torch.ones(1, dtype=torch.long, device=self.device)
+        part = "text_encoder"
+        try:
+            embeddings = {name: value.to(self.dtype) for name, value in self.encode([""], 1.0).embeddings.items()}
+            part = self.family.NETWORK
+            output_1CHW = self.family.predict(self._bare, latent_1CHW.to(self.dtype), t_1, embeddings)
+            if output_1CHW.shape != latent_1CHW.shape:
+                raise ValueError(f"it gives {tuple(output_1CHW.shape)} for a latent of {tuple(latent_1CHW.shape)}")
+            part = "vae"
+            with self._on_device("vae"):
+                self.family.decode(latent_1CHW)
+        except (D3POError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a part says of a configuration that is not its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise D3POError(
+                f"model.path {self.config.path!r}: its {part} fails in a first pass ({reason}); is its config.json "
+                "that of its weights?"
+            ) from None
 
     def _prepare_training(self, seed: int) -> None:
         config = self.config

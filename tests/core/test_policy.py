@@ -215,20 +215,20 @@ def with_text(name: str, text: str | bytes) -> Callable[[Path], None]:
 
 
 BROKEN = {
-    "no unet": (without("unet"), "unet/.*safetensors is missing"),
+    "no unet": (without("unet"), "unet/config.json is missing"),
     "no unet weights": (without("unet/diffusion_pytorch_model.safetensors"), "unet/.*safetensors is missing"),
-    "no unet config": (without("unet/config.json"), "cannot be loaded"),
-    "no vae": (without("vae"), "vae/.*safetensors is missing"),
+    "no unet config": (without("unet/config.json"), "unet/config.json is missing"),
+    "no vae": (without("vae"), "vae/config.json is missing"),
     "no text encoder": (without("text_encoder"), "text_encoder/.*safetensors is missing"),
-    "no tokenizer": (without("tokenizer"), ""),
-    "no scheduler": (without("scheduler"), ""),
+    "no tokenizer": (without("tokenizer"), "tokenizer/.*json is missing"),
+    "no scheduler": (without("scheduler"), "scheduler_config.json is missing"),
     "no index": (without("model_index.json"), "model_index.json is missing"),
     "index is not JSON": (with_text("model_index.json", '{"_class_name": '), "model_index.json is not JSON"),
-    "index is a list": (with_text("model_index.json", "[]"), ""),
-    "index is not text": (with_text("model_index.json", b"\xff\xfe\x00"), ""),
+    "index is a list": (with_text("model_index.json", "[]"), "holds a list; expected a mapping"),
+    "index is not text": (with_text("model_index.json", b"\xff\xfe\x00"), "model_index.json is not JSON"),
     "other pipeline": (with_text("model_index.json", '{"_class_name": "FluxPipeline"}'), "is a FluxPipeline; expected"),
-    "cut weights": (with_text("unet/diffusion_pytorch_model.safetensors", b"12345"), "cannot be loaded"),
-    "unet config is not JSON": (with_text("unet/config.json", "{"), "cannot be loaded"),
+    "cut weights": (with_text("unet/diffusion_pytorch_model.safetensors", b"12345"), "no whole safetensors file"),
+    "unet config is not JSON": (with_text("unet/config.json", "{"), "unet/config.json is not JSON"),
 }
 
 
