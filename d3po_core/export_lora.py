@@ -7,10 +7,12 @@ from typing import Any
 
 from d3po_core.campaign import checkpoint_path, read_record, round_config
 from d3po_core.cards import card, hub_model, new_folder, public_config
-from d3po_core.config import CampaignConfig
+from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
-from d3po_core.kohya import KOHYA_FILE, write_kohya
-from d3po_core.lookup import finished_round
+from d3po_core.families import FAMILIES, Family
+from d3po_core.kohya import READERS, write_for_others
+from d3po_core.lookup import trained_round
+from d3po_core.model_files import absent_parts, family_of, layers_per_block, model_folder, tensor_shapes
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import partition, read_rows
 from d3po_core.weights import LORA_FILE, loading_line, weights_file, weights_sha256
@@ -18,21 +20,22 @@ from d3po_core.weights import LORA_FILE, loading_line, weights_file, weights_sha
 CONFIG_FILE = "d3po.json"
 
 
-def export_lora(campaign: Path, output: Path, round_number: int | None = None) -> int:
+def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> int:
     """Write the LoRA of a round, or the network if all of it was trained, with a model card.
 
     Args:
         campaign: the campaign's folder.
         output: the folder to make; it may exist if it is empty.
-        round_number: a finished round from 1; the last when not given.
+        round_name: ``champion``, ``latest`` or the number of a finished round.
 
     Returns:
         The round.
 
     Raises:
-        D3POError: ``output`` is not empty, the round is not finished, or its weights are not what was trained.
+        D3POError: ``output`` is not empty, the round is not finished or is the base model, or its weights are not what
+            was trained.
     """
-    number = finished_round(campaign, round_number, trained=True)
+    number = trained_round(campaign, round_name)
     checkpoint = campaign / str(checkpoint_path(number))
     row = read_rows(partition(campaign, "rounds", number) / "part.parquet")[0]
     file = weights_file(checkpoint)
@@ -47,19 +50,43 @@ def export_lora(campaign: Path, output: Path, round_number: int | None = None) -
         **{key: row[key] for key in ("lora_sha256", "config_sha256", "git_commit")},
         "config": public_config(config),
     }
+    family = _family(config.model, file)
     with new_folder(output) as folder:
         if file.name == LORA_FILE:
             shutil.copyfile(file, folder / LORA_FILE)
             rank = config.model.lora_rank
-            write_kohya(folder / LORA_FILE, folder / KOHYA_FILE, rank, config.model.lora_alpha or rank)
+            layers = layers_per_block(config.model) if family.FIRST_AUTHORS_NAMES else None
+            other = write_for_others(folder / LORA_FILE, folder, rank, config.model.lora_alpha or rank, layers)
+            readers = f"`{other.name}` is the same LoRA for {READERS[other.name]}.\n\n"
         else:
             shutil.copytree(file.parent, folder / file.parent.name)
+            readers = ""
         (folder / CONFIG_FILE).write_text(json.dumps(details, indent=1))
-        (folder / "README.md").write_text(_card(campaign, checkpoint, config, number, row))
+        (folder / "README.md").write_text(_card(campaign, checkpoint, config, number, row, family, readers))
     return number
 
 
-def _card(campaign: Path, checkpoint: Path, config: CampaignConfig, number: int, row: dict[str, Any]) -> str:
+def _family(config: ModelConfig, weights: Path) -> type[Family]:
+    """The base model's family: by its folder, or, of a hub model that is not on this machine, by what was trained."""
+    folder = model_folder(config)
+    if folder is not None:
+        return family_of(config, folder)
+    shapes = tensor_shapes(config, weights)
+    if any("transformer_blocks.0.attn.to" in name for name in shapes):
+        return FAMILIES["StableDiffusion3Pipeline"]
+    wide = any("attn2.to_k" in name and shape[-1] >= 2048 for name, shape in shapes.items())
+    return FAMILIES["StableDiffusionXLPipeline" if wide else "StableDiffusionPipeline"]
+
+
+def _card(
+    campaign: Path,
+    checkpoint: Path,
+    config: CampaignConfig,
+    number: int,
+    row: dict[str, Any],
+    family: type[Family],
+    readers: str,
+) -> str:
     hub = hub_model(config)
     header: dict[str, Any] = {"base_model": hub} if hub else {}
     file = weights_file(checkpoint)
@@ -74,17 +101,24 @@ def _card(campaign: Path, checkpoint: Path, config: CampaignConfig, number: int,
     people = "people" if config.judge.labeller != "proxy" else "proxy scorers"
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
-        base=hub or public_config(config)["model"]["path"],
+        drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
+        noise=f"\n    eta={sample.eta}," if family.STEP_NOISE else "",
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
         scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
         labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
-        guidance=sample.guidance_scale, eta=sample.eta, beta=train.beta, rate=train.learning_rate,
+        guidance=sample.guidance_scale, beta=train.beta, rate=train.learning_rate,
         extent=f"Rank {config.model.lora_rank}, alpha {config.model.lora_alpha or config.model.lora_rank}"
                if part == "LoRA" else f"All weights of the {part}",
         images=sample.images_per_round, size=sample.group_size,
     )  # fmt: skip
     return card(header, body)
+
+
+def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
+    folder = model_folder(config)
+    absent = [name for name in absent_parts(config, folder) if f"{name}=" not in family.DRAWING] if folder else []
+    return family.DRAWING.format(base=", ".join([json.dumps(base), *(f"{name}=None" for name in absent)]))
 
 
 def _scores(campaign: Path, number: int, part: str) -> str:
@@ -106,19 +140,17 @@ reward model: {number} rounds of {images} images in groups of {size}, judged by 
 ```python
 import diffusers, torch
 
-pipe = diffusers.DiffusionPipeline.from_pretrained("{base}", safety_checker=None)
-pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+{drawing}
 {line}  # this folder, or the id it is uploaded as
 image = pipe(
     {prompt},
     num_inference_steps={steps},
-    guidance_scale={guidance},
-    eta={eta},
+    guidance_scale={guidance},{noise}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```
 
-{scores}
+{readers}{scores}
 
 In brackets: 95 % bootstrap intervals of the mean. Prompts and seeds are the same for both columns and were never
 trained on.

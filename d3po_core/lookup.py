@@ -8,32 +8,37 @@ from typing import Any
 import duckdb
 
 from d3po_core.campaign import finished_numbers, round_config
+from d3po_core.comparison import round_named
 from d3po_core.config import CampaignConfig, changed_fields
 from d3po_core.errors import D3POError
+from d3po_core.tables import partition, read_rows
 from d3po_core.views import connect_views
 
 
-def finished_round(campaign: Path, round_number: int | None, trained: bool = False) -> int:
-    """The number of a finished round; the last one when none is asked for.
-
-    Args:
-        campaign: the campaign's folder.
-        round_number: the round, or None.
-        trained: whether it must have trained a checkpoint, which round 0 has not.
+def trained_round(campaign: Path, name: str) -> int:
+    """The finished round that a name means: ``champion``, ``latest`` or a number; not the base, which is not trained.
 
     Raises:
-        D3POError: that round is not finished; the message says which are.
+        D3POError: no finished round is called so, or it is the base model.
     """
-    numbers = [number for number in finished_numbers(campaign) if number > 0 or not trained]
-    wanted = round_number if round_number is not None else max(numbers, default=None)
-    if wanted not in numbers:
-        there = f"there are {numbers[0]} to {numbers[-1]}" if numbers else "there is none yet"
-        kind = "round that trained" if trained else "finished round"
-        what = f"{wanted} is not a {kind}" if wanted is not None else f"has no {kind}"
-        base = " (0 is the base model)" if trained and wanted == 0 else ""
-        raise D3POError(f"campaign {campaign.name!r}: {what}{base}; {there}")
-    assert wanted is not None
-    return wanted
+    number = round_named(campaign, name)
+    if number == 0:
+        rounds = ", ".join(map(str, finished_numbers(campaign)[1:])) or "none yet"
+        raise D3POError(
+            f"campaign {campaign.name!r}: {name} is the base model, not a round that trained; name another: {rounds}"
+        )
+    return number
+
+
+def rejection(campaign: Path, round_number: int) -> str | None:
+    """What to know before a round is shipped that the guard went back from; None when it did not."""
+    (row,) = read_rows(partition(campaign, "rounds", round_number) / "part.parquet")
+    if row.get("verdict") not in ("rejected", "stopped"):
+        return None
+    return (
+        f"round {round_number} was {row['verdict']} by the guard ({row.get('findings') or 'no finding recorded'}); the "
+        f"champion is round {row.get('champion')}"
+    )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,19 @@ def family_of(config: ModelConfig, folder: Path) -> type[Family]:
     return family_named(config, _read(config, folder, INDEX).get("_class_name"))
 
 
+def absent_parts(config: ModelConfig, folder: Path) -> list[str]:
+    """Names of the parts that a folder says it has none of, and that whoever loads it must say too."""
+    index = _read(config, folder, INDEX)
+    return [name for name, entry in index.items() if entry == [None, None]]
+
+
+def layers_per_block(config: ModelConfig) -> int:
+    """How many layers a UNet's blocks have; 2, as every published one, when its configuration is not here."""
+    folder = model_folder(config)
+    found = _read(config, folder, "unet/config.json").get("layers_per_block") if folder else None
+    return found if isinstance(found, int) else 2
+
+
 def family_named(config: ModelConfig, name: Any) -> type[Family]:
     """The family whose pipeline has this class name; a D3POError when there is none."""
     if not isinstance(name, str) or name not in FAMILIES:

@@ -4,7 +4,6 @@ Tensor names carry their shape: B images, C H W latent channels, height, width.
 """
 
 import contextlib
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from d3po_core.fused_layers import (
 from d3po_core.loading import DTYPES, check_model, load_family
 from d3po_core.row_limit import RowLimit
 from d3po_core.seeds import gaussian
-from d3po_core.weights import LORA_FILE
+from d3po_core.weights import LORA_FILE, sort_metadata
 
 __all__ = ["LORA_FILE", "Conditioning", "Policy", "check_model", "load_policy"]
 
@@ -352,7 +351,7 @@ class Policy:
                     "target_modules": sorted(self.config.lora_targets)}  # fmt: skip
         layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": metadata}
         self.family.PIPELINE.save_lora_weights(folder, weight_name=LORA_FILE, **layers)
-        _sort_metadata(folder / LORA_FILE)
+        sort_metadata(folder / LORA_FILE)
         return folder / LORA_FILE
 
     def load_weights(self, folder: Path) -> None:
@@ -375,17 +374,6 @@ class Policy:
                 f"checkpoint {folder}: its LoRA has other layers or another rank than model.lora_* asks for"
             )
         set_peft_model_state_dict(self._bare, state)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Give a safetensors file's metadata one order: the library writes it in a random one, and equal weights differ."""
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-    assert len(text) == size, "a header with its keys in another order is as long as before"
-    path.write_bytes(content[:8] + text + content[8 + size :])
 
 
 def load_policy(config: ModelConfig, seed: int) -> Policy:

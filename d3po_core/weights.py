@@ -52,3 +52,14 @@ def expect_finite(module: "torch.nn.Module", whose: str) -> None:
             wrong = value.isfinite().logical_not().sum()
             raise D3POError(f"{whose}: {int(wrong)} of {value.numel()} numbers of {name} are NaN or infinite; "
                             "take another copy, or another precision if this one was converted")  # fmt: skip
+
+
+def sort_metadata(path: Path) -> None:
+    """Give a safetensors file's metadata one order: the library writes it in a random one, and equal weights differ."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size, "a header with its keys in another order is as long as before"
+    path.write_bytes(content[:8] + text + content[8 + size :])

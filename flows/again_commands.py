@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from d3po_core.errors import D3POError
-from flows.command_parts import CampaignOption, console, loading
+from flows.command_parts import CampaignOption, console, loading, outside_campaigns
 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; as many as the round recorded when not given")
@@ -30,8 +30,7 @@ def regenerate(
     from d3po_core.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
-    if output and output.resolve().is_relative_to(folder):
-        raise D3POError(f"--output {output}: lies in the campaign's own folder; name a file elsewhere")
+    outside_campaigns(output)
     with loading():
         from d3po_core.images import save_png
         from d3po_core.regenerate import batch_of
@@ -61,15 +60,15 @@ def regenerate(
 
 def replay(
     campaign: Annotated[str, typer.Argument(help="Name of the campaign")],
-    round: Annotated[int | None, typer.Option(help="Round to train again; the last when not given")] = None,
+    round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "latest",
     threads: ThreadsOption = None,
 ) -> None:
     """Train a round again from what is on disk, and say whether the same weights come out; nothing is written."""
     from d3po_core.campaign import campaign_named
-    from d3po_core.lookup import finished_round
+    from d3po_core.lookup import trained_round
 
     folder = campaign_named(campaign).folder
-    number = finished_round(folder, round, trained=True)
+    number = trained_round(folder, round)
     with loading():
         from d3po_core.replay import check_replayable, replay_round
 

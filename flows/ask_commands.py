@@ -1,18 +1,14 @@
 """Commands that ask a campaign: query and show."""
 
 import contextlib
-import shutil
-import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from d3po_core.errors import D3POError
-from flows.command_parts import CampaignOption, console, writing
+from flows.command_parts import CampaignOption, outside_campaigns, print_table, shown, writing
 
 Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
 
@@ -24,24 +20,17 @@ def query(
     output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
 ) -> None:
     """Ask SQL over all rounds: tables, and views such as pairs, checkpoints, human_comparisons (docs/questions.md)."""
-    import duckdb
-
     from d3po_core.blind import collect_comparisons
     from d3po_core.campaign import campaign_named
-    from d3po_core.views import connect_views
+    from d3po_core.query import ask
 
     folder = campaign_named(campaign).folder
+    outside_campaigns(output)
     # A folder that cannot be written is asked all the same, only without what people said last.
     with contextlib.suppress(D3POError):
         collect_comparisons(folder)
-    try:
-        with connect_views(folder) as connection:
-            relation = connection.sql(sql)
-            if relation is None:
-                raise D3POError("query: the statement gives no rows; expected a SELECT")
-            _write(relation, format.value, output)
-    except duckdb.Error as error:
-        raise D3POError(f"query: {' '.join(str(error).split())}") from None
+    with ask(folder, sql) as answer:
+        _write(answer, format.value, output)
 
 
 def show(
@@ -73,7 +62,7 @@ def show(
         f"config      {folder}/stages/round={story.round}/config.json",
         f"            differs from the defaults in {', '.join(settings) or 'nothing'}",
     ]  # fmt: skip
-    print("\n".join(lines))
+    print("\n".join(map(shown, lines)))
     _rows("judgements", story.judgements, ("rater", "rater_kind", "kind", "sample_id", "other_id", "value",
                                            "judged_at", "source"))  # fmt: skip
     _rows("pairs", story.pairs, ("winner_id", "loser_id", "weight", "agreement", "people_for", "people_against",
@@ -87,35 +76,20 @@ def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> N
     print(f"{title}: {len(rows) or 'none'}")
     if not rows:
         return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    console().print(table)
+    print_table(columns, [[row[column] for column in columns] for row in rows])
 
 
-def _write(relation: Any, format: str, output: Path | None) -> None:
-    """Write an answer; csv, json (an object a line) and parquet as DuckDB does, which keeps numbers as they are."""
+def _write(answer: Any, format: str, output: Path | None) -> None:
+    from d3po_core.query import print_answer, write_answer
+    from d3po_core.tables import atomic_path
+
     if format == "parquet" and output is None:
         raise D3POError("query: parquet is not for terminals; add --output FILE.parquet")
     if format == "table":
-        table = Table(*relation.columns)
-        for row in relation.fetchall():
-            table.add_row(*("" if value is None else str(value) for value in row))
         with writing(output) as stream:
-            console(stream).print(table)
+            print_table(answer.columns, answer.fetchall(), stream)
     elif output:
-        from d3po_core.tables import atomic_path
-
         with atomic_path(output, "or name another --output") as temporary:
-            _copy(relation, format, temporary)
+            write_answer(answer, format, temporary)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            _copy(relation, format, Path(folder) / "answer")
-            with (Path(folder) / "answer").open(encoding="utf-8", newline="") as stream:
-                shutil.copyfileobj(stream, sys.stdout)
-
-
-def _copy(relation: Any, format: str, path: Path) -> None:
-    options = "FORMAT csv, HEADER" if format == "csv" else f"FORMAT {format}"
-    quoted = str(path).replace("'", "''")
-    relation.query("answer", f"COPY answer TO '{quoted}' ({options})")
+        print_answer(answer, format)

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from d3po_core.errors import D3POError
 
 CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder when it lies elsewhere")]
 
@@ -19,6 +21,36 @@ def console(stream: Any = None) -> Console:
     width = None if stream.isatty() else 240
     # A prompt or a name with square brackets or colons is neither markup nor an emoji.
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], stream: Any = None) -> None:
+    """Print rows; a cell shows whatever it holds, and nothing for null."""
+    from rich.table import Table
+
+    table = Table(*map(shown, columns))
+    for row in rows:
+        table.add_row(*("" if value is None else shown(value) for value in row))
+    console(stream).print(table)
+
+
+def shown(value: Any) -> str:
+    """A value as text that a terminal shows and does not obey."""
+    from d3po_core.query import plain
+
+    return plain(str(value))
+
+
+def outside_campaigns(output: Path | None) -> None:
+    """Make sure that a file or folder to write is not in a campaign's own folder.
+
+    Raises:
+        D3POError: it is.
+    """
+    from d3po_core.campaign import CAMPAIGN_FILE
+
+    for folder in output.resolve().parents if output else ():
+        if (folder / CAMPAIGN_FILE).exists():
+            raise D3POError(f"--output {output}: lies in the campaign's own folder; name a file or folder elsewhere")
 
 
 @contextlib.contextmanager

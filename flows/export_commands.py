@@ -1,11 +1,12 @@
 """Commands that make a folder for others: preferences as a dataset, a LoRA or a trained network with its model card."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.command_parts import loading
+from flows.command_parts import loading, outside_campaigns
 
 OutputOption = Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten")]
 
@@ -21,6 +22,7 @@ def export_preferences(
     from d3po_core.campaign import campaign_named
     from d3po_core.export_preferences import export_preferences as export
 
+    outside_campaigns(output)
     count = export(campaign_named(campaign).folder, output, shard_megabytes * 1_000_000)
     print(f"{count} pairs in {output}: datasets.load_dataset({str(output)!r})")
 
@@ -28,14 +30,18 @@ def export_preferences(
 def export_lora(
     campaign: Annotated[str, typer.Option(help="Name of the campaign")],
     output: OutputOption,
-    round: Annotated[int | None, typer.Option(help="Round that trained it; the last when not given")] = None,
+    round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "champion",
 ) -> None:
     """Write a round's LoRA (or its network, if all of it was trained) with a model card, ready to upload."""
     from d3po_core.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
+    outside_campaigns(output)
     with loading():
         from d3po_core.export_lora import export_lora as export
+        from d3po_core.lookup import rejection
         from d3po_core.weights import loading_line
     number = export(folder, output, round)
+    if rejected := rejection(folder, number):
+        print(f"warning: {rejected}", file=sys.stderr)
     print(f"round {number} in {output}: {loading_line(output, repr(str(output)))}")

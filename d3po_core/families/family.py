@@ -30,6 +30,13 @@ class Family(Protocol):
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool]
     """Whether images with other texts are computed alike until the first cross-attention."""
 
+    DRAWING: ClassVar[str]
+    """Lines of Python, for a model card, that load ``{base}`` as ``pipe`` with the steps that it was trained with."""
+    STEP_NOISE: ClassVar[bool]
+    """Whether the pipeline takes the steps' noise as ``eta``."""
+    FIRST_AUTHORS_NAMES: ClassVar[bool]
+    """Whether other programs know the network's blocks by the first authors' names alone (kohya.py)."""
+
     pipeline: Any
     """The loaded pipeline."""
 

@@ -20,6 +20,8 @@ class StableDiffusion3(StableDiffusion):
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     OPTIONAL_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": Transformer, "vae": ShiftedVae}
+    DRAWING: ClassVar[str] = "pipe = diffusers.DiffusionPipeline.from_pretrained({base})"
+    STEP_NOISE: ClassVar[bool] = False  # its pipeline takes the flow's deterministic steps
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
     REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
 

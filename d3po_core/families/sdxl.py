@@ -16,6 +16,10 @@ class StableDiffusionXL(StableDiffusion):
     PIPELINE: ClassVar[Any] = StableDiffusionXLPipeline
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     PARTS: ClassVar[dict[str, type[Part]]] = {"unet": SizedUNet, "vae": NormedVae}
+    DRAWING: ClassVar[str] = """\
+pipe = diffusers.DiffusionPipeline.from_pretrained({base})
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)"""
+    FIRST_AUTHORS_NAMES: ClassVar[bool] = True
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:

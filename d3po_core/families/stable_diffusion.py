@@ -24,6 +24,12 @@ class StableDiffusion:
 
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
 
+    DRAWING: ClassVar[str] = """\
+pipe = diffusers.DiffusionPipeline.from_pretrained({base}, safety_checker=None)
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)"""
+    STEP_NOISE: ClassVar[bool] = True
+    FIRST_AUTHORS_NAMES: ClassVar[bool] = False
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
 from d3po_core.export_lora import export_lora
 from d3po_core.export_preferences import COLUMNS, export_preferences
+from d3po_core.policy import load_policy
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
 from tests.core.small_campaign import small_config, write_campaign
+from tests.core.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def give_lora(campaign: Path, number: int, content: bytes = WEIGHTS) -> None:
 
 def export_lora_of_four(campaign: Path, output: Path) -> int:
     give_lora(campaign, 4)
-    return export_lora(campaign, output)
+    return export_lora(campaign, output, "latest")
 
 
 def test_lora_folder_has_weights_card_scores_and_configuration(campaign: Path, tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def test_card_of_a_hub_model_names_it(campaign: Path, tmp_path: Path) -> None:
         {"campaign": "hub", "runs_dir": str(tmp_path / "runs"), "model": {"path": "someone/model-1"}}, "t"
     )
     begin_round(config, 2)
-    assert export_lora(copy, tmp_path / "lora", 2) == 2
+    assert export_lora(copy, tmp_path / "lora", "2") == 2
     assert header_of(tmp_path / "lora")["base_model"] == "someone/model-1"
     assert 'from_pretrained("someone/model-1"' in (tmp_path / "lora" / "README.md").read_text()
 
@@ -234,12 +237,12 @@ def test_lora_that_was_changed_or_lost_is_not_exported(campaign: Path, tmp_path:
     weights = copy / "checkpoints/round=3/pytorch_lora_weights.safetensors"
     weights.write_bytes(b"other weights")
     with pytest.raises(D3POError, match="was changed since round 3 was trained"):
-        export_lora(copy, tmp_path / "lora", 3)
+        export_lora(copy, tmp_path / "lora", "3")
     weights.unlink()
     with pytest.raises(D3POError, match="is gone; restore it, or export another round"):
-        export_lora(copy, tmp_path / "lora", 3)
-    with pytest.raises(D3POError, match="7 is not a round that trained; there are 1 to 4"):
-        export_lora(copy, tmp_path / "lora", 7)
+        export_lora(copy, tmp_path / "lora", "3")
+    with pytest.raises(D3POError, match="'7' is no finished round"):
+        export_lora(copy, tmp_path / "lora", "7")
     assert not (tmp_path / "lora").exists()
 
 
@@ -257,3 +260,23 @@ def test_paths_of_this_machine_are_not_shown_to_others(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(shown)
     assert shown["evaluate"]["prompts"] == CampaignConfig().evaluate.prompts
     assert hub_model(CampaignConfig()) is None
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_lines_of_the_card_run_and_draw_an_image(campaign: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(campaign, tmp_path / "runs" / "family"))
+    base = tiny_model(name, tmp_path / name)
+    values = {"campaign": "family", "runs_dir": str(tmp_path / "runs"), "sample": {"num_steps": 2},
+              "model": {"path": str(base), "lora_rank": 2, "device": "cpu"}}  # fmt: skip
+    config = load_config(values, "test")
+    file = load_policy(config.model, seed=0).save_weights(tmp_path)
+    give_lora(copy, 2, file.read_bytes())
+    (copy / "stages/round=2/config.json").unlink()
+    begin_round(config, 2)
+    export_lora(copy, tmp_path / "lora", "2")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    names: dict[str, Any] = {}
+    exec(lines.replace(f'"{name}"', repr(str(base))).replace('"FOLDER"', repr(str(tmp_path / "lora"))), names)
+    assert names["image"].size == (16, 16)
+    assert names["pipe"].get_active_adapters()

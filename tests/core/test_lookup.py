@@ -8,7 +8,8 @@ import pytest
 
 from d3po_core.campaign import finished_numbers, round_config
 from d3po_core.errors import D3POError
-from d3po_core.lookup import finished_round, image_story
+from d3po_core.lookup import image_story, rejection, trained_round
+from d3po_core.tables import partition, read_rows, table_from_rows, write_table
 from tests.core.small_campaign import small_config, write_campaign
 
 
@@ -17,27 +18,38 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_campaign(tmp_path_factory.mktemp("data") / "runs")
 
 
-def test_last_round_is_meant_when_none_is_named(campaign: Path) -> None:
+def test_rounds_are_named_by_word_or_number(campaign: Path) -> None:
     assert finished_numbers(campaign) == [0, 1, 2, 3, 4]
-    assert finished_round(campaign, None) == 4
-    assert finished_round(campaign, 2, trained=True) == 2
+    assert trained_round(campaign, "latest") == 4
+    assert trained_round(campaign, "2") == 2
 
 
 def test_round_is_finished_by_its_row_and_nothing_else(campaign: Path, tmp_path: Path) -> None:
     shutil.copytree(campaign, tmp_path / "small")
     shutil.rmtree(tmp_path / "small" / "rounds" / "round=4")
-    assert finished_round(tmp_path / "small", None) == 3
-    with pytest.raises(D3POError, match=r"4 is not a finished round; there are 0 to 3"):
-        finished_round(tmp_path / "small", 4)
+    assert trained_round(tmp_path / "small", "latest") == 3
+    with pytest.raises(D3POError, match=r"'4' is no finished round .* expected base, latest, champion or one of 0, 1"):
+        trained_round(tmp_path / "small", "4")
     assert image_story(tmp_path / "small", "r4-g0-m0").run is None
 
 
 def test_base_model_is_no_round_that_trained(campaign: Path, tmp_path: Path) -> None:
-    assert finished_round(campaign, 0) == 0
-    with pytest.raises(D3POError, match=r"0 is not a round that trained \(0 is the base model\); there are 1 to 4"):
-        finished_round(campaign, 0, trained=True)
-    with pytest.raises(D3POError, match="has no round that trained; there is none yet"):
-        finished_round(tmp_path, None, trained=True)
+    for name in ("0", "base"):
+        with pytest.raises(D3POError, match=f"{name} is the base model, not a round that trained; name another: 1, 2"):
+            trained_round(campaign, name)
+    with pytest.raises(D3POError, match="it has none yet"):
+        trained_round(tmp_path, "latest")
+
+
+def test_a_rejected_round_says_so_before_it_is_shipped(campaign: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(campaign, tmp_path / "small"))
+    (row,) = read_rows(partition(copy, "rounds", 3) / "part.parquet")
+    assert rejection(copy, 3) is None
+    row |= {"verdict": "rejected", "findings": "the held-out score fell", "champion": 2}
+    write_table(copy, "rounds", 3, table_from_rows("rounds", [row]))
+    assert rejection(copy, 3) == (
+        "round 3 was rejected by the guard (the held-out score fell); the champion is round 2"
+    )
 
 
 def test_configuration_of_a_round_is_the_one_it_was_begun_with(campaign: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_command_replay_uses_the_recorded_threads_or_says_what_it_used(command: 
     assert "round 2: other weights" in other.output
     assert re.search(r"computed on cpu, 2 CPU threads, .*the round on cpu, 1 CPU threads", other.output, re.S)
     base = command("replay", "tiny", "--round", "0")
-    assert "0 is not a round that trained (0 is the base model); there are 1 to 2" in str(base.exception)
+    assert "0 is the base model, not a round that trained; name another: 1, 2" in str(base.exception)
 
 
 def test_command_prune_waits_for_nobody_and_a_dry_run_changes_nothing(command: Command, campaign: Path) -> None:
