@@ -93,7 +93,7 @@ def replay(
 
 
 def prune(
-    campaign: Annotated[str, typer.Option(help="Name of the campaign")],
+    campaign: CampaignOption = "shapes",
     keep_rounds: Annotated[int, typer.Option(help="Leave so many of the last finished rounds as they are")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go")] = False,
 ) -> None:

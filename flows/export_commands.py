@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from flows.command_parts import loading, outside_campaigns
+from flows.command_parts import CampaignOption, loading, outside_campaigns
 
 OutputOption = Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten")]
 
 
 def export_preferences(
-    campaign: Annotated[str, typer.Option(help="Name of the campaign")],
     output: OutputOption,
+    campaign: CampaignOption = "shapes",
     shard_megabytes: Annotated[
         int, typer.Option(min=1, help="Images in one Parquet file have at most so many MB")
     ] = 400,
@@ -28,8 +28,8 @@ def export_preferences(
 
 
 def export_lora(
-    campaign: Annotated[str, typer.Option(help="Name of the campaign")],
     output: OutputOption,
+    campaign: CampaignOption = "shapes",
     round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "champion",
 ) -> None:
     """Write a round's LoRA (or its network, if all of it was trained) with a model card, ready to upload."""

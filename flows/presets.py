@@ -2,14 +2,16 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, load_config, merge
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, is_url, load_config, merge, resolve_path
 from d3po_core.errors import D3POError
 
 ENTRYPOINT = "flows/round.py:d3po"
+PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -40,12 +42,23 @@ def deployment_config(deployment: str, campaign: str | None, settings: list[str]
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
+        value = _typed_here(name, value)
         for part in reversed(name.split(".")):
             value = {part: value}
         values = merge(values, value)
     if campaign:
         values = merge(values, {"campaign": campaign})
     return load_config(values, f"deployment {deployment!r}")
+
+
+def _typed_here(field: str, value: Any) -> Any:
+    """A relative path means the folder in which it is typed; one that is not there is left as it is."""
+    if field not in PATH_FIELDS and not field.startswith("scoring.models."):
+        return value
+    if not isinstance(value, str) or is_url(value) or Path(value).is_absolute() or not Path(value).exists():
+        return value
+    here = Path(value).resolve()
+    return value if here == resolve_path(value) else str(here)
 
 
 def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:

@@ -3,11 +3,12 @@
 import json
 import shlex
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
 from d3po_core.errors import D3POError
 from flows.presets import command_that_goes_on, deployment_config
 
@@ -56,3 +57,15 @@ def test_campaign_that_people_judge_goes_on_by_its_deployment() -> None:
     *words, parameter = shlex.split(command_that_goes_on(other))
     assert words == ["prefect", "deployment", "run", "d3po/human", "-p", "rounds=3", "-p"]
     assert load_config(json.loads(parameter.removeprefix("config=")), "test") == other
+
+
+def test_a_relative_path_means_the_folder_in_which_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("a red circle on a gray background")
+    monkeypatch.chdir(tmp_path)
+    typed = deployment_config("round", None, ["sample.prompts=mine.txt", "train.learning_rate=1e-3"])
+    assert typed.sample.prompts == str(tmp_path / "mine.txt")
+    # What is not here is the project's, as in prefect.yaml; there it stays as it was typed.
+    shipped = "sample.prompts=data/prompts/shapes_train.txt"
+    assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
+    monkeypatch.chdir(PROJECT_ROOT)
+    assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
