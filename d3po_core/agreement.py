@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest
 
-from d3po_core.gold import CONFIDENCE, PAIR, GoldScore, gold_scores, left_out, votes_frame
+from d3po_core.gold import PAIR, GoldScore, gold_scores, left_out, votes_frame
+from d3po_core.intervals import CONFIDENCE
 from d3po_core.preferences import collect_votes
 from d3po_core.raters import reliability
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -92,7 +93,10 @@ def last_finished_round(campaign: Path) -> int:
 def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
     """A row of ``rounds`` as a record."""
     stages = ("sample", "judge", "derive", "train", "evaluate", "publish")
-    score = ScoreSummary(mean=row["eval_score_mean"], low=row["eval_score_low"], high=row["eval_score_high"])
+    low, high = row["eval_score_low"], row["eval_score_high"]
+    score = ScoreSummary(
+        mean=row["eval_score_mean"], low=-math.inf if low is None else low, high=math.inf if high is None else high
+    )
     return RoundRecord(
         round=round_number,
         verdict=row.get("verdict"),

@@ -126,7 +126,7 @@ def _scores(campaign: Path, number: int, part: str) -> str:
     records = [read_record(campaign, n, "evaluate", EvaluateRecord) for n in (0, number)]
     lines = [f"| held-out score, {records[1].num_images} images | base model | with this {part} |", "|---|---|---|"]
     for scorer in records[1].scores:
-        cells = [f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in (record.scores[scorer] for record in records)]
+        cells = [str(record.scores[scorer]) for record in records]
         lines.append(f"| {scorer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -152,7 +152,7 @@ image = pipe(
 
 {readers}{scores}
 
-In brackets: 95 % bootstrap intervals of the mean. Prompts and seeds are the same for both columns and were never
+In brackets: 95 % intervals of the mean over prompts. Prompts and seeds are the same for both columns and were never
 trained on.
 
 {extent}, beta {beta}, learning rate {rate}; everything else is in [{file}]({file}). SHA-256 of the

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from scipy.stats import beta
+from scipy.special import betainc, betaln
 
-CONFIDENCE = 0.95
+from d3po_core.intervals import share_interval
+
+# At most so many raters who reach the floor are ever left out, however often their answers are looked at.
+ERROR = 0.05
 PAIR = ["group_id", "first_member", "second_member", "first_id", "second_id"]
 
 
@@ -24,10 +27,22 @@ class GoldScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Exact (Clopper-Pearson) 95 % interval of the share of right answers; 0 to 1 without any answer."""
-        tail, wrong = (1 - CONFIDENCE) / 2, self.answered - self.right
-        low = float(beta.ppf(tail, self.right, wrong + 1)) if self.right > 0 else 0.0
-        return low, float(beta.ppf(1 - tail, self.right + 1, wrong)) if wrong > 0 else 1.0
+        """95 % interval of the share of right answers, for one look at them; 0 to 1 without any answer."""
+        return share_interval(self.right, self.answered)
+
+    def evidence_below(self, floor: float) -> float:
+        """How much more likely the answers are from somebody below the floor than from somebody on it.
+
+        The likelihood ratio, averaged over all accuracies from 0 to ``floor``. For a rater whose accuracy is at least
+        ``floor`` its mean is at most 1 after every answer, so that the chance of it ever reaching 1 / a is at most a,
+        however often one looks. Half-right answers only lower it.
+
+        Source: Ville's inequality for a mixture martingale; Howard, Ramdas, McAuliffe and Sekhon, "Time-uniform,
+        nonparametric, nonasymptotic confidence sequences", Annals of Statistics 49 (2021), Section 3.2.
+        """
+        right, wrong = self.right, self.answered - self.right
+        below = betaln(right + 1, wrong + 1) + np.log(betainc(right + 1, wrong + 1, floor)) - np.log(floor)
+        return float(np.exp(below - right * np.log(floor) - wrong * np.log1p(-floor)))
 
 
 def gold_scores(votes: pa.Table) -> dict[str, GoldScore]:
@@ -52,12 +67,14 @@ def gold_scores(votes: pa.Table) -> dict[str, GoldScore]:
 
 
 def left_out(gold: Mapping[str, GoldScore], accuracy_floor: float) -> list[str]:
-    """Raters who are below the floor for sure: the whole 95 % interval of their gold score is.
+    """Raters who are below the floor for sure, also when their answers are looked at after every question.
 
-    So a rater is never left out for fewer than five wrong answers at a floor of 0.6, and one who answered too few
-    questions to tell is kept.
+    Of raters at the floor at most 5 % are ever left out, see ``GoldScore.evidence_below``. At a floor of 0.6 nobody is
+    left out for fewer than five wrong answers, and one who answered too few questions to tell is kept.
     """
-    return sorted(rater for rater, score in gold.items() if score.interval[1] < accuracy_floor)
+    if not 0 < accuracy_floor < 1:  # nobody is below 0; below 1 is whoever was ever wrong
+        return sorted(rater for rater, score in gold.items() if accuracy_floor == 1 and score.right < score.answered)
+    return sorted(rater for rater, score in gold.items() if score.evidence_below(accuracy_floor) >= 1 / ERROR)
 
 
 def sum_scores(*parts: Mapping[str, GoldScore]) -> dict[str, GoldScore]:

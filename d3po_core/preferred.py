@@ -1,17 +1,16 @@
 """How often people prefer a checkpoint's held-out images to a reference's, seen blind: a win rate with its interval.
 
-A tie is half a win; of a pair that several people judged their mean counts once. What is resampled for the interval is
-the prompt, as in ``comparison``: it speaks of other prompts, judged by the same people.
+A tie is half a win; of a pair that several people judged their mean counts once. The interval is over
+prompts, as in ``comparison``: it speaks of other prompts, judged by the same people.
 """
 
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from d3po_core.comparison import BETTER, MIN_UNITS, UNCLEAR, WORSE, mean_intervals, unit_means
-from d3po_core.gold import GoldScore
+from d3po_core.comparison import BETTER, UNCLEAR, WORSE
+from d3po_core.intervals import MIN_UNITS, mean_intervals, unit_means
 from d3po_core.records import ScoreSummary
 from d3po_core.views import connect_views
 
@@ -73,7 +72,9 @@ def human_win_rates(campaign: Path) -> list[HumanWinRate]:
     for total in totals:
         own = (pairs["round"] == total["round"]) & (pairs["against"] == total["against"])
         units_U = unit_means(pairs["share"][own], pairs["prompt"][own].tolist())
-        rates.append(HumanWinRate(**total, win_rate=win_rate(units_U), num_units=len(units_U)))
+        rates.append(
+            HumanWinRate(**total, win_rate=mean_intervals(units_U[None], shares=True)[0], num_units=len(units_U))
+        )
     return rates
 
 
@@ -85,19 +86,6 @@ def human_win_rate(rates: list[HumanWinRate], round_number: int, against: int) -
         if (rate.round, rate.against) == (against, round_number):
             return rate.turned()
     return None
-
-
-def win_rate(units_U: np.ndarray) -> ScoreSummary:
-    """Mean of win shares ``[U]`` in [0, 1] with its 95 % interval, within 0 and 1.
-
-    Bootstrapped as in ``comparison``, but for units that are all won or all lost: resampling those gives an interval
-    without width, as if a handful proved what a thousand would. Theirs is exact (Clopper-Pearson).
-    """
-    (found,) = mean_intervals(units_U[None])
-    low, high = max(found.low, 0.0), min(found.high, 1.0)
-    if found.mean in (0.0, 1.0):
-        low, high = GoldScore(len(units_U), float(units_U.sum())).interval
-    return ScoreSummary(mean=found.mean, low=low, high=high)
 
 
 _TOTALS = """

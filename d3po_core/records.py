@@ -3,6 +3,7 @@
 Paths are relative to the campaign's folder. ``seconds`` is the wall time of the attempt that finished the stage.
 """
 
+import math
 from datetime import datetime
 from typing import Literal
 
@@ -73,13 +74,33 @@ class TrainRecord(Record):
 
 
 class ScoreSummary(BaseModel):
-    """Mean held-out score with its 95 % bootstrap interval."""
+    """Mean held-out score with its 95 % interval over prompts; infinite ends when there are too few to tell."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     mean: float
     low: float
     high: float
+
+    @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Both ends for a table or a chart: None where there is no interval."""
+        low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
+        return low, high
+
+    def __str__(self) -> str:
+        """The mean and its interval, or that there is none."""
+        return self._told("")
+
+    @property
+    def signed(self) -> str:
+        """A difference and its interval, with their signs."""
+        return self._told("+")
+
+    def _told(self, sign: str) -> str:
+        low, high = self.ends
+        told = "too few to tell" if low is None or high is None else f"{low:{sign}.3f}, {high:{sign}.3f}"
+        return f"{self.mean:{sign}.3f} [{told}]"
 
 
 class EvaluateRecord(Record):

@@ -17,11 +17,10 @@ import torch
 from d3po_core.campaign import checkpoint_path, round_config
 from d3po_core.checkpoint import RECORD_FILE, computed_on, load_round
 from d3po_core.errors import D3POError
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.images import load_png, png_bytes
 from d3po_core.lookup import find_image
 from d3po_core.policy import Policy
-from d3po_core.rollout import ImageSeed, Trajectories, draw_images, member_seed
+from d3po_core.rollout import ImageSeed, Trajectories, draw_images, evaluation_seeds, member_seed
 from d3po_core.tables import connect, partition, read_rows
 
 

@@ -51,6 +51,15 @@ def member_seed(
     return ImageSeed(prompt, derive_seed(*key, "x_T", *initial), derive_seed(*key, "noise", member))
 
 
+def evaluation_seeds(prompts: list[str], images_per_prompt: int, campaign_seed: int) -> list[ImageSeed]:
+    """What the held-out images are made from; the same in every round, and never shared with training."""
+    return [
+        ImageSeed(prompt, *(derive_seed(campaign_seed, "evaluate", prompt, k, what) for what in ("x_T", "noise")))
+        for prompt in prompts
+        for k in range(images_per_prompt)
+    ]
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """Sampled trajectories on the CPU.

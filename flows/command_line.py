@@ -160,7 +160,7 @@ def show_campaign(config: CampaignConfig) -> None:
         score, seconds = record.score, record.stage_seconds
         table.add_row(
             str(record.round) if record.round else "base",
-            f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]",
+            str(score),
             str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
         )  # fmt: skip
     console().print(table)

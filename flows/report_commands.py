@@ -42,6 +42,9 @@ def compare(
                         "such as: d3po compare base latest")  # fmt: skip
     held_out = read_held_out(chosen)
     print_comparison(held_out, labels)
+    if "champion" in [name.rpartition(":")[2] for name in names]:
+        print("a champion is the best of many looks at these images, and a little lucky: d3po report judges it on "
+              "prompts that did not choose it")  # fmt: skip
     print_preferred(chosen, labels)
     if output is None:
         words = "-".join(
@@ -68,7 +71,8 @@ def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
     import numpy as np
     from rich.table import Table
 
-    from d3po_core.comparison import compare_scores, diversity_by_prompt, mean_intervals, unit_means
+    from d3po_core.comparison import compare_scores, diversity_by_prompt
+    from d3po_core.intervals import score_intervals
     from d3po_core.report.answers import interval, number
 
     spreads = [list(diversity_by_prompt(held_out.prompts, paths).values()) for paths in held_out.image_paths]
@@ -78,7 +82,7 @@ def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
         for column in ("checkpoint", "mean", "difference", "wins, ties half", "verdict", "diversity"):
             words = column in ("checkpoint", "verdict")
             table.add_column(column, justify="left" if words else "right", no_wrap=column != "checkpoint")
-        for row, mean in enumerate(mean_intervals(unit_means(scores, held_out.prompts))):
+        for row, mean in enumerate(score_intervals(scores, held_out.prompts)):
             cells = [labels[row], f"{number(mean.mean)} {interval(mean)}", "", "", ""]
             if row:
                 c = compare_scores(scores[row], scores[0], held_out.prompts)

@@ -46,9 +46,8 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
                 guard_round(config, number)
                 finished = publish_round(config, number)
                 logger.info(
-                    "round %d: held-out %s %.3f [%.3f, %.3f], %d pairs, %d ties",
-                    number, finished.eval_scorer, finished.score.mean, finished.score.low, finished.score.high,
-                    finished.num_pairs, finished.num_ties,
+                    "round %d: held-out %s %s, %d pairs, %d ties",
+                    number, finished.eval_scorer, finished.score, finished.num_pairs, finished.num_ties,
                 )  # fmt: skip
             end_run(config.folder, run_id=str(flow_run.id))
     except D3POError as error:

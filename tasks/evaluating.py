@@ -8,8 +8,8 @@ from prefect import task
 from d3po_core.campaign import checkpoint_path, finish_stage
 from d3po_core.comparison import diversity
 from d3po_core.config import CampaignConfig
-from d3po_core.evaluate import summarize
 from d3po_core.images import load_pngs, sheet
+from d3po_core.intervals import score_intervals
 from d3po_core.jobs.evaluating import draw_held_out, held_out_path, held_out_seeds
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import atomic_path, table_from_rows, write_table
@@ -51,7 +51,7 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     write_table(config.folder, "evaluations", round_number, table_from_rows("evaluations", rows))
     return EvaluateRecord(
         num_images=len(images),
-        scores={name: summarize(values) for name, values in scores.items()},
+        scores={name: score_intervals(values[None], all_prompts)[0] for name, values in scores.items()},
         grid=_grid(config, round_number, images),
         diversity=_diversity(config, images),
         drift=drift,

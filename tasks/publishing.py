@@ -127,7 +127,8 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
             row["label_seconds"] = labelled.waited_seconds
     guarded: GuardRecord = record("guard", GuardRecord)
     for name, rate in guarded.win_rates.items():
-        row |= {f"win_rate_{name}": rate.mean, f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high}
+        low, high = rate.ends
+        row |= {f"win_rate_{name}": rate.mean, f"win_rate_{name}_low": low, f"win_rate_{name}_high": high}
     return row | {
         "diversity": evaluated.diversity,
         "drift": evaluated.drift,
@@ -138,8 +139,8 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
         "checkpoint_out": checkpoint_path(round_number),
         "eval_scorer": scorer,
         "eval_score_mean": evaluated.scores[scorer].mean,
-        "eval_score_low": evaluated.scores[scorer].low,
-        "eval_score_high": evaluated.scores[scorer].high,
+        "eval_score_low": evaluated.scores[scorer].ends[0],
+        "eval_score_high": evaluated.scores[scorer].ends[1],
         "evaluate_seconds": evaluated.seconds,
         "mlflow_run_id": tracking.known_run_id(config, round_number),
         "config_sha256": config.sha256(),

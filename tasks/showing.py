@@ -109,7 +109,7 @@ def round_table(config: CampaignConfig) -> list[dict[str, str]]:
     """The campaign's finished rounds as rows to look at, the latest first."""
 
     def shown(score: ScoreSummary | None) -> str:
-        return f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else ""
+        return str(score) if score else ""
 
     rows = []
     for record in reversed(finished_rounds(config.folder)):

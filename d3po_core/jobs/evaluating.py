@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from d3po_core.config import CampaignConfig
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.images import save_pngs
 from d3po_core.jobs import Tell
 from d3po_core.jobs.drawing import draw_and_write
@@ -14,7 +13,7 @@ from d3po_core.jobs.loaded import policy_at
 from d3po_core.policy import Policy
 from d3po_core.prompts import load_prompts
 from d3po_core.ranks import own_share, sum_over_ranks
-from d3po_core.rollout import ImageSeed, Trajectories, kl_from_base
+from d3po_core.rollout import ImageSeed, Trajectories, evaluation_seeds, kl_from_base
 
 
 def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:

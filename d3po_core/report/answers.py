@@ -12,9 +12,9 @@ from d3po_core.comparison import (
     Comparison,
     compare_rows,
     compare_scores,
-    mean_intervals,
-    unit_means,
+    fitted_champion,
 )
+from d3po_core.intervals import score_intervals
 from d3po_core.preferred import HumanWinRate
 from d3po_core.records import ScoreSummary
 from d3po_core.report.gather import Facts, Row
@@ -58,7 +58,7 @@ def scored(facts: Facts) -> list[Scored]:
     return [
         Scored(
             name,
-            mean_intervals(unit_means(scores, prompts)),
+            score_intervals(scores, prompts),
             *(compare_rows(scores, scores[others], prompts) for others in (np.zeros_like(rows), before, reigning)),
         )
         for name, scores in facts.held_out.scores.items()
@@ -72,15 +72,23 @@ def label(facts: Facts, position: int) -> str:
 
 
 def is_it_better(facts: Facts, scorers: list[Scored]) -> Row:
-    """The champion against the base, on the first scorer."""
+    """The champion against the base, on the first scorer; each prompt by a champion that it did not choose itself."""
     first, champion = scorers[0], facts.champion
-    against = first.base[champion]
+    scores = facts.held_out.scores[first.name]
+    fitted_I = fitted_champion(scores[facts.trusted], facts.held_out.prompts)
+    fitted = scores[facts.trusted][fitted_I, np.arange(scores.shape[1])]
+    against = compare_scores(fitted, scores[0], facts.held_out.prompts)
     if champion == 0:
         answer = "Not yet" if len(facts.rounds) > 1 else "Nothing to compare yet"
         return {"answer": answer, "tone": "unclear", "against": None}
     answer = {BETTER: "Yes", UNCLEAR: "Not clearly", WORSE: "No"}[against.verdict]
     tone = {BETTER: "good", UNCLEAR: "unclear", WORSE: "bad"}[against.verdict]
-    return {"answer": answer, "tone": tone, "against": against}
+    return {
+        "answer": answer,
+        "tone": tone,
+        "against": against,
+        "mean": float(score_intervals(fitted[None], facts.held_out.prompts)[0].mean),
+    }
 
 
 def pairings(facts: Facts, one: Scored) -> list[Row]:
@@ -286,8 +294,8 @@ def signed(summary: ScoreSummary) -> str:
 
 def interval(summary: ScoreSummary, sign: str = "") -> str:
     """``[low, high]``, or that there is none."""
-    if not np.isfinite([summary.low, summary.high]).all():
-        return "[no interval: one image]"
+    if None in summary.ends:
+        return "[too few to tell]"
     return f"[{number(summary.low, sign)}, {number(summary.high, sign)}]"
 
 

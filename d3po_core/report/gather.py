@@ -39,6 +39,11 @@ class Facts:
     files: list[Row]  # a row a table: where its Parquet files are
 
     @property
+    def trusted(self) -> list[int]:
+        """Positions of the rounds that the guard let stand."""
+        return [at for at, row in enumerate(self.rounds) if row["verdict"] not in ("rejected", "stopped")]
+
+    @property
     def champion(self) -> int:
         """Position of the champion among the rounds."""
         return self.reigns[-1]
@@ -68,8 +73,12 @@ def gather(folder: Path, examples: int = 6) -> Facts:
         if not rounds:
             raise D3POError(f"campaign {folder.name!r} has no finished round yet; type: d3po run round")
         # Read once: each query over a view would open the files of all rounds again.
-        for table in ("samples", "judgements", "preferences"):
-            connection.execute(f"CREATE TEMP TABLE {table} AS SELECT * FROM memory.main.{table}")
+        # Finished rounds alone: of one that runs, some tables are there and others are not.
+        for table in SCHEMAS.keys() - {"rounds"}:
+            connection.execute(
+                f"CREATE TEMP TABLE {table} AS SELECT * FROM memory.main.{table} "
+                "WHERE round IN (SELECT round FROM memory.main.rounds)"
+            )
         held_out = read_held_out([(folder, row["round"]) for row in rounds])
         clear, doubtful = _pairs(connection, examples)
         crossings, counts = _crossings(connection, examples)

@@ -9,7 +9,7 @@ from shutil import copyfile, copytree
 from typing import Any
 
 from d3po_core.agreement import round_metrics
-from d3po_core.campaign import campaign_id, read_record, stage_path, start_of
+from d3po_core.campaign import campaign_id, read_record, round_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
 from d3po_core.preferred import HumanWinRate
 from d3po_core.records import (
@@ -122,7 +122,7 @@ def _log_evaluate(client: Client, config: CampaignConfig, round_number: int, run
     record = read_record(config.folder, round_number, "evaluate", EvaluateRecord)
     values = _held_out(record) | {"seconds/evaluate": record.seconds}
     for scorer, score in record.scores.items():
-        values[f"held_out/{scorer}_low"], values[f"held_out/{scorer}_high"] = score.low, score.high
+        values[f"held_out/{scorer}_low"], values[f"held_out/{scorer}_high"] = score.ends
     log_both(client, config, round_number, run_id, record.finished_at, values)
     client.log_artifact(run_id, str(config.folder / record.grid))
     log_grid_once(client, config, round_number, config.folder / record.grid)
@@ -133,7 +133,7 @@ def _log_guard(client: Client, config: CampaignConfig, round_number: int, run_id
     record = read_record(config.folder, round_number, "guard", GuardRecord)
     values = _win_rates(record)
     for name, rate in record.win_rates.items():
-        values[f"held_out/win_rate_{name}_low"], values[f"held_out/win_rate_{name}_high"] = rate.low, rate.high
+        values[f"held_out/win_rate_{name}_low"], values[f"held_out/win_rate_{name}_high"] = rate.ends
     log_both(client, config, round_number, run_id, record.finished_at, values)
     client.set_tag(run_id, "d3po.verdict", record.verdict)
     if record.findings:
@@ -201,7 +201,7 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
 
 
 def _about_round(config: CampaignConfig, round_number: int, guard: GuardRecord, row: dict[str, Any]) -> str:
-    score = f"{row['eval_score_mean']:.3f} [{row['eval_score_low']:.3f}, {row['eval_score_high']:.3f}]"
+    score = round_record(round_number, row).score
     rates = ", ".join(f"{rate.mean:.2f} against {name}" for name, rate in guard.win_rates.items())
     findings = "".join(f"\n- {finding}" for finding in guard.findings)
     return (

@@ -19,11 +19,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from common import RESULTS, clean_environment
+from d3po_core.evaluate import summarize
 from PIL import Image
 
 from d3po_core.campaign import last_finished_round
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.evaluate import summarize
 from d3po_core.tables import atomic_path, connect
 from flows.presets import deployment_config
 

@@ -25,12 +25,11 @@ import torch
 
 from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import ModelConfig, TrainConfig
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.information import FADE, dissimilarity, expected_information
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import draw_prompts, load_prompts
-from d3po_core.rollout import ImageSeed, sample_trajectories
+from d3po_core.rollout import ImageSeed, evaluation_seeds, sample_trajectories
 from d3po_core.scorers import prompt_alignment
 from d3po_core.seeds import derive_seed
 from d3po_core.tables import atomic_path

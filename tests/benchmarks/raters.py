@@ -23,12 +23,11 @@ from scipy import stats
 from simulated_raters import MODES, draw_groups, quality, simulate_votes, true_answers
 
 from d3po_core.config import CampaignConfig, ModelConfig
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import draw_prompts, load_prompts
 from d3po_core.raters import decide
-from d3po_core.rollout import ImageSeed, Trajectories, sample_trajectories
+from d3po_core.rollout import ImageSeed, Trajectories, evaluation_seeds, sample_trajectories
 from d3po_core.scorers import prompt_alignment
 from d3po_core.seeds import derive_seed
 from d3po_core.trainer import TrainingSet, make_optimizer, train_updates

@@ -20,9 +20,10 @@ from d3po_core.blind import (
 )
 from d3po_core.comparison import BETTER, UNCLEAR, WORSE, compare_scores
 from d3po_core.errors import D3POError
+from d3po_core.intervals import mean_intervals
 from d3po_core.page.queue import shown_order
 from d3po_core.preferences import derive_preferences
-from d3po_core.preferred import human_win_rate, human_win_rates, win_rate
+from d3po_core.preferred import human_win_rate, human_win_rates
 from d3po_core.tables import connect, read_rows
 from d3po_core.views import connect_views
 from tests.core.compared import evaluated, say, say_all
@@ -230,15 +231,17 @@ def test_interval_is_that_of_the_paired_comparison_of_scores(campaign: Path) -> 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=30))
 def test_interval_holds_the_rate_and_lies_within_0_and_1(shares: list[float]) -> None:
-    found = win_rate(np.array(shares))
+    (found,) = mean_intervals(np.array([shares]), shares=True)
     assert 0 <= found.low <= found.mean <= found.high <= 1
 
 
 def test_a_few_unanimous_prompts_prove_little() -> None:
-    assert win_rate(np.ones(6)).low == pytest.approx(0.025 ** (1 / 6))
-    assert win_rate(np.zeros(6)).high == pytest.approx(1 - 0.025 ** (1 / 6))
-    assert win_rate(np.ones(1)).low == pytest.approx(0.025)
-    assert (win_rate(np.array([0.7])).low, win_rate(np.array([0.7])).high) == (0.0, 1.0)
+    won, lost = mean_intervals(np.stack([np.ones(6), np.zeros(6)]), shares=True)
+    assert won.low == pytest.approx(0.025 ** (1 / 6))
+    assert lost.high == pytest.approx(1 - 0.025 ** (1 / 6))
+    (one,), (part,) = (mean_intervals(np.array([[share]]), shares=True) for share in (1.0, 0.7))
+    assert one.low == pytest.approx(0.025)
+    assert (part.low, part.high) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

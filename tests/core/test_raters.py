@@ -284,11 +284,35 @@ def test_the_interval_of_whole_answers_is_the_exact_binomial_one(right: int, ans
     assert GoldScore(answered, right).interval == pytest.approx((exact.low, exact.high))
 
 
-def test_a_rater_is_left_out_only_when_the_whole_interval_is_below_the_floor() -> None:
+def test_a_rater_is_left_out_only_when_the_answers_say_so_for_sure() -> None:
     gold = {"unknown": GoldScore(), "few": GoldScore(4, 0), "wrong": GoldScore(5, 0), "fair": GoldScore(20, 10),
             "poor": GoldScore(40, 14), "good": GoldScore(40, 36)}  # fmt: skip
     assert left_out(gold, 0.6) == ["poor", "wrong"]
     assert left_out(gold, 0.0) == []
+
+
+def test_a_rater_at_the_floor_is_seldom_left_out_however_often_one_looks() -> None:
+    """Looking at a 95 % interval after every answer leaves out some 11 %; here Ville's inequality promises 5 %."""
+    right_RN = (np.random.default_rng(0).random((2000, 100)) < 0.6).cumsum(axis=1)
+    ever = [
+        any(left_out({"ann": GoldScore(n, float(right))}, 0.6) for n, right in enumerate(right_N, 1))
+        for right_N in right_RN[:, :60]
+    ]
+    assert np.mean(ever) < 0.05
+    assert np.mean(ever) > 0.005  # the rule does say something
+    guessing = np.random.default_rng(1).random((400, 200)) < 0.4
+    caught = [bool(left_out({"bob": GoldScore(200, float(answers.sum()))}, 0.6)) for answers in guessing]
+    assert np.mean(caught) > 0.99
+
+
+def test_evidence_against_a_rater_is_the_likelihood_averaged_below_the_floor() -> None:
+    from scipy.integrate import quad
+
+    for answered, right, floor in ((7, 3, 0.6), (20, 15, 0.6), (12, 4.5, 0.75)):
+        wrong = answered - right
+        average = quad(lambda p, r=right, w=wrong: p**r * (1 - p) ** w, 0, floor)[0] / floor
+        expected = average / (floor**right * (1 - floor) ** wrong)
+        assert GoldScore(answered, right).evidence_below(floor) == pytest.approx(expected)
 
 
 def liar_on_gold(questions: int) -> Rows:

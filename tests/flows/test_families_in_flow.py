@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from d3po_core.campaign import campaign_named, finished_rounds
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.images import load_png
+from d3po_core.rollout import evaluation_seeds
 from d3po_core.seeds import gaussian
 from d3po_core.tables import partition, read_rows
 from tests.core.tiny_models import tiny_model

@@ -13,13 +13,13 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
-from d3po_core.evaluate import evaluation_seeds
 from d3po_core.export_lora import export_lora
 from d3po_core.images import load_png
 from d3po_core.policy import load_policy
 from d3po_core.prune import apply_prune, plan_prune
 from d3po_core.regenerate import regenerate
 from d3po_core.replay import replay_round
+from d3po_core.rollout import evaluation_seeds
 from d3po_core.seeds import gaussian
 from d3po_core.tables import partition, read_rows
 from tests.flows.test_kill import ROUNDS, SMALL, outcome

@@ -180,7 +180,7 @@ def test_lora_from_mlflow_gives_the_evaluated_images(campaign: Path, data: Path,
         prompt, seed, image_path = connection.sql(
             "SELECT prompt, seed, image_path FROM evaluations WHERE round = 2 ORDER BY sample_id LIMIT 1"
         ).fetchall()[0]
-    from d3po_core.evaluate import evaluation_seeds
+    from d3po_core.rollout import evaluation_seeds
     from d3po_core.seeds import gaussian
 
     image_seed = next(s for s in evaluation_seeds([prompt], 1, 0) if s.noise_seed == seed)

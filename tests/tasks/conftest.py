@@ -76,7 +76,7 @@ def round_row(config: CampaignConfig, number: int, record: EvaluateRecord) -> di
         "checkpoint_in": checkpoint_path(max(number - 1, 0)), "checkpoint_out": checkpoint,
         "lora_sha256": weights_sha256(config.folder / checkpoint) if checkpoint else None, "num_samples": 15,
         "num_pairs": 1, "num_ties": 0, "eval_scorer": "brightness", "eval_score_mean": score.mean,
-        "eval_score_low": score.low, "eval_score_high": score.high, "config_sha256": config.sha256(),
+        "eval_score_low": score.ends[0], "eval_score_high": score.ends[1], "config_sha256": config.sha256(),
         "finished_at": record.finished_at,
     }  # fmt: skip
 
