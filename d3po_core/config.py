@@ -16,8 +16,16 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_folder() -> Path:
-    """Where campaigns, MLflow's and Prefect's databases live: ``D3PO_DATA``, or ``data`` in the project."""
-    return Path(os.environ.get("D3PO_DATA") or PROJECT_ROOT / "data").resolve()
+    """Where campaigns, MLflow's and Prefect's databases live: ``D3PO_DATA``, or ``data`` in the project.
+
+    Raises:
+        D3POError: ``D3PO_DATA`` names no path, such as the home of a user who does not exist.
+    """
+    named = os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data")
+    try:
+        return Path(named).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise D3POError(f"D3PO_DATA is {named!r}, which is no path ({error}); set it to a folder") from None
 
 
 def resolve_path(path: str) -> Path:

@@ -156,6 +156,8 @@ def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, n
 
 
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# As some network shares answer a lock.
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 # What a user can do then, but making the folder writable.
 ELSEWHERE = "or set runs_dir or D3PO_DATA to another folder"
 
@@ -192,16 +194,30 @@ def exclusive(path: Path, mode: int = 0o644, wait: bool = True) -> Iterator[int]
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is false.
-        D3POError: it cannot be opened or made.
+        D3POError: it cannot be opened or made, or its file system has no locks.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, mode)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with _lock_errors(path):
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield handle
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise D3POError(
+            f"the file system of {path} has no locks ({error.strerror}), without which two runs could advance one "
+            f"campaign; keep the data on a local disk: make its folder there, {ELSEWHERE}"
+        ) from None
 
 
 @contextlib.contextmanager

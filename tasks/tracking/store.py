@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_core.campaign import campaign_id
 from d3po_core.config import CampaignConfig, data_folder
+from d3po_core.databases import make_database, sqlite_url
 from d3po_core.tables import partition
 
 if TYPE_CHECKING:
@@ -34,7 +35,27 @@ _run_ids: dict[tuple[str, str, int | None], str] = {}
 
 def tracking_uri() -> str:
     """``MLFLOW_TRACKING_URI``, or the sqlite database in the data folder that ``make up`` serves."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_folder() / 'mlflow' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(local_database())
+
+
+def local_database() -> Path:
+    """The database in the data folder."""
+    return data_folder() / "mlflow" / "mlflow.db"
+
+
+def make_local_store() -> None:
+    """Make the database in the data folder, whole or not at all, unless it is there.
+
+    Raises:
+        D3POError: the folder cannot be written.
+    """
+    _prepare()
+    from mlflow import MlflowClient
+
+    # MLflow's last step is the experiment "Default".
+    make_database(
+        local_database(), lambda file: MlflowClient(sqlite_url(file)).search_experiments(max_results=1), "experiments"
+    )
 
 
 def page_url() -> str | None:
@@ -73,17 +94,26 @@ def campaign_run_id(config: CampaignConfig) -> str:
 
 def mlflow_client() -> Client:
     """A client of the tracking store, which is made when it is a local one and not there yet."""
-    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
-        os.environ.setdefault(name, value)
+    _prepare()
     from mlflow import MlflowClient, set_tracking_uri
 
-    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    if tracking_uri().startswith("sqlite:///"):
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        make_local_store()
+    elif tracking_uri().startswith("sqlite:///"):
         Path(tracking_uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # The registry looks models up through the process's own setting.
     set_tracking_uri(tracking_uri())
     return MlflowClient(tracking_uri())
+
+
+def _prepare() -> None:
+    """Set MLflow's patience and make it quiet; it reads its settings when it is imported."""
+    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401 (sets the levels of its loggers)
+
+    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def experiment(client: Client) -> str:

@@ -226,3 +226,14 @@ def test_every_field_has_a_description() -> None:
     for section in (config.model, config.sample, *judge, config.train, config.evaluate):
         for name, field in type(section).model_fields.items():
             assert field.description or name == "people", name
+
+
+def test_home_is_expanded_in_the_data_folder_and_nobodys_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("D3PO_DATA", "~/d3po data")
+    assert data_folder() == tmp_path.resolve() / "d3po data"
+    monkeypatch.setenv("D3PO_DATA", "~nobody-of-this-name/data")
+    with pytest.raises(D3POError, match=r"D3PO_DATA is '~nobody-of-this-name/data', which is no path \(.*home"):
+        data_folder()

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import os
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -315,3 +316,16 @@ def test_only_one_holds_what_is_exclusive_and_the_next_gets_it_when_that_one_end
 def test_lock_file_has_the_permissions_that_were_asked_for(tmp_path: Path) -> None:
     with exclusive(tmp_path / "lock", mode=0o600):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(D3POError, match=r"the file system of .*lock has no locks .*; keep the data on a local disk"),
+        exclusive(tmp_path / "lock"),
+    ):
+        pytest.fail("nobody may hold it")
