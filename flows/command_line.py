@@ -21,6 +21,7 @@ from flows.command_parts import CampaignOption, console, loading, short
 from flows.export_commands import export_lora, export_preferences
 from flows.import_command import export_sheet, import_judgements
 from flows.label_command import label
+from flows.loopback import without_proxy
 from flows.presets import command_that_goes_on, deployment_config
 from flows.raters_command import raters
 from flows.report_commands import compare, report
@@ -40,6 +41,7 @@ for panel, commands in PANELS.items():
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and exit status 2."""
     status: int | str | None = 0
+    os.environ.update(without_proxy(os.environ))  # our own servers are never behind one
     try:
         app()
     except SystemExit as end:

@@ -1,8 +1,9 @@
-"""Real servers on free ports, in a temporary data folder and with a home of their own."""
+"""Real servers on free ports, in a data folder with an odd name, a home of their own, and a proxy that is not there."""
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,15 @@ from d3po_core.campaign import finished_rounds
 from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
 from d3po_core.errors import D3POError
 from flows import servers
+from flows.left_runs import keep_one_late_run
+from flows.loopback import without_proxy
+from flows.server_processes import family, leader
+from flows.server_programs import NAMES
 
 pytestmark = pytest.mark.timeout(300)
+
+
+DATA = "da?ta #1 50%"  # each of these characters means something in an address
 
 
 def free_ports(count: int) -> list[int]:
@@ -49,28 +58,43 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(name)
         patch.setenv("HOME", str(folder))
         patch.setenv("PREFECT_HOME", str(folder / "home"))
-        patch.setenv("D3PO_DATA", str(folder / "data"))
+        patch.setenv("D3PO_DATA", str(folder / DATA))
+        for name in ("http_proxy", "HTTP_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
         patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS", "1")
         yield folder
-        for started in folder.glob("*/servers/servers.json"):  # by a test that failed
-            patch.setenv("D3PO_DATA", str(started.parent.parent))
+        for started in folder.glob("*/servers"):  # by a test that failed
+            patch.setenv("D3PO_DATA", str(started.parent))
             servers.down()
 
 
 @pytest.fixture(scope="module")
 def ports(home: Path) -> Iterator[dict[str, int]]:
-    """Ports of servers that run; whatever a test left behind is ended."""
-    prefect, mlflow, label = free_ports(3)
+    """Ports of servers that run, begun by two `up` at once; whatever a test left behind is ended."""
+    ports = dict(zip(("prefect", "mlflow", "label"), free_ports(3), strict=True))
+    options = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
+    command = [sys.executable, "-c", "from flows.command_line import main; main()", "up", *options]
     try:
-        servers.up(prefect, mlflow, label)
-        yield {"prefect": prefect, "mlflow": mlflow, "label": label}
+        both = [subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [one.communicate(timeout=200)[0] for one in both]
+        assert [one.returncode for one in both] == [0, 0]
+        assert sorted(text.count("started: prefect, mlflow, label, worker") for text in said) == [0, 1]
+        assert sorted(text.count("everything is already running") for text in said) == [0, 1]
+        yield ports
     finally:
         servers.down()
 
 
-def pids(home: Path) -> dict[str, int]:
-    processes = json.loads((home / "data" / "servers" / "servers.json").read_text())["processes"]
-    return {name: record["pid"] for name, record in processes.items()}
+def pids() -> dict[str, int]:
+    found = {name: leader(name) for name in NAMES}
+    return {name: process.pid for name, process in found.items() if process}
+
+
+def login(home: Path) -> tuple[str, str]:
+    name, _, password = (home / DATA / "servers" / "prefect-login").read_text().strip().partition(":")
+    return name, password
 
 
 def active_profile(home: Path) -> str:
@@ -78,9 +102,9 @@ def active_profile(home: Path) -> str:
 
 
 def post(ports: dict[str, int], path: str, body: dict[str, Any]) -> Any:
-    url = f"http://127.0.0.1:{ports['prefect']}/api{path}"
+    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
     for _ in range(10):
-        answer = httpx.post(url, json=body, timeout=30)
+        answer = httpx.post(url, json=body, auth=auth, timeout=30, trust_env=False)
         if answer.status_code != 503:  # its database is busy, and it asks to be asked again
             break
         time.sleep(1)
@@ -88,7 +112,13 @@ def post(ports: dict[str, int], path: str, body: dict[str, Any]) -> Any:
 
 
 def get(ports: dict[str, int], path: str) -> Any:
-    return httpx.get(f"http://127.0.0.1:{ports['prefect']}/api{path}", timeout=30).raise_for_status().json()
+    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
+    return httpx.get(url, auth=auth, timeout=30, trust_env=False).raise_for_status().json()
+
+
+def shell() -> dict[str, str]:
+    """Environment of somebody who typed the line that `up` prints where there is a proxy."""
+    return os.environ | without_proxy(os.environ)
 
 
 def eventually(found: Callable[[], Any], seconds: float = 60) -> Any:
@@ -113,8 +143,9 @@ def make_running(ports: dict[str, int]) -> str:
 
 def test_up_registers_both_presets(ports: dict[str, int], home: Path) -> None:
     listed = subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "ls"], cwd=home, capture_output=True, text=True, check=True
-    ).stdout
+        [sys.executable, "-m", "prefect", "deployment", "ls"],
+        cwd=home, env=shell(), capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     assert "d3po/round" in listed
     assert "d3po/published" in listed
     deployment = get(ports, "/deployments/name/d3po/round")
@@ -157,10 +188,11 @@ def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int]
     config = {"campaign": "nightly", "sample": {"groups_per_round": 4}, "evaluate": {"images_per_prompt": 1}}
     parameters = ["-p", "rounds=1", "-p", f"config={json.dumps(config)}"]
     subprocess.run(
-        [*prefect, "deployment", "run", "d3po/round", *parameters], cwd=home, check=True, capture_output=True
-    )
+        [*prefect, "deployment", "run", "d3po/round", *parameters],
+        cwd=home, env=shell(), check=True, capture_output=True,
+    )  # fmt: skip
     listed = {"flow_runs": {"name": {"any_": ["nightly"]}}}
-    campaign = home / "data" / "runs" / "nightly"
+    campaign = home / DATA / "runs" / "nightly"
     assert eventually(lambda: (campaign / "stages" / "round=1" / "sample.json").exists(), 180)
     (run,) = eventually(lambda: post(ports, "/flow_runs/filter", listed))
     process = flow_process(run["id"])
@@ -168,59 +200,220 @@ def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int]
     process.kill()
     assert eventually(lambda: get(ports, f"/flow_runs/{run['id']}")["state_type"] == "CRASHED")
     # The worker notices the death some ten seconds after the runner, and would crash a run that was retried before.
-    log = home / "data" / "servers" / "worker.log"
+    log = home / DATA / "servers" / "worker.log"
     assert eventually(lambda: "prefect.flow_runs.worker - Check whether the flow run" in log.read_text())
     assert not (campaign / "rounds" / "round=1").exists()
     sampled = (campaign / "stages" / "round=1" / "sample.json").read_bytes()
-    subprocess.run([*prefect, "flow-run", "retry", run["id"]], cwd=home, check=True, capture_output=True)
+    subprocess.run([*prefect, "flow-run", "retry", run["id"]], cwd=home, env=shell(), check=True, capture_output=True)
     assert eventually(lambda: get(ports, f"/flow_runs/{run['id']}")["state_type"] == "COMPLETED", 180)
     assert [record.round for record in finished_rounds(campaign)] == [0, 1]
     assert (campaign / "stages" / "round=1" / "sample.json").read_bytes() == sampled, "a finished stage ran again"
     # The MLflow server shows what the worker wrote straight to the store.
     url, child = f"http://127.0.0.1:{ports['mlflow']}", finished_rounds(campaign)[1].mlflow_run_id
-    grid = httpx.get(f"{url}/get-artifact", params={"path": "grid.png", "run_uuid": child}, timeout=30)
+    grid = httpx.get(f"{url}/get-artifact", params={"path": "grid.png", "run_uuid": child}, timeout=30, trust_env=False)
     assert grid.content == (campaign / "images" / "round=1" / "grid.png").read_bytes()
 
 
 def test_mlflow_keeps_runs_and_artifacts_in_the_data_folder(ports: dict[str, int], home: Path) -> None:
     url = f"http://127.0.0.1:{ports['mlflow']}/api/2.0"
-    created = httpx.post(f"{url}/mlflow/experiments/create", json={"name": "probe"}, timeout=30).raise_for_status()
+    created = httpx.post(
+        f"{url}/mlflow/experiments/create", json={"name": "probe"}, timeout=30, trust_env=False
+    ).raise_for_status()
     path = f"mlflow-artifacts/artifacts/{created.json()['experiment_id']}/note.txt"
-    httpx.put(f"{url}/{path}", content=b"kept", timeout=30).raise_for_status()
-    assert (home / "data" / "mlflow" / "mlflow.db").exists()
-    assert [file.read_bytes() for file in (home / "data" / "mlflow" / "artifacts").rglob("note.txt")] == [b"kept"]
+    httpx.put(f"{url}/{path}", content=b"kept", timeout=30, trust_env=False).raise_for_status()
+    assert (home / DATA / "mlflow" / "mlflow.db").exists()
+    assert [file.read_bytes() for file in (home / DATA / "mlflow" / "artifacts").rglob("note.txt")] == [b"kept"]
 
 
 def test_plain_prefect_commands_reach_the_server(ports: dict[str, int], home: Path) -> None:
     profiles = tomllib.loads((home / "home" / "profiles.toml").read_text())
     assert profiles["active"] == "d3po"
     assert profiles["profiles"]["d3po"]["PREFECT_API_URL"] == f"http://127.0.0.1:{ports['prefect']}/api"
+    assert profiles["profiles"]["d3po"]["PREFECT_API_AUTH_STRING"] == ":".join(login(home))
+    assert (home / "home" / "profiles.toml").stat().st_mode & 0o777 == 0o600
     assert profiles["profiles"]["mine"] == {"PREFECT_LOGGING_LEVEL": "INFO"}
 
 
 def test_second_up_changes_nothing(ports: dict[str, int], home: Path) -> None:
-    before = (home / "data" / "servers" / "servers.json").read_text()
+    before = (home / DATA / "servers" / "servers.json").read_text()
     assert "everything is already running" in servers.up(*ports.values())
-    assert (home / "data" / "servers" / "servers.json").read_text() == before
+    assert (home / DATA / "servers" / "servers.json").read_text() == before
 
 
 def test_other_ports_are_refused_politely_while_servers_run(ports: dict[str, int], home: Path) -> None:
-    before = pids(home)
+    before = pids()
     lines = servers.up(ports["prefect"] + 1, ports["mlflow"], ports["label"])
     assert any("d3po down" in line for line in lines)
     assert f"Prefect: http://127.0.0.1:{ports['prefect']}" in lines
-    assert pids(home) == before
+    assert pids() == before
+
+
+def stranger(ports: dict[str, int], server: str, method: str, path: str, **changes: Any) -> int:
+    """Status of what a page elsewhere has a browser send; browsers add no login of ours."""
+    url = f"http://127.0.0.1:{ports[server]}{path}"
+    return httpx.request(method, url, timeout=30, trust_env=False, **changes).status_code
+
+
+WRITES = {
+    "prefect": ("/api/flows/", "/api/deployments/", "/api/flow_runs/", "/api/work_pools/", "/api/deployments/filter"),
+    "mlflow": (
+        "/api/2.0/mlflow/experiments/create",
+        "/ajax-api/2.0/mlflow/runs/create",
+        "/ajax-api/2.0/mlflow/runs/search",
+    ),
+    "label": ("/judge", "/undo"),
+}
+
+
+@pytest.mark.parametrize("server", WRITES)
+def test_page_elsewhere_is_refused(ports: dict[str, int], server: str) -> None:
+    port = ports[server]
+    own = {"Origin": f"http://127.0.0.1:{port}"}
+    for path in WRITES[server]:
+        for origin in ("http://evil.example", f"http://evil.example:{port}", "null"):
+            asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            asks["Access-Control-Request-Headers"] = "content-type"
+            assert stranger(ports, server, "OPTIONS", path, headers=asks) in (400, 403, 405), (path, origin)
+            for kind in ("text/plain", "application/json"):  # the first is sent without asking before
+                sent = {"Origin": origin, "Content-Type": kind}
+                assert stranger(ports, server, "POST", path, headers=sent, content="{}") == 403, (path, origin, kind)
+        for host in (f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", "192.168.0.7"):  # a name that leads here
+            for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host}"}):
+                headers["Content-Type"] = "application/json"
+                assert stranger(ports, server, "POST", path, headers=headers, content="{}") in (400, 403), (path, host)
+    assert stranger(ports, server, "GET", "/", headers={"Host": f"evil.example:{port}"}) in (400, 403)
+    assert stranger(ports, server, "GET", "/health" if server != "prefect" else "/", headers=own) == 200
+
+
+def test_prefect_lets_in_its_own_page_with_the_login_and_nobody_without(ports: dict[str, int], home: Path) -> None:
+    secret = login(home)
+    for name in ("127.0.0.1", "localhost"):
+        headers = {"Origin": f"http://{name}:{ports['prefect']}", "Host": f"{name}:{ports['prefect']}"}
+        asks = headers | {
+            "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type",
+        }  # fmt: skip
+        assert stranger(ports, "prefect", "OPTIONS", "/api/flow_runs/filter", headers=asks) == 200
+        for auth, status in ((secret, 200), (None, 401), (("d3po", "guess"), 401)):
+            found = stranger(ports, "prefect", "POST", "/api/flow_runs/filter", headers=headers, json={}, auth=auth)
+            assert found == status
+    asked = httpx.get(f"http://127.0.0.1:{ports['prefect']}/ui-settings", timeout=30, trust_env=False).json()
+    assert asked["auth"] == "BASIC", "its page would not ask for the login"
+
+
+def test_what_servers_keep_is_private_and_the_login_is_nowhere_else(ports: dict[str, int], home: Path) -> None:
+    folder, secret = home / DATA / "servers", login(home)[1]
+    assert folder.stat().st_mode & 0o777 == (home / DATA / "prefect").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in folder.glob("*.log")} == {0}
+    assert (folder / "prefect-login").stat().st_mode & 0o777 == 0o600
+    kept = [path for path in (home / DATA).rglob("*") if path.is_file() and path.name != "prefect-login"]
+    assert {"label.log", "prefect.db", "mlflow.db"} <= {path.name for path in kept}
+    assert [path for path in kept if secret.encode() in path.read_bytes()] == []
+    lines = [" ".join(process.cmdline()) for name in NAMES for process in family(name)]
+    assert len(lines) >= len(NAMES)
+    assert [line for line in lines if secret in line] == [], "all users can read command lines"
+    mlflow = leader("mlflow")
+    assert mlflow
+    assert "PREFECT_API_AUTH_STRING" not in mlflow.environ()
+    assert [path.name for path in home.iterdir() if path.name.startswith("da")] == [DATA], "a database went elsewhere"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"ports":{}}', '{"ports":[1],"processes":{"worker":{"pid":-1}}}', "{", None]
+)
+def test_servers_are_known_whatever_servers_json_holds(ports: dict[str, int], home: Path, text: str | None) -> None:
+    file = home / DATA / "servers" / "servers.json"
+    before = file.read_text()
+    file.unlink()
+    try:
+        file.mkdir() if text is None else file.write_text(text)
+        running = [line for line in servers.status() if ": running" in line]
+        assert [line.partition(":")[0] for line in running] == list(NAMES)
+        assert f"mlflow: running http://127.0.0.1:{ports['mlflow']} (pid" in "\n".join(running)
+        assert servers.prefect_url() == f"http://127.0.0.1:{ports['prefect']}/api"
+    finally:
+        file.rmdir() if text is None else file.unlink()
+        file.write_text(before)
+
+
+def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], home: Path) -> None:
+    client = httpx.Client(
+        base_url=f"http://127.0.0.1:{ports['prefect']}/api", auth=login(home), timeout=30, trust_env=False
+    )
+    deployment = get(ports, "/deployments/name/d3po/round")
+    (nightly,) = deployment["schedules"]
+    assert (nightly["schedule"]["cron"], nightly["active"]) == ("0 2 * * *", True)
+    path = f"/deployments/{deployment['id']}"
+    changed = {"active": False, "schedule": {"cron": "30 4 * * 1", "timezone": "Europe/Berlin"}}
+    client.patch(f"{path}/schedules/{nightly['id']}", json=changed).raise_for_status()
+    client.patch(path, json={"parameters": {"rounds": 3}}).raise_for_status()
+    deployed = home / DATA / "servers" / "deployed.json"
+    deployed.write_text(json.dumps(json.loads(deployed.read_text()) | {"digest": "of an earlier version"}))
+    lines = servers.up(*ports.values())
+    assert "round: schedules, parameters stay as on Prefect's page" in lines
+    after = get(ports, "/deployments/name/d3po/round")
+    (schedule,) = after["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 4 * * 1", "Europe/Berlin")
+    assert (schedule["active"], schedule["slug"], after["parameters"]) == (False, "nightly", {"rounds": 3})
+    assert get(ports, "/deployments/name/d3po/published")["parameters"] == deployment_parameters("published")
+    client.close()
+
+
+def deployment_parameters(name: str) -> dict[str, Any]:
+    entries = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    return next(entry["parameters"] for entry in entries if entry["name"] == name)
+
+
+def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> None:
+    worker = leader("worker")
+    assert worker
+    worker.kill()
+    url = f"/deployments/{get(ports, '/deployments/name/d3po/published')['id']}"
+    asked_for = post(ports, f"{url}/create_flow_run", {})["id"]
+    second = {"interval": 1, "anchor_date": "2026-01-01T00:00:00Z"}
+    (schedule,) = post(ports, f"{url}/schedules", [{"schedule": second, "active": True}])
+    late = {
+        "flow_runs": {"state": {"name": {"any_": ["Late", "Scheduled"]}}},
+        "deployments": {"name": {"any_": ["published"]}},
+    }
+
+    def missed() -> list[dict[str, Any]]:
+        now = datetime.now(UTC).isoformat()
+        due = {"expected_start_time": {"before_": now}}
+        runs = post(ports, "/flow_runs/filter", {**late, "flow_runs": late["flow_runs"] | due})
+        return [run for run in runs if run["auto_scheduled"]]
+
+    assert eventually(lambda: len(missed()) >= 3)
+    before = missed()
+    (line,) = keep_one_late_run(ports)
+    found = re.fullmatch(r"deployment published: (\d+) scheduled runs were missed, one runs now \((.+)\)", line)
+    assert found
+    assert int(found[1]) >= len(before)
+    runs = [get(ports, f"/flow_runs/{run['id']}") for run in before]
+    cancelled = [run for run in runs if run["state_type"] == "CANCELLED"]
+    (kept,) = [run for run in missed() if run["name"] == found[2]]
+    assert len(cancelled) >= len(before) - 1
+    assert all(run["expected_start_time"] < kept["expected_start_time"] for run in cancelled)
+    assert get(ports, f"/flow_runs/{asked_for}")["state_type"] == "SCHEDULED"
+    delete(ports, f"{url}/schedules/{schedule['id']}")  # those to come, and the one that is left, go with it
+    delete(ports, f"/flow_runs/{asked_for}")
+    assert missed() == []
+
+
+def delete(ports: dict[str, int], path: str) -> None:
+    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
+    httpx.delete(url, auth=auth, timeout=30, trust_env=False).raise_for_status()
 
 
 def test_killed_worker_is_started_again_and_lost_runs_crash(ports: dict[str, int], home: Path) -> None:
-    before = pids(home)
+    servers.up(*ports.values())
+    before = pids()
     os.kill(before["worker"], signal.SIGKILL)
     assert eventually(lambda: any(line.startswith("worker: not running") for line in servers.status()))
     lost, living = make_running(ports), make_running(ports)
     marks = {
         "PREFECT__FLOW_RUN_ID": living,
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
-        "D3PO_DATA": str(home / "data"),
+        "D3PO_DATA": str(home / DATA),
     }
     waiting = [sys.executable, "-c", "import time; time.sleep(600)"]
     with subprocess.Popen(waiting, env=os.environ | marks, start_new_session=True) as process:
@@ -234,28 +427,33 @@ def test_killed_worker_is_started_again_and_lost_runs_crash(ports: dict[str, int
         f"{lost}: lost, now Crashed; to go on: prefect flow-run retry {lost}"
     ]
     assert states == {lost: "CRASHED", living: "RUNNING"}
-    after = pids(home)
+    after = pids()
     assert after["worker"] != before["worker"]
     assert {**after, "worker": 0} == {**before, "worker": 0}
 
 
 def test_killed_server_is_started_again_on_its_port(ports: dict[str, int], home: Path) -> None:
-    before = pids(home)
+    before = pids()
     children = psutil.Process(before["mlflow"]).children(recursive=True)
     assert children, "the server was expected to have children that outlive it"
     os.kill(before["mlflow"], signal.SIGKILL)
     assert eventually(lambda: any(line.startswith("mlflow: not running") for line in servers.status()))
     assert "started: mlflow" in servers.up(*ports.values())
-    assert httpx.get(f"http://127.0.0.1:{ports['mlflow']}/health", timeout=30).is_success
+    assert httpx.get(f"http://127.0.0.1:{ports['mlflow']}/health", timeout=30, trust_env=False).is_success
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
-    assert {**pids(home), "mlflow": 0} == {**before, "mlflow": 0}
+    assert {**pids(), "mlflow": 0} == {**before, "mlflow": 0}
 
 
-def test_down_ends_every_process_and_restores_the_profile(ports: dict[str, int], home: Path) -> None:
-    roots = [psutil.Process(pid) for pid in pids(home).values()]
+def test_down_ends_every_process_also_when_prefect_hangs_and_restores_the_profile(
+    ports: dict[str, int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "PATIENCE", 0.5)
+    roots = [psutil.Process(pid) for pid in pids().values()]
+    psutil.Process(pids()["prefect"]).suspend()
     family = [*roots, *(child for root in roots for child in root.children(recursive=True))]
     assert len(roots) == 4
     lines = servers.down()
+    assert any(line.startswith("runs that were cut off are marked by the next `d3po up` (") for line in lines)
     assert [line.partition(":")[0] for line in lines if "ended" in line] == ["worker", "label", "mlflow", "prefect"]
     assert [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
     assert active_profile(home) == "mine"
@@ -268,7 +466,8 @@ def test_down_leaves_a_process_alone_that_got_a_recorded_pid(home: Path, monkeyp
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         try:
             (home / "other" / "servers").mkdir(parents=True)
-            record = {"pid": stranger.pid, "created": psutil.Process(stranger.pid).create_time() - 60}
+            # Even one that was started at that time: it does not carry our mark.
+            record = {"pid": stranger.pid, "created": psutil.Process(stranger.pid).create_time()}
             state = {"ports": {"prefect": 1, "mlflow": 2}, "processes": {"worker": record}}
             (home / "other" / "servers" / "servers.json").write_text(json.dumps(state))
             assert servers.down() == ["nothing to end: no servers are running"]
@@ -287,11 +486,12 @@ def test_busy_port_is_one_line_that_names_port_and_option(
         other.listen()
         port, free = other.getsockname()[1], free_ports(1)[0]
         with pytest.raises(D3POError) as caught:
-            servers.up(*((port, free) if taken == "prefect" else (free, port)))
+            servers.up(*((port, free) if taken == "prefect" else (free, port)), free_ports(1)[0])
     assert str(port) in str(caught.value)
     assert f"--{taken}-port" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (home / "unused").exists()
+    assert f"pid {os.getpid()}" in str(caught.value), "whose it is"
+    assert {path.name for path in (home / "unused").rglob("*")} == {"servers", ".lock"}
 
 
 def test_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,16 +504,21 @@ def test_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PREFECT_API_URL", "http://example.invalid/api"), ("PREFECT_PROFILE", "cloud")]
-)
+    ("name", "value"),
+    [
+        ("PREFECT_API_URL", "http://example.invalid/api"), ("PREFECT_PROFILE", "cloud"),
+        ("PREFECT_API_AUTH_STRING", "ann:secret"),
+    ],
+)  # fmt: skip
 def test_shell_set_to_another_server_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    monkeypatch.setenv("D3PO_DATA", str(home / "unused"))
+    monkeypatch.setenv("D3PO_DATA", str(home / "untouched"))
     monkeypatch.setenv(name, value)
-    with pytest.raises(D3POError, match=f"{name} is set to '{value}'.*unset {name}"):
+    with pytest.raises(D3POError, match=f"{name} is set.*unset {name}") as caught:
         servers.up(*free_ports(3))
-    assert not (home / "unused").exists()
+    assert (value in str(caught.value)) == ("AUTH" not in name), "a login is not shown"
+    assert not (home / "untouched").exists()
 
 
 def test_presets_are_valid_and_published_is_the_published_code() -> None:

@@ -1,0 +1,119 @@
+"""Registering the deployments of prefect.yaml, without undoing what a person changed on Prefect's page."""
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+
+from d3po_core.config import PROJECT_ROOT
+from d3po_core.errors import D3POError
+from d3po_core.tables import atomic_path
+from flows.prefect_api import ask
+from flows.programs import run_program
+from flows.server_files import SET_DATA, Ports, server_file
+from flows.server_programs import POOL, PREFECT, client_environment
+
+# They decide what is deployed.
+SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")
+# What a deployment's page lets a person change.
+FIELDS = ("schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_options")
+SCHEDULE = ("slug", "schedule", "active", "max_scheduled_runs", "parameters")
+DEPLOYED = "deployed.json"
+
+View = dict[str, Any]
+
+
+def create_pool(ports: Ports) -> None:
+    """Create the work pool, whose worker completes it, and the limit of one run on the GPU, unless they exist.
+
+    Raises:
+        D3POError: the Prefect server does not answer.
+    """
+    if ask(ports, "GET", f"/work_pools/{POOL}") is None:
+        ask(ports, "POST", "/work_pools/", {"name": POOL, "type": "process"})
+    if ask(ports, "GET", "/v2/concurrency_limits/gpu") is None:
+        ask(ports, "POST", "/v2/concurrency_limits/", {"name": "gpu", "limit": 1})
+
+
+def deploy(ports: Ports, login: str) -> list[str]:
+    """Register the deployments, unless they are there and their sources are those of the last time.
+
+    What was changed on Prefect's page since the last time stays, unless prefect.yaml says the same.
+
+    Returns:
+        Lines to show; none when nothing was to be done.
+
+    Raises:
+        D3POError: Prefect refuses, or does not answer.
+    """
+    remembered, before = _read_deployed(), _views(ports)
+    wanted = _wanted()
+    if remembered.get("digest") == _digest() and wanted <= before.keys():
+        return []
+    run_program([*PREFECT, "deploy", "--all"], client_environment(ports, login))
+    after, earlier = _views(ports), remembered.get("deployments", {})
+    kept = {key: _put_back(ports, before[key], after[key], earlier.get(key)) for key in sorted(wanted & before.keys())}
+    gone = sorted(wanted & earlier.keys() - before.keys())
+    with atomic_path(server_file(DEPLOYED), SET_DATA) as temporary:
+        temporary.write_text(json.dumps({"digest": _digest(), "deployments": {key: after[key] for key in wanted}}))
+    return [
+        "deployments registered",
+        *(f"{after[key]['name']}: {', '.join(kept[key])} stay as on Prefect's page" for key in kept if kept[key]),
+        *(f"{after[key]['name']}: was gone from Prefect, registered again" for key in gone),
+    ]
+
+
+def _wanted() -> set[str]:
+    file = PROJECT_ROOT / "prefect.yaml"
+    try:
+        return {_key(entry) for entry in yaml.safe_load(file.read_text())["deployments"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise D3POError(f"{file} has no deployments that can be read ({said}); restore the file") from None
+
+
+def _put_back(ports: Ports, before: View, after: View, left: View | None) -> list[str]:
+    """Give a deployment the values again that a person changed; ``left`` is how we left it, None when not known."""
+    known = {"schedules": None} if left is None else left  # of an earlier version: schedules are what people change
+    changed = [name for name in FIELDS if name in known and before[name] not in (known[name], after[name])]
+    path = f"/deployments/{after['id']}"
+    if values := {name: before[name] for name in changed if name != "schedules"}:
+        ask(ports, "PATCH", path, values)
+    if "schedules" in changed:
+        for schedule in ask(ports, "GET", f"{path}/schedules") or ():
+            ask(ports, "DELETE", f"{path}/schedules/{schedule['id']}")
+        if before["schedules"]:
+            ask(ports, "POST", f"{path}/schedules", before["schedules"])
+    return changed
+
+
+def _views(ports: Ports) -> dict[str, View]:
+    """All deployments of the server, as far as a person may change them."""
+    found = {}
+    for deployment in ask(ports, "POST", "/deployments/filter", {}) or ():
+        schedules = [{name: schedule[name] for name in SCHEDULE} for schedule in deployment["schedules"]]
+        schedules.sort(key=lambda schedule: (schedule["slug"] or "", json.dumps(schedule["schedule"], sort_keys=True)))
+        fields = {name: deployment[name] for name in ("id", "name", *FIELDS)}
+        found[_key(deployment)] = fields | {"schedules": schedules}
+    return found
+
+
+def _key(deployment: dict[str, Any]) -> str:
+    return f"{deployment['entrypoint']} {deployment['name']}"
+
+
+def _digest() -> str:
+    """Digest of all that decides what is deployed."""
+    texts = [(PROJECT_ROOT / name).read_bytes() for name in SOURCES if (PROJECT_ROOT / name).exists()]
+    return hashlib.sha256(b"\0".join([str(PROJECT_ROOT).encode(), *texts])).hexdigest()
+
+
+def _read_deployed() -> dict[str, Any]:
+    """What was deployed last; nothing when that is not known."""
+    try:
+        found = json.loads(server_file(DEPLOYED).read_text())
+        whole = all(set(FIELDS) <= view.keys() for view in found["deployments"].values())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}
+    return found if whole else {}

@@ -1,0 +1,20 @@
+"""Programs that are run to their end, whose failure is one line."""
+
+import subprocess
+
+from d3po_core.config import PROJECT_ROOT
+from d3po_core.errors import D3POError
+
+
+def run_program(command: list[str], environment: dict[str, str]) -> None:
+    """Run a program to its end.
+
+    Raises:
+        D3POError: it failed; with what it said.
+    """
+    done = subprocess.run(
+        command, env=environment, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = " ".join((done.stdout + done.stderr).rpartition("╯")[2].split())
+        raise D3POError(f"`{' '.join(command[1:])}` failed: {said[-500:]}")

@@ -1,0 +1,69 @@
+"""What ``d3po up`` refuses before it starts anything."""
+
+import os
+import socket
+
+from d3po_core.errors import D3POError
+from flows.loopback import HOST
+from flows.prefect_profile import PROFILE
+from flows.server_files import SERVER_LOGIN, Ports, login
+from flows.server_processes import who_listens
+from flows.server_programs import LOGIN
+
+
+def require_ports(ports: Ports) -> None:
+    """Refuse ports that are none, or two servers on one.
+
+    Raises:
+        D3POError: so it is.
+    """
+    for name, port in ports.items():
+        if not 0 < port < 65536:
+            raise D3POError(f"port {port} for {name}: expected 1 to 65535; type `d3po up --{name}-port <a free port>`")
+        if twin := next((other for other in ports if other != name and ports[other] == port), None):
+            raise D3POError(
+                f"port {port} is given for both {name} and {twin}; each needs one of its own: "
+                f"type `d3po up --{twin}-port <a free port>`"
+            )
+
+
+def require_own_shell(api: str) -> None:
+    """Refuse a shell whose ``prefect`` commands would not reach the server started here.
+
+    Args:
+        api: the server's address.
+
+    Raises:
+        D3POError: the shell names another address, profile or login.
+    """
+    for name, expected in (("PREFECT_API_URL", api), ("PREFECT_PROFILE", PROFILE)):
+        found = os.environ.get(name)
+        if found and found.rstrip("/").replace("localhost", HOST) != expected:
+            raise D3POError(
+                f"{name} is set to {found!r}, so `prefect` in this shell would not reach the server of `d3po up` at "
+                f"{api}; type `unset {name}`, then `d3po up` (or leave `d3po up` out and deploy to your own server)"
+            )
+    known = os.environ.get(SERVER_LOGIN) or login()
+    if (found := os.environ.get(LOGIN)) and found != known:
+        raise D3POError(
+            f"{LOGIN} is set, so `prefect` in this shell would give the server of `d3po up` a wrong login; "
+            f"type `unset {LOGIN}`, or set {SERVER_LOGIN} to the same, then `d3po down` and `d3po up`"
+        )
+
+
+def require_free_port(name: str, port: int) -> None:
+    """Refuse a port that something else has, or that only root may have.
+
+    Raises:
+        D3POError: so it is; with who has it, if that can be seen.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            by = f", by {who}" if (who := who_listens(port)) else ""
+            raise D3POError(
+                f"port {port} for {name} cannot be used ({error.strerror}{by}); "
+                f"type `d3po up --{name}-port <a free port>`"
+            ) from None

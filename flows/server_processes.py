@@ -1,0 +1,169 @@
+"""Which processes are ours: those whose environment carries our data folder and a server's name.
+
+No file of pids is believed: a pid may be another program's by now, and a file may be lost. Other users' processes
+cannot be read, and so never are ours.
+"""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from d3po_core.config import PROJECT_ROOT, data_folder
+from d3po_core.errors import D3POError
+from flows.server_files import Ports, open_log, read_state, server_file
+from flows.server_programs import MARK, api_url, server_command, server_environment
+
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect in the process of a flow run
+RUN_OWNER = "D3PO_RUN_OWNER"  # set by us in the process of a d3po run, and so in its temporary server
+START_SECONDS = 120.0
+ADDRESSES = {"prefect": "PREFECT_API_URL", "mlflow": "D3PO_MLFLOW_URL", "label": "D3PO_LABEL_URL"}
+
+Found = tuple[psutil.Process, dict[str, str]]
+
+
+def family(name: str) -> list[psutil.Process]:
+    """What lives of a server, the oldest first: it and what it started, also when it was killed itself."""
+    records = read_state().get("processes", {})
+    found = [process for process, environment in _of_this_folder() if _name(process, environment, records) == name]
+    return sorted(found, key=_created)
+
+
+def leader(name: str) -> psutil.Process | None:
+    """A server's own process, None when it does not run."""
+    records = read_state().get("processes", {})
+    for process, environment in _of_this_folder():
+        with contextlib.suppress(psutil.Error, OSError):
+            if FLOW_RUN in environment or os.getsid(process.pid) != process.pid:
+                continue
+            if _name(process, environment, records) == name:
+                return process
+    return None
+
+
+def known_ports() -> Ports:
+    """Ports of the servers that run, as their processes have them, else as they were remembered."""
+    state = read_state()
+    ports, records = dict(state.get("ports", {})), state.get("processes", {})
+    for process, environment in _of_this_folder():
+        if _name(process, environment, records):
+            for name, variable in ADDRESSES.items():
+                digits = environment.get(variable, "").removesuffix("/api").rpartition(":")[2]
+                ports |= {name: int(digits)} if digits.isdecimal() else {}
+    return ports
+
+
+def living_flow_runs(ports: Ports) -> set[str]:
+    """Ids of the flow runs of our Prefect server that have a process."""
+    here = [environment for _, environment in _of_this_folder() if environment.get("PREFECT_API_URL") == api_url(ports)]
+    return {environment[FLOW_RUN] for environment in here if FLOW_RUN in environment}
+
+
+def start(name: str, ports: Ports, login: str) -> None:
+    """Start a server in a session of its own, so that it outlives the shell.
+
+    Raises:
+        D3POError: its log cannot be written.
+    """
+    log = open_log(name)
+    try:
+        subprocess.Popen(
+            server_command(name, ports), env=server_environment(name, ports, login), cwd=PROJECT_ROOT,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        os.close(log)
+
+
+def wait(name: str, ready: Callable[[], bool]) -> None:
+    """Wait until a server that was started is ready.
+
+    Raises:
+        D3POError: it ended, or takes longer than ``START_SECONDS``.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        if not leader(name):
+            raise D3POError(f"{name} ended while it started; {server_file(name + '.log')} says why")
+        if time.monotonic() > deadline:
+            raise D3POError(f"{name} did not answer within {START_SECONDS:.0f} s; see {server_file(name + '.log')}")
+        time.sleep(0.2)
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Ask the first to end, twice, since a worker may ignore the first time; then all of them; then force them."""
+    for wave in (processes[:1], processes[:1], processes):
+        for process in wave:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+                process.resume()  # one that was stopped hears nothing
+        psutil.wait_procs(wave, timeout=5)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
+
+
+def who_listens(port: int) -> str:
+    """Which program listens on a port, and for which data folder if it is a server of ours; empty when not known."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("inet"):
+            if connection.status != psutil.CONN_LISTEN or connection.laddr.port != port or not connection.pid:
+                continue
+            process = psutil.Process(connection.pid)
+            environment = process.environ()
+            if MARK in environment:
+                return f"the {environment[MARK]} of data folder {environment.get('D3PO_DATA')}, pid {process.pid}"
+            return f"{process.name()}, pid {process.pid}"
+    return ""
+
+
+def end_orphans() -> None:
+    """End temporary Prefect servers of this data folder whose ``d3po run`` was killed; mark those to come as ours."""
+    for process, environment in _all():
+        pid, _, created = environment.get(RUN_OWNER, "").partition(" ")
+        with contextlib.suppress(ValueError):
+            if pid and environment.get("PREFECT_HOME") == os.environ.get("PREFECT_HOME") and not _lives(pid, created):
+                end([process])
+    own = psutil.Process()
+    os.environ[RUN_OWNER] = f"{own.pid} {own.create_time()}"
+
+
+def _lives(pid: str, created: str) -> bool:
+    try:
+        process = psutil.Process(int(pid))
+        return abs(process.create_time() - float(created)) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _all() -> Iterator[Found]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            yield process, process.environ()
+
+
+def _of_this_folder() -> list[Found]:
+    folder = str(data_folder())
+    return [found for found in _all() if found[1].get("D3PO_DATA") == folder]
+
+
+def _name(process: psutil.Process, environment: dict[str, str], records: dict[str, dict[str, int]]) -> str | None:
+    """Which server a process belongs to, None when it is none of ours."""
+    if MARK in environment:
+        return environment[MARK]
+    if ADDRESSES["mlflow"] not in environment:  # set by `up` alone
+        return None
+    with contextlib.suppress(OSError):  # started by an earlier version, which set no mark
+        session = os.getsid(process.pid)
+        return next((name for name, record in records.items() if record["pid"] == session), None)
+    return None
+
+
+def _created(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.Error):
+        return process.create_time()
+    return float("inf")

@@ -1,0 +1,91 @@
+"""How each server is called: its command line, its environment, its address."""
+
+import os
+import sys
+
+from d3po_core.config import PROJECT_ROOT, data_folder
+from d3po_core.databases import sqlite_url
+from flows.loopback import HOST, without_proxy
+from flows.server_files import SERVER_LOGIN, Ports
+
+NAMES = ("prefect", "mlflow", "label", "worker")
+POOL = "d3po"
+WORKER = "d3po-worker"
+MARK = "D3PO_SERVER"  # says in a process's environment which server it is, or was started by
+LOGIN = "PREFECT_API_AUTH_STRING"
+PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+# Of the shell: they may point to another Prefect server, or hold a login that is not for all.
+LEFT_OUT = ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH", LOGIN, SERVER_LOGIN, MARK)
+
+
+def server_url(ports: Ports, name: str) -> str:
+    """Address of a server."""
+    return f"http://{HOST}:{ports[name]}"
+
+
+def api_url(ports: Ports) -> str:
+    """Address of the Prefect server's API."""
+    return f"{server_url(ports, 'prefect')}/api"
+
+
+def own_addresses(port: int) -> list[str]:
+    """The origins of the pages that a server itself serves."""
+    return [f"http://{name}:{port}" for name in (HOST, "localhost")]
+
+
+def client_environment(ports: Ports, login: str) -> dict[str, str]:
+    """Environment of a program that talks to our servers: ours, and the shell's but for its own Prefect server."""
+    kept = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
+    return kept | QUIET | without_proxy(os.environ) | {
+        "D3PO_DATA": str(data_folder()),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH")))),
+        "PREFECT_HOME": str(data_folder() / "prefect"),
+        "PREFECT_API_URL": api_url(ports),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite_url(
+            data_folder() / "prefect" / "prefect.db", "sqlite+aiosqlite"
+        ),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "D3PO_LABEL_URL": server_url(ports, "label"),
+        "D3PO_MLFLOW_URL": server_url(ports, "mlflow"),
+        LOGIN: login,
+    }  # fmt: skip
+
+
+def server_environment(name: str, ports: Ports, login: str) -> dict[str, str]:
+    """Environment of a server, marked with its name; each lets in its own pages only."""
+    environment = client_environment(ports, login) | {MARK: name}
+    if name == "prefect":
+        return environment | {
+            SERVER_LOGIN: login, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(own_addresses(ports["prefect"])),
+        }  # fmt: skip
+    if name == "mlflow":
+        del environment[LOGIN]
+        return environment | {"MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false"}
+    return environment
+
+
+def server_command(name: str, ports: Ports) -> list[str]:
+    """Command line of a server. All users can read it: no secret is in it."""
+    if name == "worker":
+        return [*PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
+    address = ["--host", HOST, "--port", str(ports[name])]
+    if name == "prefect":
+        return [sys.executable, "-m", "flows.prefect_server", str(ports[name])]
+    if name == "label":
+        return [sys.executable, "-c", "from flows.command_line import main; main()", "label", *address]
+    folder, origins = data_folder() / "mlflow", own_addresses(ports["mlflow"])
+    stores = [
+        "--backend-store-uri", sqlite_url(folder / "mlflow.db"),
+        "--artifacts-destination", (folder / "artifacts").as_uri(),
+    ]  # fmt: skip
+    hosts = ",".join(origin.removeprefix("http://") for origin in origins)
+    guard = ["--allowed-hosts", hosts, "--cors-allowed-origins", ",".join(origins)]
+    return [sys.executable, "-m", "mlflow", "server", *address, "--workers", "1", *stores, *guard]
