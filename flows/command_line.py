@@ -49,7 +49,21 @@ def main() -> None:
     except D3POError as error:
         print(f"d3po: {error}", file=sys.stderr)
         status = 2
+    except Exception as error:
+        print(f"d3po: {_prefect_refuses(error)}", file=sys.stderr)
+        status = 2
     _leave(status if isinstance(status, int) else 1)
+
+
+def _prefect_refuses(error: Exception) -> str:
+    """One line about an answer of the Prefect server that ended a command; any other error is raised again."""
+    import httpx
+
+    if not isinstance(error, httpx.HTTPStatusError):
+        raise error
+    url, code = error.request.url, error.response.status_code
+    wants = "; it wants a login: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
+    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}"
 
 
 def _leave(status: int) -> NoReturn:
@@ -202,7 +216,8 @@ def _starting_server() -> Iterator[None]:
 def _use_local_prefect() -> None:
     """Use the server of ``d3po up`` if it runs, else a temporary one of this process over the same database."""
     from d3po_core.tables import disk_errors
-    from flows.servers import QUIET, end_orphans, prefect_url
+    from flows.server_programs import QUIET, temporary_environment
+    from flows.servers import end_orphans, find_prefect
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -210,6 +225,7 @@ def _use_local_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL", "INFO")
     if "PREFECT_API_URL" in os.environ:
+        find_prefect()
         return
     home = data_folder() / "prefect"
     with disk_errors(home):
@@ -217,6 +233,5 @@ def _use_local_prefect() -> None:
     os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
     end_orphans()
-    url = prefect_url()
-    if url:
-        os.environ["PREFECT_API_URL"] = url
+    if not find_prefect():
+        os.environ.update(temporary_environment())

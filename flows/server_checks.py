@@ -38,7 +38,7 @@ def require_own_shell(api: str) -> None:
     """
     for name, expected in (("PREFECT_API_URL", api), ("PREFECT_PROFILE", PROFILE)):
         found = os.environ.get(name)
-        if found and found.rstrip("/").replace("localhost", HOST) != expected:
+        if found and not is_ours(found, expected):
             raise D3POError(
                 f"{name} is set to {found!r}, so `prefect` in this shell would not reach the server of `d3po up` at "
                 f"{api}; type `unset {name}`, then `d3po up` (or leave `d3po up` out and deploy to your own server)"
@@ -49,6 +49,11 @@ def require_own_shell(api: str) -> None:
             f"{LOGIN} is set, so `prefect` in this shell would give the server of `d3po up` a wrong login; "
             f"type `unset {LOGIN}`, or set {SERVER_LOGIN} to the same, then `d3po down` and `d3po up`"
         )
+
+
+def is_ours(found: str, expected: str) -> bool:
+    """Whether an address that somebody wrote is the expected one of ours."""
+    return found.rstrip("/").replace("localhost", HOST) == expected
 
 
 def require_free_port(name: str, port: int) -> None:

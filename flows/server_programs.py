@@ -1,6 +1,7 @@
 """How each server is called: its command line, its environment, its address."""
 
 import os
+import secrets
 import sys
 
 from d3po_core.config import PROJECT_ROOT, data_folder
@@ -13,6 +14,7 @@ POOL = "d3po"
 WORKER = "d3po-worker"
 MARK = "D3PO_SERVER"  # says in a process's environment which server it is, or was started by
 LOGIN = "PREFECT_API_AUTH_STRING"
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -49,13 +51,23 @@ def client_environment(ports: Ports, login: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH")))),
         "PREFECT_HOME": str(data_folder() / "prefect"),
         "PREFECT_API_URL": api_url(ports),
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite_url(
-            data_folder() / "prefect" / "prefect.db", "sqlite+aiosqlite"
-        ),
+        DATABASE: _prefect_database(),
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "D3PO_LABEL_URL": server_url(ports, "label"),
         "D3PO_MLFLOW_URL": server_url(ports, "mlflow"),
         LOGIN: login,
+    }  # fmt: skip
+
+
+def temporary_environment() -> dict[str, str]:
+    """Settings of the temporary server of one ``d3po run``: a login that its own run alone knows, no foreign pages.
+
+    What it is told lands in the database of ``d3po up``, whose worker would do it.
+    """
+    key = os.environ.get(SERVER_LOGIN) or f"d3po:{secrets.token_urlsafe(24)}"
+    return {
+        LOGIN: key, SERVER_LOGIN: key, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}",
+        DATABASE: os.environ.get(DATABASE) or _prefect_database(),
     }  # fmt: skip
 
 
@@ -89,3 +101,7 @@ def server_command(name: str, ports: Ports) -> list[str]:
     hosts = ",".join(origin.removeprefix("http://") for origin in origins)
     guard = ["--allowed-hosts", hosts, "--cors-allowed-origins", ",".join(origins)]
     return [sys.executable, "-m", "mlflow", "server", *address, "--workers", "1", *stores, *guard]
+
+
+def _prefect_database() -> str:
+    return sqlite_url(data_folder() / "prefect" / "prefect.db", "sqlite+aiosqlite")

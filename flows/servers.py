@@ -21,7 +21,7 @@ from flows.left_runs import crash_lost_runs, keep_one_late_run
 from flows.loopback import is_proxied, without_proxy
 from flows.prefect_api import answers, ask
 from flows.prefect_profile import restore_profile, shown_profile, take_profile
-from flows.server_checks import require_free_port, require_own_shell, require_ports
+from flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
 from flows.server_files import (
     LOGIN_FILE,
     SET_DATA,
@@ -36,9 +36,9 @@ from flows.server_files import (
     write_state,
 )
 from flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
-from flows.server_programs import LOGIN, NAMES, POOL, QUIET, WORKER, api_url, server_url
+from flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
 
-__all__ = ["QUIET", "down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
+__all__ = ["down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
 
 PATIENCE = 5.0  # seconds that `down` waits for an answer of Prefect's server, which it ends anyway
 
@@ -112,11 +112,10 @@ def prefect_url() -> str | None:
 
 
 def find_prefect() -> bool:
-    """Point this process to the server of ``d3po up``, unless the shell names one; say whether there is any."""
+    """Point this process to the server of ``d3po up``, unless the shell names another; say whether there is any."""
     os.environ.update(without_proxy(os.environ))
-    if "PREFECT_API_URL" not in os.environ and (url := prefect_url()):
-        os.environ["PREFECT_API_URL"] = url
-        os.environ.update({LOGIN: known} if (known := login()) else {})
+    if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
+        os.environ[LOGIN] = known
     return "PREFECT_API_URL" in os.environ
 
 

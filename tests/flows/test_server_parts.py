@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +14,17 @@ from pathlib import Path
 from urllib.request import proxy_bypass_environment
 
 import httpx
+import psutil
 import pytest
 
 from d3po_core.errors import D3POError
-from flows import prefect_api, servers
+from flows import command_line, prefect_api, server_processes, servers
 from flows.loopback import is_proxied, without_proxy
 from flows.prefect_profile import active_profile, shown_profile
 from flows.server_checks import require_ports
 from flows.server_files import login, make_folder, make_login, read_state, server_file, write_state
+from flows.server_programs import NAMES
+from tests.flows.test_servers import free_ports
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +195,97 @@ def test_what_is_remembered_is_read_back(data: Path) -> None:
     assert read_state() == state
     assert json.loads(server_file("servers.json").read_text()) == state
     assert server_file("servers.json").stat().st_mode & 0o777 == 0o600
+
+
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+def sleepers(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Servers that only sleep, in place of the real ones; whatever a test leaves behind is ended."""
+    monkeypatch.setattr(server_processes, "server_command", lambda *_: SLEEPS)
+    monkeypatch.setattr(servers, "_make_stores", lambda _: None)
+    yield
+    for name in NAMES:
+        server_processes.end(server_processes.family(name))
+
+
+@pytest.mark.parametrize("how", ["does not answer", "ends at once", "is ended by Ctrl-C"])
+def test_up_that_fails_leaves_nothing_that_it_started(
+    sleepers: None, data: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    error, said = D3POError, r"prefect did not answer within 0 s; see .*prefect\.log"
+    monkeypatch.setattr(server_processes, "START_SECONDS", 0.2)
+    if how == "ends at once":
+        monkeypatch.setattr(server_processes, "server_command", lambda *_: [sys.executable, "-c", ""])
+        said = r"prefect ended while it started; .*prefect\.log says why"
+        monkeypatch.setattr(server_processes, "START_SECONDS", 20)
+    elif how == "is ended by Ctrl-C":
+        monkeypatch.setattr(servers, "answers", interrupted)
+        error, said = KeyboardInterrupt, "^$"
+    with pytest.raises(error, match=said):
+        servers.up(*free_ports(3))
+    assert [server_processes.family(name) for name in NAMES] == [[], [], [], []]
+
+
+def interrupted(_: str) -> bool:
+    assert [name for name in NAMES if server_processes.leader(name)] == ["prefect", "mlflow", "label"]
+    raise KeyboardInterrupt
+
+
+def test_children_of_a_server_that_was_killed_are_its_own(sleepers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = f"import subprocess, sys; subprocess.run({SLEEPS})"
+    monkeypatch.setattr(server_processes, "server_command", lambda *_: [sys.executable, "-c", parent])
+    make_folder()
+    server_processes.start("mlflow", {"prefect": 1, "mlflow": 2, "label": 3}, "d3po:secret")
+    deadline = time.monotonic() + 20
+    while len(server_processes.family("mlflow")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server, child = server_processes.family("mlflow")
+    assert server_processes.leader("mlflow") == server
+    server.kill()
+    server.wait()
+    assert server_processes.leader("mlflow") is None
+    assert server_processes.family("mlflow") == [child]
+    assert servers.down() == [f"mlflow: ended (pid {child.pid})"]
+    assert not child.is_running()
+
+
+@pytest.mark.parametrize("whose", ["an earlier version's server", "somebody else's, with its pid"])
+def test_servers_of_an_earlier_version_are_ended_and_strangers_are_not(data: Path, whose: str) -> None:
+    ours = whose.startswith("an earlier")
+    marks = {"D3PO_DATA": str(data)} | ({"D3PO_MLFLOW_URL": "http://127.0.0.1:5000"} if ours else {})
+    with subprocess.Popen(SLEEPS, env=os.environ | marks, start_new_session=True) as process:
+        try:
+            created = psutil.Process(process.pid).create_time()
+            state = {"ports": {"prefect": 1}, "processes": {"mlflow": {"pid": process.pid, "created": created}}}
+            make_folder()
+            server_file("servers.json").write_text(json.dumps(state))
+            said = f"mlflow: ended (pid {process.pid})" if ours else "nothing to end: no servers are running"
+            assert servers.down() == [said]
+            assert psutil.pid_exists(process.pid) != ours
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("code", [401, 403, 500])
+def test_prefect_server_that_refuses_ends_a_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    request = httpx.Request("POST", "http://ann:secret@127.0.0.1:4200/api/flows/?key=secret")
+
+    def refused() -> None:
+        raise httpx.HTTPStatusError("long\nstory", request=request, response=httpx.Response(code, request=request))
+
+    ended: list[int] = []
+    monkeypatch.setattr(command_line, "app", refused)
+    monkeypatch.setattr(command_line, "_leave", ended.append)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    command_line.main()
+    said = capsys.readouterr().err
+    assert ended == [2]
+    assert said.startswith(f"d3po: the Prefect server answers http://127.0.0.1:4200/api/flows/ with {code}")
+    assert ("set PREFECT_API_AUTH_STRING" in said) == (code != 500)
+    assert said.count("\n") == 1
+    assert "secret" not in said
