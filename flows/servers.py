@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import psutil
 
@@ -40,7 +41,7 @@ from flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_ur
 
 __all__ = ["down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
 
-PATIENCE = 5.0  # seconds that `down` waits for an answer of Prefect's server, which it ends anyway
+PATIENCE = 5.0  # seconds for an answer of Prefect's server that can be done without
 
 
 def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700) -> list[str]:
@@ -70,15 +71,7 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
     lines.append(f"started: {', '.join(missing)}" if missing else "everything is already running")
     if ports != asked:
         lines.append("the ports stay as they were; type `d3po down` first to change them")
-    lines += [f"Prefect: {server_url(ports, 'prefect')}", f"MLflow: {server_url(ports, 'mlflow')}"]
-    lines.append(f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)")
-    lines.append(f"Prefect's page asks for a login: paste what {server_file(LOGIN_FILE)} holds")
-    shell = psutil.Process().environ()  # as the shell gave it: `d3po` itself goes past proxies
-    if is_proxied(shell):
-        lines.append(
-            f"this shell has a proxy; plain `prefect` needs: export NO_PROXY={without_proxy(shell)['NO_PROXY']}"
-        )
-    return [*lines, "type next: prefect deployment run d3po/round -p rounds=2 --watch"]
+    return lines + _where_to_go(ports)
 
 
 def down() -> list[str]:
@@ -117,6 +110,20 @@ def find_prefect() -> bool:
     if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
         os.environ[LOGIN] = known
     return "PREFECT_API_URL" in os.environ
+
+
+def _where_to_go(ports: Ports) -> list[str]:
+    lines = [
+        f"Prefect: {server_url(ports, 'prefect')}",
+        f"MLflow: {server_url(ports, 'mlflow')}",
+        f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)",
+        f"Prefect's page asks for a login: paste what {server_file(LOGIN_FILE)} holds",
+    ]
+    shell = psutil.Process().environ()  # as the shell gave it: `d3po` itself goes past proxies
+    if is_proxied(shell):
+        names = without_proxy(shell)["NO_PROXY"]
+        lines.append(f"this shell has a proxy; plain `prefect` needs: export NO_PROXY={names}")
+    return [*lines, "type next: prefect deployment run d3po/round -p rounds=2 --watch"]
 
 
 def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:
@@ -187,6 +194,9 @@ def _ports_in_use() -> Ports:
 
 
 def _polls(ports: Ports, since: datetime) -> bool:
-    workers = ask(ports, "POST", f"/work_pools/{POOL}/workers/filter", {}) or ()
+    """Whether our worker was seen since then; a server too busy to say it is asked again."""
+    workers: list[dict[str, Any]] = []
+    with contextlib.suppress(D3POError):
+        workers = ask(ports, "POST", f"/work_pools/{POOL}/workers/filter", {}, PATIENCE) or []
     beats = [worker["last_heartbeat_time"] for worker in workers if worker["name"] == WORKER]
     return any(beat and datetime.fromisoformat(beat) >= since for beat in beats)

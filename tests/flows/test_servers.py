@@ -335,6 +335,27 @@ def test_servers_are_known_whatever_servers_json_holds(ports: dict[str, int], ho
         file.write_text(before)
 
 
+def test_servers_are_known_when_their_folder_is_gone(ports: dict[str, int], home: Path) -> None:
+    folder = (home / DATA / "servers").rename(home / "gone")
+    try:
+        assert [line.partition(" ")[0] for line in servers.status() if ": running" in line] == [f"{n}:" for n in NAMES]
+    finally:
+        folder.rename(home / DATA / "servers")
+
+
+@pytest.mark.parametrize("named", [None, "http://127.0.0.1:{}/api", "http://localhost:{}/api/", "http://elsewhere/api"])
+def test_commands_find_the_server_and_its_login(
+    ports: dict[str, int], home: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    shell = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_API")}
+    shell |= {"PREFECT_API_URL": named.format(ports["prefect"])} if named else {}
+    monkeypatch.setattr(os, "environ", shell)
+    assert servers.find_prefect()
+    ours = named is None or "elsewhere" not in named
+    assert shell.get("PREFECT_API_AUTH_STRING") == (":".join(login(home)) if ours else None), "a login given away"
+    assert "127.0.0.1" in shell["NO_PROXY"]
+
+
 def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], home: Path) -> None:
     client = httpx.Client(
         base_url=f"http://127.0.0.1:{ports['prefect']}/api", auth=login(home), timeout=30, trust_env=False
