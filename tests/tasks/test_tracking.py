@@ -1,7 +1,9 @@
 """A tracking store that does not answer costs a run little, and gets everything later."""
 
+import contextlib
 import os
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,3 +176,18 @@ def test_a_server_with_a_login_is_told_with_mlflows_variables(
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert len(runs) == 4
+
+
+def test_local_store_that_a_kill_left_half_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "what?now"))
+    file = tmp_path / "what?now" / "mlflow" / "mlflow.db"
+    file.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(file)) as database:  # the first of MLflow's tables, and no other
+        database.execute("CREATE TABLE experiments (experiment_id INTEGER PRIMARY KEY, name TEXT)")
+    assert [found.name for found in mlflow_client().search_experiments()] == ["Default"]
+    assert (file.parent / "mlflow.db.half-made").exists()
+    before = file.stat().st_ino
+    mlflow_client()
+    assert file.stat().st_ino == before, "a whole one was made again"
+    assert [path.name for path in tmp_path.iterdir()] == ["what?now"]
