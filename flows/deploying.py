@@ -17,7 +17,10 @@ from flows.server_programs import POOL, PREFECT, client_environment
 # They decide what is deployed.
 SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")
 # What a deployment's page lets a person change.
-FIELDS = ("schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_options")
+FIELDS = (
+    "schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_limit",
+    "concurrency_options", "work_pool_name", "work_queue_name", "enforce_parameter_schema",
+)  # fmt: skip
 SCHEDULE = ("slug", "schedule", "active", "max_scheduled_runs", "parameters")
 DEPLOYED = "deployed.json"
 
@@ -94,8 +97,9 @@ def _views(ports: Ports) -> dict[str, View]:
     for deployment in ask(ports, "POST", "/deployments/filter", {}) or ():
         schedules = [{name: schedule[name] for name in SCHEDULE} for schedule in deployment["schedules"]]
         schedules.sort(key=lambda schedule: (schedule["slug"] or "", json.dumps(schedule["schedule"], sort_keys=True)))
+        limit = (deployment["global_concurrency_limit"] or {}).get("limit")
         fields = {name: deployment[name] for name in ("id", "name", *FIELDS)}
-        found[_key(deployment)] = fields | {"schedules": schedules}
+        found[_key(deployment)] = fields | {"schedules": schedules, "concurrency_limit": limit}
     return found
 
 

@@ -30,8 +30,8 @@ def ask(ports: Ports, method: str, path: str, body: Any = None, seconds: float =
             answer = httpx.request(method, url, json=body, headers=_headers(), timeout=seconds, trust_env=False)
             if answer.status_code == 404:
                 return None
-            if answer.status_code == 503 and time.monotonic() < deadline:  # its database is busy
-                time.sleep(1)
+            if answer.status_code == 503 and (left := deadline - time.monotonic()) > 0:  # its database is busy
+                time.sleep(min(1.0, left))
                 continue
             if answer.is_success:
                 return answer.json() if answer.content else {}

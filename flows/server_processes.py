@@ -36,11 +36,8 @@ def leader(name: str) -> psutil.Process | None:
     """A server's own process, None when it does not run."""
     records = read_state().get("processes", {})
     for process, environment in _of_this_folder():
-        with contextlib.suppress(psutil.Error, OSError):
-            if FLOW_RUN in environment or os.getsid(process.pid) != process.pid:
-                continue
-            if _name(process, environment, records) == name:
-                return process
+        if FLOW_RUN not in environment and _leads(process) and _name(process, environment, records) == name:
+            return process
     return None
 
 
@@ -94,13 +91,17 @@ def wait(name: str, ready: Callable[[], bool]) -> None:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """Ask the first to end, twice, since a worker may ignore the first time; then all of them; then force them."""
-    for wave in (processes[:1], processes[:1], processes):
+    """Ask the first to end, twice, since a worker may ignore the first time; then all of them; then force them.
+
+    Those whose first was killed have nobody to wait for, and may not know how to end by themselves.
+    """
+    first = [process for process in processes[:1] if _leads(process)]
+    for wave, seconds in ((first, 5), (first, 5), (processes, 5 if first else 1)):
         for process in wave:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
                 process.resume()  # one that was stopped hears nothing
-        psutil.wait_procs(wave, timeout=5)
+        psutil.wait_procs(wave, timeout=seconds)
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -161,6 +162,13 @@ def _name(process: psutil.Process, environment: dict[str, str], records: dict[st
         session = os.getsid(process.pid)
         return next((name for name, record in records.items() if record["pid"] == session), None)
     return None
+
+
+def _leads(process: psutil.Process) -> bool:
+    """Whether it is the first of its session, as every server is."""
+    with contextlib.suppress(OSError):
+        return os.getsid(process.pid) == process.pid
+    return False
 
 
 def _created(process: psutil.Process) -> float:

@@ -95,7 +95,7 @@ def status() -> list[str]:
         where = f" {server_url(ports, name)}" if process and name in ports else ""
         what = f"running{where} (pid {process.pid})" if process else "not running"
         lines.append(f"{name}: {what}, log {server_file(name + '.log')}")
-    lines.append(f"Prefect profile: {shown_profile()}")
+    lines += [f"Prefect profile: {shown_profile()}", *(_how_to_log_in() if running["prefect"] else [])]
     return lines if all(running.values()) else [*lines, "type next: d3po up"]
 
 
@@ -117,13 +117,17 @@ def _where_to_go(ports: Ports) -> list[str]:
         f"Prefect: {server_url(ports, 'prefect')}",
         f"MLflow: {server_url(ports, 'mlflow')}",
         f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)",
-        f"Prefect's page asks for a login: paste what {server_file(LOGIN_FILE)} holds",
+        *_how_to_log_in(),
     ]
     shell = psutil.Process().environ()  # as the shell gave it: `d3po` itself goes past proxies
     if is_proxied(shell):
         names = without_proxy(shell)["NO_PROXY"]
         lines.append(f"this shell has a proxy; plain `prefect` needs: export NO_PROXY={names}")
     return [*lines, "type next: prefect deployment run d3po/round -p rounds=2 --watch"]
+
+
+def _how_to_log_in() -> list[str]:
+    return [f"Prefect's page asks for a login: paste what {server_file(LOGIN_FILE)} holds"] if login() else []
 
 
 def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:

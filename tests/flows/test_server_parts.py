@@ -24,7 +24,7 @@ from flows.prefect_profile import active_profile, shown_profile
 from flows.server_checks import require_ports
 from flows.server_files import login, make_folder, make_login, read_state, server_file, write_state
 from flows.server_programs import NAMES
-from tests.flows.test_servers import free_ports
+from tests.flows.real_servers import free_ports
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Real servers on free ports, in a data folder with an odd name, a home of their own, and a proxy that is not there."""
 
-import contextlib
 import json
 import os
 import re
@@ -8,9 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,24 +23,26 @@ from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
 from d3po_core.errors import D3POError
 from flows import servers
 from flows.left_runs import keep_one_late_run
-from flows.loopback import without_proxy
 from flows.server_processes import family, leader
 from flows.server_programs import NAMES
+from tests.flows.real_servers import (
+    DATA,
+    active_profile,
+    call,
+    deployment_parameters,
+    eventually,
+    flow_process,
+    free_ports,
+    get,
+    login,
+    make_running,
+    pids,
+    post,
+    shell,
+    stranger,
+)
 
 pytestmark = pytest.mark.timeout(300)
-
-
-DATA = "da?ta #1 50%"  # each of these characters means something in an address
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -87,60 +87,6 @@ def ports(home: Path) -> Iterator[dict[str, int]]:
         servers.down()
 
 
-def pids() -> dict[str, int]:
-    found = {name: leader(name) for name in NAMES}
-    return {name: process.pid for name, process in found.items() if process}
-
-
-def login(home: Path) -> tuple[str, str]:
-    name, _, password = (home / DATA / "servers" / "prefect-login").read_text().strip().partition(":")
-    return name, password
-
-
-def active_profile(home: Path) -> str:
-    return tomllib.loads((home / "home" / "profiles.toml").read_text())["active"]
-
-
-def post(ports: dict[str, int], path: str, body: dict[str, Any]) -> Any:
-    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
-    for _ in range(10):
-        answer = httpx.post(url, json=body, auth=auth, timeout=30, trust_env=False)
-        if answer.status_code != 503:  # its database is busy, and it asks to be asked again
-            break
-        time.sleep(1)
-    return answer.raise_for_status().json()
-
-
-def get(ports: dict[str, int], path: str) -> Any:
-    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
-    return httpx.get(url, auth=auth, timeout=30, trust_env=False).raise_for_status().json()
-
-
-def shell() -> dict[str, str]:
-    """Environment of somebody who typed the line that `up` prints where there is a proxy."""
-    return os.environ | without_proxy(os.environ)
-
-
-def eventually(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """What is found at last; a server that is too busy to answer is asked again."""
-    deadline = time.monotonic() + seconds
-    result = None
-    while not result and time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            result = found()
-        if not result:
-            time.sleep(0.2)
-    return result
-
-
-def make_running(ports: dict[str, int]) -> str:
-    """A flow run that the server believes to be running; call it while no worker could pick it up."""
-    deployment = get(ports, "/deployments/name/d3po/published")["id"]
-    run_id = post(ports, f"/deployments/{deployment}/create_flow_run", {})["id"]
-    post(ports, f"/flow_runs/{run_id}/set_state", {"state": {"type": "RUNNING"}, "force": True})
-    return run_id
-
-
 def test_up_registers_both_presets(ports: dict[str, int], home: Path) -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "prefect", "deployment", "ls"],
@@ -170,17 +116,6 @@ def test_nightly_schedule_creates_runs(ports: dict[str, int]) -> None:
 
 def test_one_run_at_a_time_holds_the_gpu(ports: dict[str, int]) -> None:
     assert get(ports, "/v2/concurrency_limits/gpu")["limit"] == 1
-
-
-def flow_process(run_id: str) -> psutil.Process | None:
-    """The process in which a worker runs a flow run."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("PREFECT__FLOW_RUN_ID") == run_id and "prefect.engine" in " ".join(
-                process.cmdline()
-            ):
-                return process
-    return None
 
 
 def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int], home: Path) -> None:
@@ -246,12 +181,6 @@ def test_other_ports_are_refused_politely_while_servers_run(ports: dict[str, int
     assert any("d3po down" in line for line in lines)
     assert f"Prefect: http://127.0.0.1:{ports['prefect']}" in lines
     assert pids() == before
-
-
-def stranger(ports: dict[str, int], server: str, method: str, path: str, **changes: Any) -> int:
-    """Status of what a page elsewhere has a browser send; browsers add no login of ours."""
-    url = f"http://127.0.0.1:{ports[server]}{path}"
-    return httpx.request(method, url, timeout=30, trust_env=False, **changes).status_code
 
 
 WRITES = {
@@ -357,31 +286,23 @@ def test_commands_find_the_server_and_its_login(
 
 
 def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], home: Path) -> None:
-    client = httpx.Client(
-        base_url=f"http://127.0.0.1:{ports['prefect']}/api", auth=login(home), timeout=30, trust_env=False
-    )
     deployment = get(ports, "/deployments/name/d3po/round")
     (nightly,) = deployment["schedules"]
     assert (nightly["schedule"]["cron"], nightly["active"]) == ("0 2 * * *", True)
     path = f"/deployments/{deployment['id']}"
     changed = {"active": False, "schedule": {"cron": "30 4 * * 1", "timezone": "Europe/Berlin"}}
-    client.patch(f"{path}/schedules/{nightly['id']}", json=changed).raise_for_status()
-    client.patch(path, json={"parameters": {"rounds": 3}}).raise_for_status()
+    call(ports, "PATCH", f"{path}/schedules/{nightly['id']}", changed)
+    call(ports, "PATCH", path, {"parameters": {"rounds": 3}, "concurrency_limit": 2})
     deployed = home / DATA / "servers" / "deployed.json"
     deployed.write_text(json.dumps(json.loads(deployed.read_text()) | {"digest": "of an earlier version"}))
     lines = servers.up(*ports.values())
-    assert "round: schedules, parameters stay as on Prefect's page" in lines
+    assert "round: schedules, parameters, concurrency_limit stay as on Prefect's page" in lines
     after = get(ports, "/deployments/name/d3po/round")
     (schedule,) = after["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 4 * * 1", "Europe/Berlin")
     assert (schedule["active"], schedule["slug"], after["parameters"]) == (False, "nightly", {"rounds": 3})
+    assert after["global_concurrency_limit"]["limit"] == 2
     assert get(ports, "/deployments/name/d3po/published")["parameters"] == deployment_parameters("published")
-    client.close()
-
-
-def deployment_parameters(name: str) -> dict[str, Any]:
-    entries = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
-    return next(entry["parameters"] for entry in entries if entry["name"] == name)
 
 
 def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> None:
@@ -415,14 +336,9 @@ def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> N
     assert len(cancelled) >= len(before) - 1
     assert all(run["expected_start_time"] < kept["expected_start_time"] for run in cancelled)
     assert get(ports, f"/flow_runs/{asked_for}")["state_type"] == "SCHEDULED"
-    delete(ports, f"{url}/schedules/{schedule['id']}")  # those to come, and the one that is left, go with it
-    delete(ports, f"/flow_runs/{asked_for}")
+    call(ports, "DELETE", f"{url}/schedules/{schedule['id']}")  # those to come, and the one that is left, go with it
+    call(ports, "DELETE", f"/flow_runs/{asked_for}")
     assert missed() == []
-
-
-def delete(ports: dict[str, int], path: str) -> None:
-    url, auth = f"http://127.0.0.1:{ports['prefect']}/api{path}", login(Path(os.environ["HOME"]))
-    httpx.delete(url, auth=auth, timeout=30, trust_env=False).raise_for_status()
 
 
 def test_killed_worker_is_started_again_and_lost_runs_crash(ports: dict[str, int], home: Path) -> None:
