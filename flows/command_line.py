@@ -62,7 +62,7 @@ def _prefect_refuses(error: Exception) -> str:
     if not isinstance(error, httpx.HTTPStatusError):
         raise error
     url, code = error.request.url, error.response.status_code
-    wants = "; it wants a login: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
+    wants = "; it wants its login in PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
     return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}"
 
 

@@ -26,10 +26,11 @@ Found = tuple[psutil.Process, dict[str, str]]
 
 
 def family(name: str) -> list[psutil.Process]:
-    """What lives of a server, the oldest first: it and what it started, also when it was killed itself."""
+    """What lives of a server: it and what it started, also when it was killed itself; oldest first, flow runs last."""
     records = read_state().get("processes", {})
-    found = [process for process, environment in _of_this_folder() if _name(process, environment, records) == name]
-    return sorted(found, key=_created)
+    found = [found for found in _of_this_folder() if _name(*found, records) == name]
+    found.sort(key=lambda found: (FLOW_RUN in found[1], _created(found[0])))
+    return [process for process, _ in found]
 
 
 def leader(name: str) -> psutil.Process | None:
@@ -46,7 +47,7 @@ def known_ports() -> Ports:
     state = read_state()
     ports, records = dict(state.get("ports", {})), state.get("processes", {})
     for process, environment in _of_this_folder():
-        if _name(process, environment, records):
+        if FLOW_RUN not in environment and _name(process, environment, records):
             for name, variable in ADDRESSES.items():
                 digits = environment.get(variable, "").removesuffix("/api").rpartition(":")[2]
                 ports |= {name: int(digits)} if digits.isdecimal() else {}

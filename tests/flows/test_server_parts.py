@@ -23,7 +23,7 @@ from flows.loopback import is_proxied, without_proxy
 from flows.prefect_profile import active_profile, shown_profile
 from flows.server_checks import require_ports
 from flows.server_files import login, make_folder, make_login, read_state, server_file, write_state
-from flows.server_programs import NAMES
+from flows.server_programs import NAMES, server_environment
 from tests.flows.real_servers import free_ports
 
 
@@ -286,6 +286,19 @@ def test_prefect_server_that_refuses_ends_a_command_in_one_line(
     said = capsys.readouterr().err
     assert ended == [2]
     assert said.startswith(f"d3po: the Prefect server answers http://127.0.0.1:4200/api/flows/ with {code}")
-    assert ("set PREFECT_API_AUTH_STRING" in said) == (code != 500)
+    assert ("in PREFECT_API_AUTH_STRING" in said) == (code != 500)
     assert said.count("\n") == 1
     assert "secret" not in said
+
+
+def test_worker_ends_before_a_run_that_outlived_the_worker_before(sleepers: None, data: Path) -> None:
+    make_folder()
+    ports = {"prefect": 1, "mlflow": 2, "label": 3}
+    run = server_environment("worker", ports, "") | {server_processes.FLOW_RUN: "some run"}
+    with subprocess.Popen(SLEEPS, env=run, start_new_session=True) as process:
+        server_processes.start("worker", ports, "d3po:secret")
+        worker, living = server_processes.family("worker")
+        assert (server_processes.leader("worker"), living.pid) == (worker, process.pid)
+        assert server_processes.living_flow_runs(ports) == {"some run"}
+        assert servers.down() == [f"worker: ended (pid {worker.pid})"]
+        assert not psutil.pid_exists(process.pid)
