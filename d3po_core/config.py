@@ -190,6 +190,10 @@ class ScoringConfig(_Section):
         return self
 
 
+# On log_probs that are sums (arXiv 2311.13231, Section 5; also that of DPO for language models).
+PAPERS_BETA = 0.1
+
+
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
@@ -199,12 +203,16 @@ class TrainConfig(_Section):
     learning_rate: float = Field(2e-3, ge=1e-12, le=1, description="AdamW learning rate")
     weight_decay: float = Field(1e-4, ge=0, le=10, description="AdamW weight decay")
     adam_betas: tuple[MomentDecay, MomentDecay] = Field((0.9, 0.999), description="AdamW moment decays")
+    adam_eps: float = Field(
+        1e-8, ge=1e-30, le=1, description="AdamW's eps: weights whose gradient is smaller hardly move"
+    )
     max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Gradients are clipped to this global norm")
     beta: float = Field(
         300.0,
         gt=0,
         le=1e12,
-        description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W",
+        description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W. "
+        "When not given: 300 with 'mean', and 0.1, the paper's, with 'sum'",
     )
     reference: Literal["round_start", "base"] = Field(
         "round_start", description="Reference policy: the round's sampler (Section 5.2) or the base (Algorithm 1)"
@@ -224,6 +232,20 @@ class TrainConfig(_Section):
     micro_batch: int = Field(64, ge=1, le=65536, description="Image-steps that pass through the network at once")
     carry_optimizer: bool = Field(True, description="Keep AdamW's moments from round to round")
     save_every_seconds: float = Field(60.0, ge=0, le=1e9, description="How often a running round saves its progress")
+    measured_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the steps at which a round's pairs pass once more after it, to see what was "
+        "learned; 0 for none",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_fits_log_prob(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("log_prob") == "sum" and "beta" not in values:
+            return {**values, "beta": PAPERS_BETA}
+        return values
 
     @model_validator(mode="after")
     def _updates_fill_epochs(self) -> Self:

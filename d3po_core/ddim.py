@@ -145,3 +145,23 @@ def log_prob(value_BCHW: torch.Tensor, mean_BCHW: torch.Tensor, sigma_B: torch.T
     z_BCHW = (value_BCHW.float() - mean_BCHW) / safe
     density_BCHW = -0.5 * z_BCHW**2 - safe.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(sigma_B > 0, density_BCHW.mean(dim=(1, 2, 3)), 0.0)
+
+
+def gaussian_kl(mean_BCHW: torch.Tensor, other_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """KL between two steps of one standard deviation, *averaged* over C, H, W: nats per element, ``[B]``.
+
+    Exact, and the same in both directions. Rows may have several leading dimensions; every sigma is above 0.
+    Source: the KL of two normal distributions of one variance, (mean - other)^2 / (2 sigma^2) for each element.
+    """
+    return ((mean_BCHW - other_BCHW) ** 2).mean(dim=(-3, -2, -1)) / (2 * sigma_B**2)
+
+
+def rounding_kl(stored_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """KL that rounding x_{t-1} to its stored dtype feigns, on average: nats per element, ``[B]`` in float32.
+
+    A number of binary exponent e is stored with an error spread evenly over one spacing, whose variance is
+    spacing^2 / 12. In float16 and at the last steps, where sigma is small, that is as large as a round's own KL.
+    """
+    exponent_BCHW = torch.frexp(stored_BCHW.float()).exponent - 1
+    spacing_BCHW = torch.finfo(stored_BCHW.dtype).eps * torch.exp2(exponent_BCHW.float())
+    return (spacing_BCHW**2).mean(dim=(1, 2, 3)) / (24 * sigma_B**2)

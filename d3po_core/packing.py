@@ -31,6 +31,18 @@ def shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> li
     return [cells[index] for index in permutation(seed, len(cells))]
 
 
+def measured_cells(groups: list[PairedGroup], steps: list[int], share: float, seed: int) -> list[Cell]:
+    """Every group at about this share of the steps, at least one, so that all steps have about as many groups."""
+    if not share or not steps:
+        return []
+    count = max(1, round(share * len(steps)))
+    return [
+        (groups[group], steps[(place + k * len(steps) // count) % len(steps)])
+        for place, group in enumerate(permutation(seed, len(groups)))
+        for k in range(count)
+    ]
+
+
 def equal_starts(groups: list[PairedGroup], latents_NTCHW: torch.Tensor) -> list[int]:
     """For each image the first of its group ``[N]`` that starts from the same x_T."""
     starts = list(range(len(latents_NTCHW)))

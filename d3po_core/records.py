@@ -1,13 +1,14 @@
 """Small records that stages leave on disk and hand to each other: paths and counts, never tensors.
 
-Paths are relative to the campaign's folder. ``seconds`` is the wall time of the attempt that finished the stage.
+Paths are relative to the campaign's folder. ``seconds`` is the wall time of all attempts at the stage; of one that was
+killed, until it last told of progress.
 """
 
 import math
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Record(BaseModel):
@@ -56,9 +57,17 @@ class DeriveRecord(Record):
     mean_agreement: float | None
 
 
+# A larger share of the weights whose gradient is below AdamW's eps is worth a word.
+DROWNED = 0.1
+
+
 class TrainRecord(Record):
     """The round's checkpoint is on disk; means over its updates are None when there was no pair to train on.
 
+    ``loss`` and what ends in ``_before`` are of the policy that each update found; ``_after``, of the policy after the
+    last one, on a share of the same pairs, None when not measured. Margins are log-ratios; KLs are to the policy that
+    sampled the round, in nats per element and step. ``drowned`` is the share of the weights whose gradient was below
+    AdamW's eps.
     ``failure`` says why training ended before its last update; the checkpoint is then that of the update before.
     """
 
@@ -66,11 +75,25 @@ class TrainRecord(Record):
     lora_sha256: str
     num_updates: int
     loss: float | None
-    margin: float | None
-    pair_accuracy: float | None
-    kl: float | None
+    margin_before: float | None
+    pair_accuracy_before: float | None
+    kl_before: float | None
     clip_fraction: float | None
+    margin_after: float | None = None
+    pair_accuracy_after: float | None = None
+    kl_after: float | None = None
+    drowned: float | None = None
     failure: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "margin" not in values:
+            return values
+        kept = {name: value for name, value in values.items() if name not in ("margin", "pair_accuracy", "kl")}
+        # What was called kl was none.
+        former = {"margin_before": values["margin"], "pair_accuracy_before": values["pair_accuracy"], "kl_before": None}
+        return kept | former
 
 
 class ScoreSummary(BaseModel):

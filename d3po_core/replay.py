@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from d3po_core.campaign import checkpoint_path, round_config
 from d3po_core.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round
 from d3po_core.errors import D3POError, NonFiniteLossError
+from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import Policy
 from d3po_core.regenerate import checkpoint_round, largest_difference, made_on, redraw, training_batches
 from d3po_core.tables import partition, read_rows
-from d3po_core.trainer import Update, make_optimizer
+from d3po_core.trainer import Update
 from d3po_core.training_set import Shard, load_training_set, train_round
 from d3po_core.weights import weights_file, weights_sha256
 

@@ -15,7 +15,7 @@ import torch
 
 from d3po_core.compiling import pad_rows
 from d3po_core.config import SampleConfig
-from d3po_core.ddim import Schedule, log_prob, step_mean
+from d3po_core.ddim import Schedule, gaussian_kl, log_prob, step_mean
 from d3po_core.policy import Policy
 from d3po_core.seeds import GaussianSteps, derive_seed, gaussian
 from d3po_core.sending import send
@@ -269,7 +269,21 @@ def replay_log_probs(
     guidance_scale: float,
     equal_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log_prob ``[B]`` of stored steps under the policy as it is now, with gradient if one is being recorded.
+    """log_prob ``[B]`` of stored steps under the policy as it is now; see ``replay_steps``."""
+    return replay_steps(policy, schedule, prompts, latent_BCHW, next_BCHW, step_B, guidance_scale, equal_B)[0]
+
+
+def replay_steps(
+    policy: Policy,
+    schedule: Schedule,
+    prompts: list[str],
+    latent_BCHW: torch.Tensor,
+    next_BCHW: torch.Tensor,
+    step_B: torch.Tensor,
+    guidance_scale: float,
+    equal_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_prob ``[B]`` and mean of stored steps under the policy as it is now, with gradient if one is being recorded.
 
     Args:
         policy: the policy to score with.
@@ -287,7 +301,8 @@ def replay_log_probs(
     latent, following = (send(x, policy.device).float() for x in (latent_BCHW, next_BCHW))
     step_B, first_U, pass_B = (send(x, policy.device) for x in (step_B, first_U, pass_B))
     output = policy.predict(latent[first_U], schedule.timesteps_T[step_B[first_U]], conditioning)[pass_B]
-    return log_prob(following, step_mean(schedule, step_B, latent, output), schedule.sigma_T[step_B])
+    mean = step_mean(schedule, step_B, latent, output)
+    return log_prob(following, mean, schedule.sigma_T[step_B]), mean
 
 
 @torch.no_grad()
@@ -333,5 +348,4 @@ def kl_from_base(
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
     mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - sigma_S[:, None, None, None, None] * noise_SBCHW
-    squares_SB = ((mean_SBCHW - base_SBCHW.cpu()) ** 2).mean(dim=(2, 3, 4))
-    return (squares_SB / (2 * sigma_S[:, None] ** 2)).sum(dim=0)
+    return gaussian_kl(mean_SBCHW, base_SBCHW.cpu(), sigma_S[:, None]).sum(dim=0)

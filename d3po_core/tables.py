@@ -19,7 +19,8 @@ from d3po_core.errors import D3POError
 
 # 2: judgements got `seconds` and `position`, and a `value` that may be missing.
 # 3: the table comparisons; intervals of the win rates in `rounds`.
-SCHEMA_VERSION = 3
+# 4: what updates found is called so, `kl` (which was none) is `kl_before`; what a round learned.
+SCHEMA_VERSION = 4
 
 
 def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
@@ -43,11 +44,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         pair_id=_text, group_id=_text, winner_id=_text, loser_id=_text, weight=_real, num_raters=_int, agreement=_real,
     ),
     "updates": _schema(
-        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin=_real, pair_accuracy=_real, kl=_real,
-        clip_fraction=_real, grad_norm=_real, seconds=_real, finished_at=_time,
+        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin_before=_real, pair_accuracy_before=_real,
+        kl_before=_real, clip_fraction=_real, grad_norm=_real, drowned=_real, seconds=_real, finished_at=_time,
     ),
     "update_steps": _schema(
-        update=_int, step=_int, timestep=_int, margin=_real, pair_accuracy=_real, kl=_real, clip_fraction=_real,
+        update=_int, step=_int, timestep=_int, margin_before=_real, pair_accuracy_before=_real, kl_before=_real,
+        clip_fraction=_real,
     ),
     "evaluations": _schema(
         sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
@@ -61,16 +63,24 @@ SCHEMAS: dict[str, pa.Schema] = {
         checkpoint_in=(_text, True), checkpoint_out=(_text, True), lora_sha256=(_text, True), num_samples=_int,
         num_pairs=_int, num_ties=_int, eval_scorer=_text, eval_score_mean=_real, eval_score_low=(_real, True),
         eval_score_high=(_real, True), loss_mean=(_real, True), clip_fraction=(_real, True),
-        pair_accuracy=(_real, True), mlflow_run_id=(_text, True), config_sha256=_text, git_commit=(_text, True),
+        pair_accuracy_before=(_real, True), mlflow_run_id=(_text, True), config_sha256=_text, git_commit=(_text, True),
         sample_seconds=_real, judge_seconds=_real, derive_seconds=_real, train_seconds=_real, evaluate_seconds=_real,
         publish_seconds=_real,
         finished_at=_time, label_seconds=(_real, True), diversity=(_real, True), drift=(_real, True),
         win_rate_base=(_real, True), win_rate_before=(_real, True), win_rate_champion=(_real, True),
         champion=(_int, True), verdict=(_text, True), findings=(_text, True), win_rate_base_low=(_real, True),
         win_rate_base_high=(_real, True), win_rate_before_low=(_real, True), win_rate_before_high=(_real, True),
-        win_rate_champion_low=(_real, True), win_rate_champion_high=(_real, True),
+        win_rate_champion_low=(_real, True), win_rate_champion_high=(_real, True), pair_accuracy_after=(_real, True),
+        margin_after=(_real, True), kl_after=(_real, True), drowned=(_real, True),
     ),
 }  # fmt: skip
+
+# Columns of older files: what they are called now, or None for one whose numbers were wrong.
+FORMER: dict[str, dict[str, str | None]] = {
+    "updates": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
+    "update_steps": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
+    "rounds": {"pair_accuracy": "pair_accuracy_before"},
+}
 
 # Closed sets and ranges that a schema cannot say.
 ALLOWED = {
@@ -268,10 +278,12 @@ def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
     connection = duckdb.connect(":memory:")
     for table, schema in SCHEMAS.items():
+        former = FORMER.get(table, {})
         folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
         source = f"{folder}/round=*/*.parquet"
         # An empty table of today's schema: files that were written before a column was added then read as null.
-        connection.register(f"_{table}", schema.append(pa.field("round", pa.int64())).empty_table())
+        added = [pa.field("round", pa.int64()), *(pa.field(name, _real) for name in former)]
+        connection.register(f"_{table}", pa.schema([*schema, *added]).empty_table())
         rows = f"SELECT * FROM _{table}"
         if any((campaign / table).glob("round=*/*.parquet")):
             # The round is that of the file's own folder, whatever key=value names lie above it.
@@ -280,5 +292,8 @@ def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
                 "CAST(regexp_extract(filename, 'round=([0-9]+)[/\\\\][^/\\\\]*$', 1) AS BIGINT) AS round "
                 f"FROM read_parquet('{source}', hive_partitioning=false, filename=true, union_by_name=true)"
             )
+        if former:
+            now = ", ".join(f"coalesce({name}, {old}) AS {name}" for old, name in former.items() if name)
+            rows = f"SELECT * EXCLUDE ({', '.join(former)}) REPLACE ({now}) FROM ({rows})"
         connection.execute(f"CREATE VIEW {table} AS {rows}")
     return connection

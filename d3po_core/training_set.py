@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.config import CampaignConfig
+from d3po_core.lesson import TrainingSet
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy
 from d3po_core.seeds import derive_seed
 from d3po_core.tables import partition, read_rows
-from d3po_core.trainer import TrainingSet, Update, train_updates
+from d3po_core.trainer import Update, measure_learned, train_updates
+from d3po_core.update_tally import Seen
 
 Shard = dict[str, torch.Tensor]
 
@@ -47,6 +49,7 @@ def load_training_set(
         latents_NTCHW=torch.stack([shard["latents"][row] for shard, row in rows]) if rows else empty,
         log_probs_NT=torch.stack([shard["log_probs"][row] for shard, row in rows]) if rows else empty,
         groups=[PairedGroup(tuple(images_of[group]), tuple(pairs_of[group])) for group in images_of],
+        noise_seeds=[sample["seed"] for sample in used],
     )
 
 
@@ -69,3 +72,10 @@ def train_round(
     return train_updates(
         policy, optimizer, schedule, data, config.train, config.sample.guidance_scale, seed, first_update
     )
+
+
+def measure_round(policy: Policy, data: TrainingSet, config: CampaignConfig, round_number: int) -> Seen | None:
+    """What the policy, as it stands, makes of the pairs that the round trained on; see ``measure_learned``."""
+    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    seed = derive_seed(training_seed(config, round_number), "measured")
+    return measure_learned(policy, schedule, data, config.train, config.sample.guidance_scale, seed)

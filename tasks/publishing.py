@@ -20,6 +20,7 @@ from d3po_core.campaign import (
 )
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.optimizers import check_beta, optimizer_class
 from d3po_core.policy import check_model
 from d3po_core.prompts import check_held_out, load_prompts
 from d3po_core.ranks import check_processes
@@ -36,7 +37,6 @@ from d3po_core.records import (
 from d3po_core.report import REPORT_FILE, write_report
 from d3po_core.space import check_space
 from d3po_core.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
-from d3po_core.trainer import optimizer_class
 from tasks import tracking
 from tasks.showing import show_rounds
 from tasks.stage import STAGE_OPTIONS, load_scorers
@@ -50,6 +50,7 @@ def check_campaign(config: CampaignConfig) -> None:
     """
     check_model(config.model)
     optimizer_class(config.train)
+    check_beta(config.train)
     check_processes(config.model)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
@@ -119,8 +120,10 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
         row |= {
             "num_samples": sampled.num_samples, "num_pairs": derived.num_pairs, "num_ties": derived.num_ties,
             "loss_mean": trained.loss, "clip_fraction": trained.clip_fraction, "lora_sha256": trained.lora_sha256,
-            "pair_accuracy": trained.pair_accuracy, "sample_seconds": sampled.seconds, "judge_seconds": judged.seconds,
-            "derive_seconds": derived.seconds, "train_seconds": trained.seconds,
+            "pair_accuracy_before": trained.pair_accuracy_before, "pair_accuracy_after": trained.pair_accuracy_after,
+            "margin_after": trained.margin_after, "kl_after": trained.kl_after, "drowned": trained.drowned,
+            "sample_seconds": sampled.seconds, "judge_seconds": judged.seconds, "derive_seconds": derived.seconds,
+            "train_seconds": trained.seconds,
         }  # fmt: skip
         if stage_path(folder, round_number, "label").exists():
             labelled: LabelRecord = record("label", LabelRecord)

@@ -1,10 +1,11 @@
 """Train: the round's preferences into the next checkpoint."""
 
-from prefect import task
+from prefect import get_run_logger, task
 
 from d3po_core.campaign import checkpoint_path, finish_stage
 from d3po_core.config import CampaignConfig
 from d3po_core.jobs.training import count_updates, train_checkpoint
+from d3po_core.optimizers import drowned_warning
 from d3po_core.records import TrainRecord
 from tasks import tracking
 from tasks.ranks import run_job
@@ -15,6 +16,9 @@ from tasks.stage import STAGE_OPTIONS, model_turn, progress
 def train_policy(config: CampaignConfig, round_number: int) -> TrainRecord:
     """Train the policy on the round's preferences and write the round's checkpoint."""
     record = finish_stage(config.folder, round_number, "train", TrainRecord, lambda: _train(config, round_number))
+    warning = drowned_warning(record.drowned, config.train)
+    if warning:
+        get_run_logger().warning("round %d: %s", round_number, warning)
     tracking.deliver(config)
     return record
 

@@ -1,9 +1,10 @@
 """Train a round's checkpoint; every rank computes a share of each update, and the first one writes."""
 
 import json
+import math
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import NonFiniteLossError, RankError
 from d3po_core.jobs import Tell
 from d3po_core.jobs.loaded import policy_at
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import Policy
 from d3po_core.ranks import check_agreement
 from d3po_core.tables import partition, read_rows, table_from_rows, write_table
-from d3po_core.trainer import make_optimizer, plan_updates
-from d3po_core.training_set import load_training_set, train_round, training_seed
+from d3po_core.trainer import Update, plan_updates
+from d3po_core.training_set import load_training_set, measure_round, train_round, training_seed
+from d3po_core.update_tally import Seen
 
-AVERAGED = ("loss", "margin", "pair_accuracy", "kl", "clip_fraction")
+AVERAGED = ("loss", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction", "drowned")
+
+MEASURED = ("margin", "pair_accuracy", "kl")
 
 Rows = list[dict[str, Any]]
 
@@ -54,14 +60,16 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
     policy = policy_at(config, start_of(config.folder, round_number))
     optimizer = make_optimizer(policy, config.train)
     updates = _restore(config, round_number, policy, optimizer)
+    data = load_training_set(config.folder, round_number)
     first, failure = policy.accelerator.is_main_process, None
     try:
-        _run_updates(config, round_number, policy, optimizer, updates, tell)
+        _run_updates(config, round_number, policy, optimizer, data, updates, tell)
     except NonFiniteLossError as error:
         if config.guard.policy != "reject":
             raise
         failure = str(error)  # the guard rejects what was reached, and the next round starts from the champion
     _check_ranks(policy, optimizer, checkpoint)
+    learned = measure_round(policy, data, config, round_number)
     if first:
         _write_updates(config, round_number, updates)
         record = {"round": round_number, "config_sha256": config.sha256(), **computed_on(policy)}
@@ -69,15 +77,23 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
         _drop_progress(checkpoint)
         digest = json.loads((checkpoint / RECORD_FILE).read_text())["lora_sha256"]
     means = {key: _mean(updates, key) for key in AVERAGED}
-    return {"lora_sha256": digest if first else None, "num_updates": len(updates), "failure": failure, **means}
+    return {
+        "lora_sha256": digest if first else None, "num_updates": len(updates), "failure": failure, **means,
+        **_after(learned),
+    }  # fmt: skip
+
+
+def _after(learned: Seen | None) -> dict[str, float]:
+    """What was learned, by the names of the record; after a failed update some of it may not be a number."""
+    values = {f"{key}_after": getattr(learned, key) for key in MEASURED} if learned else {}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _run_updates(
-    config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, updates: Rows,
-    tell: Tell,
+    config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
+    updates: Rows, tell: Tell,
 ) -> None:  # fmt: skip
     """Make the updates that are still to be made, adding each to ``updates``, and save now and then."""
-    data = load_training_set(config.folder, round_number)
     total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
     saved_at = time.monotonic()
     for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates)):
@@ -110,11 +126,18 @@ def _mean(updates: Rows, key: str) -> float | None:
 def _restore(config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer) -> Rows:
     """Go on from what an interrupted run of this round saved, or from the checkpoint of the round before."""
     for folder in reversed(_progress_folders(_folder(config, round_number))):
+        if not _is_of_this_version(folder):
+            break  # its rows lack columns: the round's training starts anew
         updates: Rows = load_checkpoint(folder, policy, optimizer)["updates"]
         return updates
     start = start_of(config.folder, round_number)
     load_round(config.folder, start, policy, optimizer if config.train.carry_optimizer else None)
     return []
+
+
+def _is_of_this_version(progress: Path) -> bool:
+    names = {field.name for field in fields(Update)}
+    return all(names <= row.keys() for row in json.loads((progress / RECORD_FILE).read_text())["updates"])
 
 
 def _folder(config: CampaignConfig, round_number: int) -> Path:

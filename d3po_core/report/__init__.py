@@ -158,13 +158,16 @@ def _small_curves(facts: Facts, pictures: list[RoundPictures]) -> list[Row]:
     numbers = [row["round"] for row in facts.rounds]
     trained = {row["round"]: row for row in facts.training}
     curves = [
-        ("margin", "Implicit margin", "how much more the policy prefers winners than the reference does"),
-        ("pair_accuracy", "Pair accuracy", "share of pairs and steps on which the policy prefers the winner"),
-        ("kl", "KL", "to the reference, nats an element"),
-        ("loss", "Loss", "mean over the round's updates"),
+        ("pair_accuracy_after", "Pairs learned", "share of the round's pairs and steps on which the policy prefers the "
+         "winner after the round"),
+        ("margin_after", "Margin learned", "log-ratio of winners over that of losers, after the round"),
+        ("pair_accuracy_before", "Pair accuracy before each update", "of pairs not learned from yet: near a half"),
+        ("margin_before", "Margin before each update", "mean over the round's updates"),
+        ("kl_after", "KL of the round", "between the round's first and last policy, nats per element and step"),
+        ("loss", "Loss before each update", "mean over the round's updates"),
         ("grad_norm", "Gradient norm", "before clipping"),
         ("clip_fraction", "Clamped", "share of the pair-steps"),
-    ]
+    ]  # fmt: skip
     spread = [float(np.mean(list(p.diversity.values()))) if p.diversity else None for p in pictures]
     found: list[tuple[str, str, list[float | None]]] = [
         ("Diversity", "mean difference of two images of a prompt, 0 to 1", spread)

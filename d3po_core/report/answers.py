@@ -16,7 +16,7 @@ from d3po_core.comparison import (
 )
 from d3po_core.intervals import score_intervals
 from d3po_core.preferred import HumanWinRate
-from d3po_core.records import ScoreSummary
+from d3po_core.records import DROWNED, ScoreSummary
 from d3po_core.report.gather import Facts, Row
 from d3po_core.report.pictures import RoundPictures
 
@@ -145,6 +145,7 @@ def checks(facts: Facts, scorers: list[Scored], pictures: list[RoundPictures], p
         _trained(facts.rounds),
         _jumps(facts.training),
         _clipping(facts.rounds[-1]),
+        _drowned(facts.training),
         _people(facts.crossing_counts),
         _preferred(facts.champion_preferred),
         _same_config(facts.config_changes),
@@ -211,21 +212,33 @@ def _trained(rounds: list[Row]) -> Check:
     return Check(not same, "Every round changed the weights", text)
 
 
-_JUMPS = "KL to the reference stays of one size"
+_JUMPS = "The KL of a round stays of one size"
 
 
 def _jumps(training: list[Row]) -> Check | None:
+    training = [row for row in training if row["kl_after"] is not None]  # not measured, or by an older version
     if not training:
         return None
-    kl = np.array([row["kl"] for row in training])
-    wild = [row["round"] for row in training if row["kl"] > JUMP * np.median(kl)]
+    kl = np.array([row["kl_after"] for row in training])
+    median, most = number(float(np.median(kl))), number(float(kl.max()))
+    wild = [row["round"] for row in training if row["kl_after"] > JUMP * np.median(kl)]
     if not wild or len(training) < 3:
-        return Check(True, _JUMPS, f"At most {JUMP} times its median, {number(float(np.median(kl)))} nats an element.")
-    text = f"It was more than {JUMP} times its median ({number(float(np.median(kl)))}) in "
-    text += f"round{'s' if len(wild) > 1 else ''} {listed(wild)}, at most {number(float(kl.max()))} nats an element."
+        return Check(True, _JUMPS, f"At most {JUMP} times its median, {median} nats per element and step.")
+    text = (
+        f"It was more than {JUMP} times its median ({median}) in round{'s' if len(wild) > 1 else ''} {listed(wild)}, "
+    )
+    text += f"at most {most} nats per element and step."
     if wild[-1] == training[-1]["round"]:
         return Check(False, _JUMPS, text)
-    return Check(None, "KL to the reference jumped, and came back", text)
+    return Check(None, "The KL of a round jumped, and came back", text)
+
+
+def _drowned(training: list[Row]) -> Check | None:
+    if not training or training[-1]["drowned"] is None:
+        return None
+    share = training[-1]["drowned"]
+    text = f"In the latest round {share:.0%} of the trained weights had gradients below train.adam_eps."
+    return Check(share <= DROWNED, "Gradients are large enough for the optimizer", text)
 
 
 def _clipping(last: Row) -> Check | None:

@@ -29,7 +29,7 @@ class Facts:
     rounds: list[Row]  # rows of the table rounds, with `round`
     held_out: HeldOut  # a row a round
     reigns: list[int]  # position of the champion after each round
-    training: list[Row]  # a row a round that trained: means over its updates
+    training: list[Row]  # a row for each round that trained: means over its updates, and what it learned
     clear_pairs: list[Row]
     doubtful_pairs: list[Row]  # empty when all pairs are equally clear
     crossings: list[Row]  # pairs on which people and a proxy disagree
@@ -106,9 +106,11 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Row]:
 
 
 _TRAINING = """
-SELECT round, count(*) AS num_updates, avg(loss) AS loss, avg(margin) AS margin, avg(pair_accuracy) AS pair_accuracy,
-       avg(kl) AS kl, avg(clip_fraction) AS clip_fraction, avg(grad_norm) AS grad_norm
-FROM updates WHERE num_pairs > 0 GROUP BY round ORDER BY round
+SELECT u.round, count(*) AS num_updates, avg(u.loss) AS loss, avg(u.margin_before) AS margin_before,
+       avg(u.pair_accuracy_before) AS pair_accuracy_before, any_value(r.margin_after) AS margin_after,
+       any_value(r.pair_accuracy_after) AS pair_accuracy_after, any_value(r.kl_after) AS kl_after,
+       avg(u.clip_fraction) AS clip_fraction, avg(u.grad_norm) AS grad_norm, avg(u.drowned) AS drowned
+FROM updates u LEFT JOIN rounds r ON r.round = u.round WHERE u.num_pairs > 0 GROUP BY u.round ORDER BY u.round
 """
 
 _RATERS = """

@@ -43,6 +43,10 @@ from tasks.tracking.store import (
     tracking_uri,
 )
 
+# Of the policy that each update found, and of the one after the round's last update.
+BEFORE = ("margin_before", "pair_accuracy_before", "kl_before")
+AFTER = ("margin_after", "pair_accuracy_after", "kl_after")
+
 
 def _log_sample(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
     record = read_record(config.folder, round_number, "sample", SampleRecord)
@@ -91,9 +95,13 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     record = read_record(config.folder, round_number, "train", TrainRecord)
     updates = read_rows(partition(config.folder, "updates", round_number) / "part.parquet")
     steps = read_rows(partition(config.folder, "update_steps", round_number) / "part.parquet")
-    curves = ("loss", "margin", "pair_accuracy", "kl", "clip_fraction", "grad_norm", "seconds")
+    curves = ("loss", *BEFORE, "clip_fraction", "grad_norm", "drowned", "seconds")
     last = record.finished_at
-    rows = [(f"update/{name}", row[name], row["update"], row["finished_at"]) for row in updates for name in curves]
+    # A round of an older version lacks some.
+    rows = [
+        (f"update/{name}", row[name], row["update"], row["finished_at"])
+        for row in updates for name in curves if name in row
+    ]  # fmt: skip
     rows += [
         (
             f"by_timestep/{name}",
@@ -102,11 +110,12 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
             last,
         )
         for timestep in sorted({row["timestep"] for row in steps})
-        for name in ("margin", "pair_accuracy", "kl", "clip_fraction")
+        for name in (*BEFORE, "clip_fraction")
+        if all(name in row for row in steps)
     ]
     log_metrics(client, run_id, rows)
     values: dict[str, float | None] = {
-        f"train/{name}": getattr(record, name) for name in ("loss", "margin", "pair_accuracy", "kl", "clip_fraction")
+        f"train/{name}": getattr(record, name) for name in ("loss", *BEFORE, *AFTER, "clip_fraction", "drowned")
     }
     pair_steps = sum(row["num_pairs"] for row in updates) * len({row["step"] for row in steps})
     values["train/pair_steps_per_second"] = pair_steps / record.seconds

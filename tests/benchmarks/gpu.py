@@ -27,12 +27,14 @@ from rich.table import Table
 
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.families import FAMILIES
+from d3po_core.lesson import TrainingSet
 from d3po_core.loading import DTYPES
+from d3po_core.optimizers import make_optimizer
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy
 from d3po_core.rollout import FirstOutputs, ImageSeed, draw_images, replay_log_probs, start_drawing
 from d3po_core.seeds import derive_seed
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 
 PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
 MODES = ("fast", "balanced", "small")
@@ -263,7 +265,13 @@ def training_set(policy: Policy, num_groups: int, group_size: int) -> TrainingSe
         images = range(index * group_size, (index + 1) * group_size)
         pairs = tuple((winner, loser, 1.0) for winner, loser in itertools.combinations(images, 2))
         groups.append(PairedGroup(tuple(images), pairs))
-    return TrainingSet([seed.prompt for seed in seeds], drawn.latents_BTCHW, drawn.log_probs_BT, groups)
+    return TrainingSet(
+        [seed.prompt for seed in seeds],
+        drawn.latents_BTCHW,
+        drawn.log_probs_BT,
+        groups,
+        [seed.noise_seed for seed in seeds],
+    )
 
 
 def training_rates(policy: Policy, data: TrainingSet, batch: int, repeats: int) -> list[float]:

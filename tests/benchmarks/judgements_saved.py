@@ -26,6 +26,8 @@ import torch
 from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import ModelConfig, TrainConfig
 from d3po_core.information import FADE, dissimilarity, expected_information
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import draw_prompts, load_prompts
@@ -33,7 +35,7 @@ from d3po_core.rollout import ImageSeed, evaluation_seeds, sample_trajectories
 from d3po_core.scorers import prompt_alignment
 from d3po_core.seeds import derive_seed
 from d3po_core.tables import atomic_path
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, GUIDANCE, BATCH, WARM_GROUPS = 10, 1.0, 64, 32
@@ -184,7 +186,9 @@ def training_set(
                       for l, b in zip(ids, good_GM[g], strict=True) if a and not b)  # noqa: E741  # fmt: skip
         if pairs:
             paired.append(PairedGroup(tuple(ids), pairs))
-    return TrainingSet([image.prompt for group in groups for image in group], latents, log_probs, paired)
+    images = [image for group in groups for image in group]
+    noise = [image.noise_seed for image in images]
+    return TrainingSet([image.prompt for image in images], latents, log_probs, paired, noise)
 
 
 def judgements_needed(curve: Curve, level: float) -> float | None:

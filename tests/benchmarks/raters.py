@@ -23,6 +23,8 @@ from scipy import stats
 from simulated_raters import MODES, draw_groups, quality, simulate_votes, true_answers
 
 from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import draw_prompts, load_prompts
@@ -30,7 +32,7 @@ from d3po_core.raters import decide
 from d3po_core.rollout import ImageSeed, Trajectories, evaluation_seeds, sample_trajectories
 from d3po_core.scorers import prompt_alignment
 from d3po_core.seeds import derive_seed
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 
 CONFIG = CampaignConfig()
 GROUP_SIZE = 4
@@ -181,7 +183,13 @@ def training_set(seeds: list[ImageSeed], drawn: Trajectories, decided: pa.Table,
     for pairs in pairs_of.values():
         images = tuple(sorted({image for winner, loser, _ in pairs for image in (winner, loser)}))
         groups.append(PairedGroup(images, tuple(pairs)))
-    return TrainingSet([seed.prompt for seed in seeds], drawn.latents_BTCHW, drawn.log_probs_BT, groups)
+    return TrainingSet(
+        [seed.prompt for seed in seeds],
+        drawn.latents_BTCHW,
+        drawn.log_probs_BT,
+        groups,
+        [seed.noise_seed for seed in seeds],
+    )
 
 
 def held_out(policy: Policy, arguments: argparse.Namespace, seed: int) -> float:

@@ -30,12 +30,14 @@ from rich.console import Console
 from rich.table import Table
 
 from d3po_core.config import CampaignConfig, TrainConfig
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy, load_policy
 from d3po_core.prompts import load_prompts
 from d3po_core.rollout import ImageSeed, sample_trajectories
 from d3po_core.seeds import derive_seed, permutation
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 
 CONFIG = CampaignConfig()
 GUIDANCE = 1.0
@@ -160,7 +162,13 @@ def training_set(policy: Policy, num_groups: int, group_size: int) -> TrainingSe
         score = dict(zip(images, permutation(derive_seed(SEED, "score", index), group_size), strict=True))
         ordered = [(a, b) if score[a] > score[b] else (b, a) for a, b in itertools.combinations(images, 2)]
         groups.append(PairedGroup(tuple(images), tuple((winner, loser, 1.0) for winner, loser in ordered)))
-    return TrainingSet([seed.prompt for seed in seeds], drawn.latents_BTCHW, drawn.log_probs_BT, groups)
+    return TrainingSet(
+        [seed.prompt for seed in seeds],
+        drawn.latents_BTCHW,
+        drawn.log_probs_BT,
+        groups,
+        [seed.noise_seed for seed in seeds],
+    )
 
 
 def gradient_difference(policy: Policy, published: Published, data: TrainingSet) -> float:
@@ -168,7 +176,7 @@ def gradient_difference(policy: Policy, published: Published, data: TrainingSet)
     settings: dict[str, Any] = {"beta": BETA, "clip": "two_sided", "clip_range": CLIP_RANGE, "updates_per_round": 1}
     config = TrainConfig(timestep_weighting="none", max_grad_norm=1e9, **settings)
     group = data.groups[0]
-    one_pair = TrainingSet(data.prompts, data.latents_NTCHW, data.log_probs_NT, [group])
+    one_pair = TrainingSet(data.prompts, data.latents_NTCHW, data.log_probs_NT, [group], data.noise_seeds)
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
     ours = [parameter for _, parameter in policy.trainable_parameters()]
     still = torch.optim.SGD(ours, lr=0.0)

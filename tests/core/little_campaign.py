@@ -114,4 +114,5 @@ class LittleCampaign:
             "eval_score_mean": mean, "eval_score_low": mean, "eval_score_high": mean, "config_sha256": "c" * 64,
             "git_commit": "a1" * 20, "mlflow_run_id": f"{number:032x}", "finished_at": NOON,
             "loss_mean": 0.7 if number and pairs else None, "clip_fraction": 0.0 if number and pairs else None,
+            "kl_after": 0.1 if number and pairs else None,
         }  # fmt: skip

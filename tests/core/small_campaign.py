@@ -100,11 +100,12 @@ def _write_images(campaign: Path, number: int) -> None:
     with connect(campaign) as connection:
         write_table(campaign, "preferences", number, derive_preferences(connection, number, "majority", "all").table)
     update = {
-        "update": 0, "epoch": 0, "num_pairs": 3, "loss": 0.7, "margin": 0.1, "pair_accuracy": 0.6, "kl": 0.0,
-        "clip_fraction": 0.0, "grad_norm": 1.0, "seconds": 1.0, "finished_at": MORNING,
+        "update": 0, "epoch": 0, "num_pairs": 3, "loss": 0.7, "margin_before": 0.1,
+        "pair_accuracy_before": 0.6, "kl_before": 0.0, "clip_fraction": 0.0, "grad_norm": 1.0, "drowned": 0.0,
+        "seconds": 1.0, "finished_at": MORNING,
     }  # fmt: skip
     write_table(campaign, "updates", number, table_from_rows("updates", [update]))
-    names = ("update", "margin", "pair_accuracy", "kl", "clip_fraction")
+    names = ("update", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction")
     step = {name: update[name] for name in names} | {"step": 0, "timestep": 501}
     write_table(campaign, "update_steps", number, table_from_rows("update_steps", [step]))
 
@@ -146,7 +147,7 @@ def _write_round(config: CampaignConfig, number: int) -> None:
         "lora_sha256": f"sha-{number}" if number else None, "num_samples": 6 if number else 0,
         "num_pairs": 3 if number else 0, "num_ties": 0, "eval_scorer": "prompt_alignment",
         "eval_score_mean": score.mean, "eval_score_low": score.low, "eval_score_high": score.high, "loss_mean": 0.7,
-        "clip_fraction": 0.0, "pair_accuracy": 0.6, "mlflow_run_id": f"run-{number}",
+        "clip_fraction": 0.0, "pair_accuracy_before": 0.6, "mlflow_run_id": f"run-{number}",
         "config_sha256": config.sha256(), "git_commit": "abc", "finished_at": MORNING,
     }  # fmt: skip
     row |= {f"{stage}_seconds": 1.0 for stage in ("sample", "judge", "derive", "train", "evaluate", "publish")}

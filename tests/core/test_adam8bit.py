@@ -13,8 +13,10 @@ from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import Policy, load_policy
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 from tests.core.test_trainer import NUM_STEPS, settings, training_set
 
 FOUR = {"updates_per_round": 4, "epochs": 2, "learning_rate": 3e-5, "max_grad_norm": 1.0}

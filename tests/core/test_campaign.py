@@ -30,12 +30,13 @@ from d3po_core.campaign import (
     finished_rounds,
     last_finished_round,
     open_campaign,
+    read_record,
     rounds_to_do,
     stage_path,
 )
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
 from d3po_core.errors import CampaignBusyError, D3POError
-from d3po_core.records import DeriveRecord
+from d3po_core.records import DeriveRecord, TrainRecord
 from d3po_core.tables import SCHEMAS, write_table
 
 
@@ -337,6 +338,20 @@ def test_finished_stage_is_not_worked_again(tmp_path: Path) -> None:
     assert first.num_pairs == 3
     assert first.finished_at is not None
     assert calls == [1]
+
+
+def test_record_of_training_that_the_first_versions_wrote_is_understood(tmp_path: Path) -> None:
+    path = stage_path(tmp_path, 1, "train")
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        '{"seconds": 4.5, "finished_at": "2026-01-01T00:00:00Z", "checkpoint": "checkpoints/round=1", '
+        '"lora_sha256": "a", "num_updates": 4, "loss": 0.69, '
+        '"margin": 0.001, "pair_accuracy": 0.51, "kl": 1e-5, "clip_fraction": 0.0, '
+        '"failure": null}'
+    )
+    record = read_record(tmp_path, 1, "train", TrainRecord)
+    assert (record.loss, record.margin_before, record.pair_accuracy_before) == (0.69, 0.001, 0.51)
+    assert (record.kl_before, record.kl_after, record.pair_accuracy_after) == (None, None, None)
 
 
 def test_failed_stage_leaves_no_record(tmp_path: Path) -> None:

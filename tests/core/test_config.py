@@ -20,6 +20,7 @@ from d3po_core.config import (
     resolve_path,
 )
 from d3po_core.errors import D3POError
+from d3po_core.optimizers import check_beta
 
 
 def explain(values: Any) -> str:
@@ -218,6 +219,24 @@ def test_entries_of_mappings_that_came_and_went_are_changes() -> None:
     expected = [("judge.scorer_weights.a:f", 2.0, None), ("judge.scorer_weights.b:f", 3.0, 4.0)]
     assert changed_fields(old, new) == expected
     assert changed_fields(new, old) == [(name, b, a) for name, a, b in reversed(expected)]
+
+
+@pytest.mark.parametrize(
+    ("values", "beta"),
+    [({}, 300), ({"log_prob": "mean"}, 300), ({"log_prob": "sum"}, 0.1), ({"log_prob": "sum", "beta": 2.0}, 2)],
+)
+def test_beta_that_is_not_given_is_of_the_scale_of_log_prob(values: dict[str, Any], beta: float) -> None:
+    config = load_config({"train": values}, "test")
+    assert config.train.beta == beta
+    assert load_config(config.model_dump(), "test") == config
+
+
+def test_beta_of_the_other_scale_is_refused_before_any_work() -> None:
+    # Read it can be: a campaign may have been run so before this was refused.
+    config = load_config({"train": {"log_prob": "sum", "beta": 300}}, "test")
+    with pytest.raises(D3POError, match=r"train\.beta is 300 with train\.log_prob 'sum'; expected .* 'mean'") as caught:
+        check_beta(config.train)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_field_has_a_description() -> None:

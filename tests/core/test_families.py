@@ -14,11 +14,13 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.families import FAMILIES
 from d3po_core.kohya import KOHYA_FILE, write_for_others
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import LORA_FILE, Policy, load_policy
 from d3po_core.rollout import draw_images, replay_log_probs, sample_trajectories
 from d3po_core.seeds import gaussian
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 from tests.core.drawing import image_seed, stir_lora
 from tests.core.tiny_models import NAMES, tiny_model
 
@@ -159,7 +161,13 @@ def test_replayed_log_probs_are_the_stored_ones(name: str, policy_of: Loader) ->
 def training_set(policy: Policy) -> TrainingSet:
     drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), SEEDS, GUIDANCE, torch.float32)
     groups = [PairedGroup((0, 1), ((0, 1, 1.0),)), PairedGroup((2, 3), ((3, 2, 0.5),))]
-    return TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, groups)
+    return TrainingSet(
+        [seed.prompt for seed in SEEDS],
+        drawn.latents_BTCHW,
+        drawn.log_probs_BT,
+        groups,
+        [seed.noise_seed for seed in SEEDS],
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,8 +177,8 @@ def test_an_update_widens_the_margin_and_moves_only_the_lora(name: str, folders:
     config = TrainConfig(learning_rate=1e-2, updates_per_round=4, epochs=4, beta=10.0)
     data, optimizer = training_set(policy), make_optimizer(policy, config)
     updates = list(train_updates(policy, optimizer, policy.schedule(STEPS, 1.0), data, config, GUIDANCE, seed=3))
-    assert updates[0].margin == pytest.approx(0, abs=1e-3)
-    assert updates[-1].margin > 0
+    assert updates[0].margin_before == pytest.approx(0, abs=1e-3)
+    assert updates[-1].margin_before > 0
     assert updates[-1].loss < updates[0].loss
     after = policy.network.state_dict()
     assert all(torch.equal(after[key], value) for key, value in frozen.items())

@@ -26,19 +26,21 @@ from d3po_core.fused_layers import (
     share_rows_until_text,
     split_gated_layers,
 )
+from d3po_core.lesson import TrainingSet
 from d3po_core.lora_linear import lora_linear, padded_rank
 from d3po_core.packing import PairedGroup, micro_batches
 from d3po_core.policy import Policy, load_policy
 from d3po_core.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
 from d3po_core.row_limit import RowLimit
 from d3po_core.seeds import gaussian
-from d3po_core.trainer import TrainingSet, train_updates
+from d3po_core.trainer import train_updates
 from tests.core.drawing import image_seed, stir_lora
 from tests.core.tiny_models import tiny_model
 
 PROMPTS = ["a red circle on a gray background", "a blue cross on a white background"]
 STEPS, GUIDANCE = 3, 3.0
 SEEDS = [image_seed(prompt, member) for prompt in PROMPTS for member in range(3)]
+NOISE = [seed.noise_seed for seed in SEEDS]
 CONFIG = SampleConfig(num_steps=STEPS, guidance_scale=GUIDANCE)
 GROUPS = [
     PairedGroup((0, 1, 2), ((0, 1, 1.0), (0, 2, 0.5), (2, 1, 1.0))),
@@ -60,7 +62,7 @@ def plain() -> Policy:
 @pytest.fixture(scope="module")
 def data(plain: Policy) -> TrainingSet:
     drawn = sample_trajectories(plain, plain.schedule(STEPS, 1.0), SEEDS, GUIDANCE, torch.float32)
-    return TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS)
+    return TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS, NOISE)
 
 
 def replayed(policy: Policy, data: TrainingSet, step: int = 1, images: slice = slice(None)) -> torch.Tensor:
@@ -170,7 +172,7 @@ def test_log_probs_in_half_precision_are_near_those_in_single(
 def test_log_probs_in_half_precision_are_replayed_as_they_were_stored(precision: str) -> None:
     policy = embedded(precision=precision)
     drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), SEEDS, GUIDANCE, torch.float16)
-    data = TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS)
+    data = TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS, NOISE)
     for step in range(STEPS):
         torch.testing.assert_close(replayed(policy, data, step), drawn.log_probs_BT[:, step], rtol=0, atol=1e-5)
 
@@ -309,7 +311,7 @@ def test_images_of_a_group_pass_once_at_the_step_where_they_are_equal(
 ) -> None:
     policy = embedded(precision="fp16")
     drawn = sample_trajectories(policy, policy.schedule(STEPS, 1.0), SEEDS, GUIDANCE, torch.float16)
-    data = TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS)
+    data = TrainingSet([seed.prompt for seed in SEEDS], drawn.latents_BTCHW, drawn.log_probs_BT, GROUPS, NOISE)
     seen: list[int] = []
     predict = Policy.predict
 

@@ -20,9 +20,11 @@ from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig, resolve_p
 from d3po_core.ddim import Schedule
 from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.full_policy import FullPolicy
+from d3po_core.lesson import TrainingSet
+from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import FP16_LOSS_SCALE, Policy, load_policy
 from d3po_core.rollout import kl_from_base
-from d3po_core.trainer import TrainingSet, make_optimizer, train_updates
+from d3po_core.trainer import train_updates
 from d3po_core.weights import LORA_FILE, NETWORK_FILE, loading_line, weights_file, weights_sha256
 from tests.core.drawing import stir_lora
 from tests.core.test_policy import output, plain_output
@@ -370,4 +372,4 @@ def test_a_network_trained_as_a_whole_learns_to_prefer_winners(schedule: Schedul
     config = settings(updates_per_round=12, epochs=12, learning_rate=3e-5, max_grad_norm=1.0, beta=100.0)
     updates = list(train_updates(policy, make_optimizer(policy, config), schedule, data, config, 1.0, seed=5))
     assert updates[-1].loss < updates[0].loss
-    assert updates[-1].pair_accuracy > 0.8
+    assert updates[-1].pair_accuracy_before > 0.8

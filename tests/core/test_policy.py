@@ -13,11 +13,11 @@ from diffusers import StableDiffusionPipeline
 from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig, resolve_path
 from d3po_core.errors import D3POError
+from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import LORA_FILE, Policy, check_model, load_policy
 from d3po_core.prompts import check_held_out, load_prompts
 from d3po_core.seeds import gaussian
 from d3po_core.shapes import all_scenes, is_held_out, parse_prompt
-from d3po_core.trainer import make_optimizer
 from tests.core.drawing import stir_lora
 
 MODEL = resolve_path(ModelConfig().path)

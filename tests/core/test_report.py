@@ -316,13 +316,13 @@ def test_scorer_that_suffers_is_an_alarm(tmp_path: Path) -> None:
 
 def test_latest_round_that_jumped_is_an_alarm_and_an_earlier_one_is_not(tmp_path: Path) -> None:
     campaign = make(tmp_path / "one", [0.2, 0.3, 0.4, 0.5, 0.6])
-    (update,) = read_rows(campaign.folder / "updates/round=1/part.parquet")
-    campaign.write("updates", 3, [update | {"kl": 0.1 * 10.5}])
+    third, fourth = (read_rows(campaign.folder / f"rounds/round={n}/part.parquet")[0] for n in (3, 4))
+    campaign.write("rounds", 3, [third | {"kl_after": 0.1 * 10.5}])
     text = page_of(campaign).text
-    assert "KL to the reference jumped, and came back It was more than 10 times its median (0.100) in round 3" in text
-    campaign.write("updates", 4, [update | {"kl": 2e8}])
+    assert "The KL of a round jumped, and came back It was more than 10 times its median (0.100) in round 3" in text
+    campaign.write("rounds", 4, [fourth | {"kl_after": 2e8}])
     text = page_of(campaign).text
-    assert "Not so: KL to the reference stays of one size" in text
+    assert "Not so: the KL of a round stays of one size" in text
     assert "in round 4, at most 2.0e+08 nats" in text
     assert re.search(r" 1e\+0[5-8] ", text)  # the curve turned logarithmic, its ticks are plain text
     assert "$" not in text

@@ -70,6 +70,28 @@ def test_files_from_before_a_column_was_added_are_read_with_nulls(tmp_path: Path
         ]
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("table", ["updates", "update_steps"])
+def test_what_older_files_call_otherwise_is_read_under_its_name_of_now(
+    tmp_path: Path, table: str, together: bool
+) -> None:
+    """The first versions wrote margin and pair_accuracy of before the update, and a kl that was none."""
+    former = {"margin_before": "margin", "pair_accuracy_before": "pair_accuracy", "kl_before": "kl"}
+    new = one(table, margin_before=2.0, pair_accuracy_before=0.75, kl_before=3.0)
+    old = new.rename_columns([former.get(name, name) for name in new.schema.names])
+    path = tmp_path / table / "round=1" / "part.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(old, path)
+    expected: list[tuple[Any, ...]] = [(1, 2.0, 0.75, None)]
+    if together:
+        write_table(tmp_path, table, 2, new)
+        expected.append((2, 2.0, 0.75, 3.0))
+    with connect(tmp_path) as connection:
+        found = connection.sql(f"SELECT round, {', '.join(former)} FROM {table} ORDER BY round").fetchall()
+        assert connection.sql(f"SELECT * FROM {table}").columns == [*SCHEMAS[table].names, "round"]
+    assert found == expected
+
+
 def test_row_without_a_column_is_refused_by_name() -> None:
     short = row("preferences")
     del short["weight"]

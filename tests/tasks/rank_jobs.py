@@ -9,8 +9,9 @@ from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
 from d3po_core.jobs import Tell, training
 from d3po_core.jobs.loaded import loaded_policy
+from d3po_core.lesson import TrainingSet
 from d3po_core.policy import Policy
-from d3po_core.trainer import TrainingSet, train_updates
+from d3po_core.trainer import train_updates
 from d3po_core.training_set import load_training_set, training_seed
 from tests.core.drawing import stir_lora
 
@@ -65,7 +66,7 @@ def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: 
     updates = train_updates(policy, still, schedule, data, config.train, 1.0, training_seed(config, 1))
     update = next(updates)
     flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.trainable_parameters()])
-    seen = {key: getattr(update, key) for key in ("loss", "margin", "kl", "grad_norm", "num_pairs")}
+    seen = {key: getattr(update, key) for key in ("loss", "margin_before", "kl_before", "grad_norm", "num_pairs")}
     return {"gradient": flat.tolist(), "seen": seen, "per_step": update.per_step, "loss_scale": policy.loss_scale}
 
 
