@@ -47,7 +47,8 @@ def finish_stage(
 ) -> StageRecord:
     """Do a stage's work once: a finished stage gives its record back without working.
 
-    The work must leave the same files when it is done again from any point at which it can be killed.
+    The work must leave the same files when it is done again from any point at which it can be killed. The record's
+    ``seconds`` are those of all attempts.
 
     Args:
         campaign: the campaign's folder.
@@ -59,12 +60,34 @@ def finish_stage(
     path = stage_path(campaign, round_number, stage)
     if path.exists():
         return read_record(campaign, round_number, stage, kind)
-    started = time.perf_counter()
+    earlier, started = seconds_spent(campaign, round_number, stage), time.perf_counter()
     record = work()
-    record = record.model_copy(update={"seconds": time.perf_counter() - started, "finished_at": datetime.now(UTC)})
+    seconds = earlier + time.perf_counter() - started
+    record = record.model_copy(update={"seconds": seconds, "finished_at": datetime.now(UTC)})
     with atomic_path(path) as temporary:
         temporary.write_text(record.model_dump_json(indent=1))
+    _seconds_path(campaign, round_number, stage).unlink(missing_ok=True)
     return record
+
+
+def _seconds_path(campaign: Path, round_number: int, stage: str) -> Path:
+    return stage_path(campaign, round_number, stage).with_suffix(".seconds")
+
+
+def seconds_spent(campaign: Path, round_number: int, stage: str) -> float:
+    """What earlier attempts at a stage noted that it has taken so far; 0 when there was none."""
+    try:
+        return float(_seconds_path(campaign, round_number, stage).read_text())
+    except (OSError, ValueError):  # none, or its last note was cut off
+        return 0.0
+
+
+def note_seconds(campaign: Path, round_number: int, stage: str, seconds: float) -> None:
+    """Note what a stage has taken so far, all attempts together, for one that may have to go on from here."""
+    with contextlib.suppress(OSError):  # a disk that is full is the work's to find
+        path = _seconds_path(campaign, round_number, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{seconds:.3f}")
 
 
 def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageRecord]) -> StageRecord:

@@ -8,6 +8,7 @@ from typing import Any
 from prefect.concurrency.sync import concurrency
 from tqdm import tqdm
 
+from d3po_core.campaign import note_seconds, seconds_spent
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.scorers import Scorer, load_scorer, use_device
@@ -80,8 +81,10 @@ tqdm.monitor_interval = 0
 class Bar:
     """What a stage tells of its progress: a bar with rate and time left on terminals, and Prefect's page.
 
+    It also notes on disk how long the stage has taken, for a run that goes on after this one was killed.
+
     Args:
-        campaign: the campaign's name.
+        config: the campaign's.
         round_number: the round.
         stage: the stage's name.
         total: how many units there are.
@@ -89,24 +92,31 @@ class Bar:
         done: how many were done by an earlier run, which says nothing of the rate.
     """
 
-    def __init__(self, campaign: str, round_number: int, stage: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int) -> None:
+        self._stage = (config.folder, round_number, stage)
+        self._earlier = seconds_spent(*self._stage)
         self._label, self._total, self._unit, self._done, self._first = (
             f"round {round_number} {stage}", total, unit, done, done,
         )  # fmt: skip
         self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, disable=None)
-        self._shown, self._began = StageProgress(campaign, stage), time.monotonic()
+        self._shown, self._began = StageProgress(config.campaign, stage), time.monotonic()
 
     def update(self, count: int = 1) -> None:
         """So many more are done."""
         self._bar.update(count)
         self._done += count
         self._shown.tell(self._done / self._total, self._text)
+        self._note()
 
     def close(self, whole: bool) -> None:
         """The stage is over, and did all its work or not."""
         self._bar.close()
+        self._note()
         if whole:
             self._shown.end(self._text)
+
+    def _note(self) -> None:
+        note_seconds(*self._stage, self._earlier + time.monotonic() - self._began)
 
     def _text(self) -> str:
         seconds = time.monotonic() - self._began
@@ -121,7 +131,7 @@ def progress(
     config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int = 0
 ) -> Iterator[Bar]:
     """Show a stage's progress; ``done`` units of ``total`` are there already."""
-    bar = Bar(config.campaign, round_number, stage, total, unit, done)
+    bar = Bar(config, round_number, stage, total, unit, done)
     try:
         yield bar
     except BaseException:
