@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from d3po_core.checkpoint import load_checkpoint, save_checkpoint
-from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.ddim import Schedule, make_schedule
 from d3po_core.errors import NonFiniteLossError
 from d3po_core.lesson import TrainingSet
@@ -358,6 +359,23 @@ def test_small_gradients_drown_in_a_large_eps_and_are_counted(policy: Policy) ->
     assert drowned[1e-15] < 0.01
     # Adam moves a weight whose gradient keeps its sign by the learning rate in each update.
     assert all(moved[1e-15][name] > 10 * moved[1e-8][name] for name in start)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15-human", "sdxl"])
+def test_presets_for_real_models_move_weights_by_their_learning_rate(policy: Policy, name: str) -> None:
+    """The first step of AdamW is the learning rate for every weight whose gradient eps does not drown."""
+    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    values = next(d["parameters"]["config"]["train"] for d in deployments if d["name"] == name)
+    config = TrainConfig(**values | {"updates_per_round": 1, "epochs": 1})
+    schedule, start = policy.schedule(NUM_STEPS, 1.0), lora_weights(policy)
+    data = training_set(policy, schedule)
+    (update,) = train_updates(policy, make_optimizer(policy, config), schedule, data, config, 1.0, seed=5)
+    moved = torch.cat([(weight - start[key]).abs().flatten() for key, weight in lora_weights(policy).items()])
+    second_half = moved[
+        torch.cat([weight.flatten() == 0 for weight in start.values()])
+    ]  # the first has no gradient yet
+    assert second_half.median().item() == pytest.approx(config.learning_rate, rel=1e-3)
+    assert update.drowned < 0.01
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
