@@ -59,6 +59,12 @@ class ModelConfig(_Section):
     single_file_config: str | None = Field(
         None, description="With a single .safetensors file as path: hub id or folder with its configuration"
     )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="What a UNet predicts, where its files do not say or disagree; from its files when not given"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="Whether a UNet's last timestep is pure noise; from its files when not given"
+    )
     train: Literal["lora", "full"] = Field(
         "lora", description="What is trained: a LoRA, or all weights of the network (a far lower train.learning_rate)"
     )
@@ -90,7 +96,9 @@ class SampleConfig(_Section):
     share_initial_latent: bool = Field(True, description="Start all members of a group from one x_T")
     num_steps: int = Field(10, ge=2, le=1000, description="Denoising steps T")
     guidance_scale: float = Field(1.0, ge=1.0, le=50, description="Classifier-free guidance; 1 turns it off")
-    eta: float = Field(1.0, ge=1e-3, le=1, description="DDIM noise; 0 would leave nothing to take a log_prob of")
+    eta: float = Field(
+        1.0, ge=1e-3, le=1, description="Noise of the steps: DDIM's, or a flow's noise level, which has its own default"
+    )
     batch_size: int = Field(64, ge=1, le=65536, description="Images that pass through the network at once")
     latent_dtype: Literal["float32", "float16"] = Field("float32", description="How trajectories are stored")
 
@@ -333,9 +341,11 @@ class CampaignConfig(_Section):
 
 
 # Fields that decide what a campaign's numbers mean: its rounds are comparable only while they stay as they were.
-FIXED_FIELDS = ("seed", "model.path", "model.revision", "model.variant",
-                "model.single_file_config", "model.train", "model.lora", "evaluate", "sample.num_steps",
-                "sample.guidance_scale", "sample.eta")  # fmt: skip
+FIXED_FIELDS = (
+    "seed", "model.path", "model.revision", "model.variant", "model.single_file_config", "model.prediction_type",
+    "model.zero_terminal_snr", "model.train", "model.lora", "evaluate", "sample.num_steps", "sample.guidance_scale",
+    "sample.eta",
+)  # fmt: skip
 
 # Fields that may change even within a round: they change no number.
 FREE_FIELDS = (

@@ -12,7 +12,7 @@ from d3po_core.errors import D3POError
 from d3po_core.families import FAMILIES, Family
 from d3po_core.kohya import READERS, write_for_others
 from d3po_core.lookup import trained_round
-from d3po_core.model_files import absent_parts, family_of, layers_per_block, model_folder, tensor_shapes
+from d3po_core.model_files import absent_parts, family_of, layers_per_block, model_folder, scheduler_of, tensor_shapes
 from d3po_core.records import EvaluateRecord
 from d3po_core.tables import partition, read_rows
 from d3po_core.weights import LORA_FILE, loading_line, weights_file, weights_sha256
@@ -118,7 +118,10 @@ def _card(
 def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
     folder = model_folder(config)
     absent = [name for name in absent_parts(config, folder) if f"{name}=" not in family.DRAWING] if folder else []
-    return family.DRAWING.format(base=", ".join([json.dumps(base), *(f"{name}=None" for name in absent)]))
+    said = scheduler_of(config, folder, family).config if folder else {}
+    fields = ("prediction_type", "rescale_betas_zero_snr", "clip_sample", "set_alpha_to_one")
+    chain = "".join(f", {field}={said[field]!r}" for field in fields if field in said)
+    return family.DRAWING.format(base=", ".join([json.dumps(base), *(f"{name}=None" for name in absent)]), chain=chain)
 
 
 def _scores(campaign: Path, number: int, part: str) -> str:

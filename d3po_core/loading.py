@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from d3po_core.config import ModelConfig, resolve_path
 from d3po_core.errors import D3POError
 from d3po_core.families import Family
-from d3po_core.model_files import check_folder, family_named, model_folder, tensor_shapes
+from d3po_core.model_files import chain, check_folder, family_named, model_folder, tensor_shapes
 from d3po_core.weights import expect_finite
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +45,8 @@ def load_family(config: ModelConfig) -> Family:
         if resolve_path(config.path).exists():
             hint = "; is it a whole model, made from model.single_file_config?" if config.single_file_config else ""
         raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    pipeline.scheduler = chain(config, scheduler, family)
     if config.precision == "fp16" and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)  # such a VAE overflows in fp16
     return family(pipeline)

@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import try_to_load_from_cache
 from pydantic import ValidationError
 
-from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.config import CampaignConfig, ModelConfig, resolve_path
 from d3po_core.errors import D3POError
 from d3po_core.families import FAMILIES, Family, Part
 
@@ -40,6 +42,7 @@ def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -
     for part in needed_parts(family, index):
         _check_entry(config, part, index.get(part))
     parts_of(config, folder, family)
+    scheduler_of(config, folder, family)
     if with_weights:
         _check_weights(config, folder, family, index)
     return family
@@ -91,6 +94,86 @@ def parts_of(config: ModelConfig, folder: Path, family: type[Family]) -> dict[st
     }
 
 
+def scheduler_of(config: ModelConfig, folder: Path, family: type[Family]) -> Any:
+    """The scheduler whose steps are trained, as the folder's own means it.
+
+    Raises:
+        D3POError: its file is damaged, disagrees with a single file's marks, or asks for other steps.
+    """
+    content = _read(config, folder, "scheduler/scheduler_config.json")
+    name = content.get("_class_name")
+    try:
+        # Its class knows what the file leaves out; one that is no class of diffusers the family refuses by name.
+        known = getattr(diffusers, str(name), None)
+        full = dict(known.from_config(content).config) | {"_class_name": name} if known else content
+    except Exception as error:  # whatever the class says of values that are none of its own
+        raise D3POError(
+            f"model.path {config.path!r}: scheduler/scheduler_config.json: {name} cannot be made of it "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from None
+    return chain(config, full, family)
+
+
+def chain(config: ModelConfig, scheduler: Mapping[str, Any], family: type[Family]) -> Any:
+    """The family's scheduler out of a model's own, of a single file's marks, and of the configuration's fields.
+
+    A field decides what files leave open or say differently; what a file says of itself it must not contradict.
+
+    Raises:
+        D3POError: file, configuration and fields disagree, or the scheduler asks for other steps; one line.
+    """
+    prediction, zero_snr = config.prediction_type, config.zero_terminal_snr
+    marked_prediction, marked_zero_snr = marks_of(config)
+    described = (scheduler.get("prediction_type"), bool(scheduler.get("rescale_betas_zero_snr", False)))
+    _agree(config, "prediction_type", marked_prediction, described[0], prediction)
+    _agree(config, "zero_terminal_snr", marked_zero_snr, described[1], zero_snr)
+    try:
+        return family.chain(scheduler, prediction, zero_snr)
+    except D3POError as error:
+        raise D3POError(f"model.path {config.path!r}: {error}") from None
+
+
+def _agree(config: ModelConfig, field: str, marked: Any, described: Any, given: Any) -> None:
+    if marked is None or marked == (described if given is None else given):
+        return
+    other = f"single_file_config says {described!r}" if given is None else f"model.{field} is {given!r}"
+    raise D3POError(
+        f"model.path {config.path!r}: the file marks itself as {field} {marked!r}, but {other}; set model.{field} to "
+        "what it was trained with, or name the configuration that it was made with"
+    )
+
+
+def marks_of(config: ModelConfig) -> tuple[str | None, bool | None]:
+    """What a merged file says of itself: what it predicts, and whether its last timestep is pure noise.
+
+    Trainers leave empty tensors ``v_pred`` and ``ztsnr`` among the weights, or ``modelspec.prediction_type`` in the
+    metadata (Stability AI's Model Metadata Standard). None where the file does not say.
+    """
+    path = resolve_path(config.path)
+    if not path.is_file():
+        return None, None
+    header = _header(config, path)
+    metadata = header.get("__metadata__") or {}
+    spec = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    prediction = "v_prediction" if "v_pred" in header else spec.get(str(metadata.get("modelspec.prediction_type")))
+    return prediction, True if "ztsnr" in header else None
+
+
+def with_model_defaults(config: CampaignConfig) -> CampaignConfig:
+    """The configuration with the model's own values where the user gave none: the noise of its steps.
+
+    A model whose description is neither here nor to be had keeps the general default.
+    """
+    if "eta" in config.sample.model_fields_set:
+        return config
+    folder = model_folder(config.model)
+    if folder is None or not (folder / INDEX).is_file():
+        return config
+    family = family_of(config.model, folder)
+    eta = family.default_eta(config.sample.num_steps, scheduler_of(config.model, folder, family))
+    return config.model_copy(update={"sample": config.sample.model_copy(update={"eta": eta})})
+
+
 def network_elements(config: ModelConfig) -> int | None:
     """How many weights the trained network has; None when its files are not here."""
     folder = model_folder(config)
@@ -106,18 +189,23 @@ def tensor_shapes(config: ModelConfig, path: Path) -> dict[str, tuple[int, ...]]
     Raises:
         D3POError: the file is cut, is no safetensors file, or has a header that no model needs.
     """
+    header = _header(config, path)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _header(config: ModelConfig, path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             found = path.stat().st_size
             if not 2 <= size <= min(MOST_HEADER_BYTES, found - 8):
                 raise ValueError(f"a header of {size} bytes in a file of {found}; at most {MOST_HEADER_BYTES}")
-            header = json.loads(file.read(size))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        if found != 8 + size + end:
+            header: dict[str, Any] = json.loads(file.read(size))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        if found != 8 + size + end or not all(isinstance(entry["shape"], list) for entry in entries):
             raise ValueError(f"{found} bytes; its header needs {8 + size + end}")
-        return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+        return header
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = str(error)[:200] if isinstance(error, OSError | ValueError) else "its header is damaged"
         raise D3POError(f"model.path {config.path!r}: {path.parent.name}/{path.name} is no whole safetensors file "

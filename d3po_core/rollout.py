@@ -16,6 +16,7 @@ import torch
 from d3po_core.compiling import pad_rows
 from d3po_core.config import SampleConfig
 from d3po_core.ddim import Schedule, gaussian_kl, log_prob, step_mean
+from d3po_core.errors import D3POError
 from d3po_core.policy import Policy
 from d3po_core.seeds import GaussianSteps, derive_seed, gaussian
 from d3po_core.sending import send
@@ -88,9 +89,21 @@ class Drawn:
     done: torch.cuda.Event | None
 
     def wait(self) -> tuple[Trajectories, np.ndarray]:
-        """Trajectories and images, when they are there."""
+        """Trajectories and images, when they are there.
+
+        Raises:
+            D3POError: latents are not finite.
+        """
         if self.done is not None:
             self.done.synchronize()
+        finite_BT = self.trajectories.latents_BTCHW.isfinite().all(dim=(2, 3, 4))
+        if not finite_BT.all():
+            step = int(finite_BT.all(dim=0).logical_not().nonzero()[0])
+            raise D3POError(
+                f"{int(finite_BT.all(dim=1).logical_not().sum())} of {len(finite_BT)} images have latents that are not "
+                f"finite, from step {step} on; half precision may overflow (try model.precision bf16 or no), or the "
+                "scheduler is not the model's"
+            )
         return self.trajectories, self.images_BHWC.numpy()
 
 

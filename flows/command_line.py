@@ -93,9 +93,11 @@ def run(
     config = deployment_config(deployment, campaign, setting or [])
     _use_local_prefect()  # before anything imports prefect, which reads its settings once
     with loading("torch, diffusers and prefect"), _starting_server():
+        from d3po_core.model_files import with_model_defaults
         from flows.round import d3po
         from tasks.publishing import check_campaign
 
+        config = with_model_defaults(config)
         check_campaign(config)
     state = d3po(config, rounds, return_state=True)
     if not state.is_completed():

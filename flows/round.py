@@ -7,6 +7,7 @@ from prefect.states import Completed, Failed, State
 from d3po_core.campaign import begin_round, campaign_lock, end_run
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.model_files import with_model_defaults
 from tasks.evaluating import evaluate_checkpoint
 from tasks.guarding import guard_round, require_trust
 from tasks.judging import derive_pairs, judge_images
@@ -29,7 +30,9 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
     """
     logger = get_run_logger()
     try:
-        check_campaign(config)
+        config = with_model_defaults(config)
+        for warning in check_campaign(config):
+            logger.warning(warning)
         with campaign_lock(config.folder, who=f"flow run {flow_run.name}"), ranks_end_here():
             numbers = plan_rounds(config, rounds, run_id=str(flow_run.id))
             require_deployment(config, numbers)

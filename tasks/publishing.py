@@ -22,6 +22,7 @@ from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.optimizers import check_beta, optimizer_class
 from d3po_core.policy import check_model
+from d3po_core.prompt_length import check_length
 from d3po_core.prompts import check_held_out, load_prompts
 from d3po_core.ranks import check_processes
 from d3po_core.records import (
@@ -42,8 +43,8 @@ from tasks.showing import show_rounds
 from tasks.stage import STAGE_OPTIONS, load_scorers
 
 
-def check_campaign(config: CampaignConfig) -> None:
-    """Find out what would stop the campaign before anything is loaded or computed.
+def check_campaign(config: CampaignConfig) -> list[str]:
+    """Find out what would stop the campaign before anything is loaded or computed; returns what to know besides.
 
     Raises:
         D3POError: one line on what is wrong and what to do.
@@ -57,6 +58,7 @@ def check_campaign(config: CampaignConfig) -> None:
     check_held_out(training, held_out)
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
+    return check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
 
 
 def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:

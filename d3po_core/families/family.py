@@ -1,5 +1,6 @@
 """What the policy asks of a model."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,7 +32,8 @@ class Family(Protocol):
     """Whether images with other texts are computed alike until the first cross-attention."""
 
     DRAWING: ClassVar[str]
-    """Lines of Python, for a model card, that load ``{base}`` as ``pipe`` with the steps that it was trained with."""
+    """Lines of Python, for a model card, that load ``{base}`` as ``pipe`` with the steps it was trained with; ``{chain}``
+    is what the model's own scheduler does not say of them."""
     STEP_NOISE: ClassVar[bool]
     """Whether the pipeline takes the steps' noise as ``eta``."""
     FIRST_AUTHORS_NAMES: ClassVar[bool]
@@ -49,6 +51,25 @@ class Family(Protocol):
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """The model's denoising steps."""
+        ...
+
+    @staticmethod
+    def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
+        """The scheduler whose steps are trained, out of what the model's own one says.
+
+        Args:
+            config: that of the model's scheduler.
+            prediction_type: what the network predicts, when it is known better.
+            zero_snr: whether its last timestep is pure noise, likewise.
+
+        Raises:
+            D3POError: it asks for steps that have no such chain.
+        """
+        ...
+
+    @staticmethod
+    def default_eta(num_steps: int, scheduler: Any) -> float:
+        """The noise of the steps when the user does not say; ``scheduler`` is what ``chain`` made."""
         ...
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:

@@ -1,15 +1,17 @@
 """Stable Diffusion 3: three text encoders, a transformer that predicts a velocity, and the flow's SDE as steps."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from d3po_core.ddim import Schedule
+from d3po_core.errors import D3POError
 from d3po_core.families.family import Embedding
 from d3po_core.families.parts import Part, ShiftedVae, Transformer
 from d3po_core.families.stable_diffusion import StableDiffusion
-from d3po_core.flow import make_flow_schedule
+from d3po_core.flow import default_noise_level, flow_chain_of, make_flow_schedule
 
 
 class StableDiffusion3(StableDiffusion):
@@ -35,6 +37,19 @@ class StableDiffusion3(StableDiffusion):
         """Steps of the flow's SDE; ``eta`` is its noise level."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         return make_flow_schedule(scheduler, num_steps, eta)
+
+    @staticmethod
+    def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
+        """The flow's own Euler steps; other solvers choose other noise levels, and are refused."""
+        if prediction_type or zero_snr is not None:
+            raise D3POError("model.prediction_type and model.zero_terminal_snr are for models with a UNet; this one "
+                            "predicts a flow: leave them out")  # fmt: skip
+        return flow_chain_of(config)
+
+    @staticmethod
+    def default_eta(num_steps: int, scheduler: Any) -> float:
+        """The largest noise level that leaves no grain, at most Flow-GRPO's 0.7."""
+        return default_noise_level(scheduler, num_steps)
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """States of the three encoders ``[L, D]`` and the pooled state ``[P]``."""

@@ -18,7 +18,7 @@ class StableDiffusionXL(StableDiffusion):
     PARTS: ClassVar[dict[str, type[Part]]] = {"unet": SizedUNet, "vae": NormedVae}
     DRAWING: ClassVar[str] = """\
 pipe = diffusers.DiffusionPipeline.from_pretrained({base})
-pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)"""
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
     FIRST_AUTHORS_NAMES: ClassVar[bool] = True
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
 

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from d3po_core.ddim import Schedule, make_schedule
 from d3po_core.families.family import Embedding
 from d3po_core.families.parts import Part, PlainUNet, Vae
+from d3po_core.schedulers import chain_of
 
 
 class StableDiffusion:
@@ -26,7 +28,7 @@ class StableDiffusion:
 
     DRAWING: ClassVar[str] = """\
 pipe = diffusers.DiffusionPipeline.from_pretrained({base}, safety_checker=None)
-pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)"""
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
     STEP_NOISE: ClassVar[bool] = True
     FIRST_AUTHORS_NAMES: ClassVar[bool] = False
 
@@ -44,6 +46,16 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)"""
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """DDIM steps over the noise schedule that the model was trained with."""
         return make_schedule(DDIMScheduler.from_config(self.pipeline.scheduler.config), num_steps, eta)
+
+    @staticmethod
+    def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
+        """The scheduler whose steps are trained, out of what the model's own one says."""
+        return chain_of(config, prediction_type, zero_snr)
+
+    @staticmethod
+    def default_eta(num_steps: int, scheduler: Any) -> float:
+        """DDIM's full noise, which its last steps take away again."""
+        return 1.0
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """The text encoder's states ``[L, D]``."""

@@ -22,6 +22,8 @@ scheduler_options = st.fixed_dictionaries(
         "timestep_spacing": st.sampled_from(SPACINGS),
     }
 )
+# DDIM's own rule for the previous timestep, t - 1000 // T, is then the next of its list.
+in_diffusers_order = scheduler_options.filter(lambda options: options["timestep_spacing"] == "leading")
 etas = st.floats(0, 1, exclude_min=True)
 sizeable_etas = st.floats(1e-3, 1)
 lengths = st.sampled_from((2, 3, 5, 7, 10, 20, 50, 100))
@@ -64,7 +66,7 @@ def diffusers_sigmas(scheduler: DDIMScheduler, eta: float) -> torch.Tensor:
 
 
 @settings(max_examples=150)
-@given(scheduler_options, lengths, etas, st.integers(0, 2**31))
+@given(in_diffusers_order, lengths, etas, st.integers(0, 2**31))
 def test_mean_and_sample_agree_with_diffusers_in_fp32(options: dict, num_steps: int, eta: float, seed: int) -> None:
     schedule = make_schedule(stable_diffusion_scheduler(**options), num_steps, eta)
     reference = stable_diffusion_scheduler(**options)
@@ -84,22 +86,52 @@ def test_mean_and_sample_agree_with_diffusers_in_fp32(options: dict, num_steps: 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("steps_offset", [0, 1])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 333), ("trailing", 250)])
 def test_long_schedules_agree_with_diffusers_in_float64(
-    prediction_type: str, set_alpha_to_one: bool, steps_offset: int, spacing: str
+    prediction_type: str, set_alpha_to_one: bool, steps_offset: int, spacing: str, num_steps: int
 ) -> None:
     # With hundreds of steps diffusers' own fp32 is 2e-5 off its float64; ours is held against the latter.
     options = {
         "prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one, "steps_offset": steps_offset,
         "timestep_spacing": spacing,
     }  # fmt: skip
-    schedule = make_schedule(stable_diffusion_scheduler(**options), 333, 1.0)
+    schedule = make_schedule(stable_diffusion_scheduler(**options), num_steps, 1.0)
     reference = in_double(stable_diffusion_scheduler(**options))
-    reference.set_timesteps(333)
-    latent, output, noise = rows(0, 333)
-    sample = step_mean(schedule, torch.arange(333), latent, output) + schedule.sigma_T[:, None, None, None] * noise
+    reference.set_timesteps(num_steps)
+    latent, output, noise = rows(0, num_steps)
+    sample = (
+        step_mean(schedule, torch.arange(num_steps), latent, output) + schedule.sigma_T[:, None, None, None] * noise
+    )
     expected = diffusers_step(reference, output.double(), latent.double(), 1.0, noise.double())
     torch.testing.assert_close(sample.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [7, 10, 20, 61, 103])
+def test_each_step_leads_to_the_noise_level_of_the_next_timestep(spacing: str, num_steps: int) -> None:
+    """Of sqrt(a) x0 + sqrt(1 - a) noise the mean is of the next level, less the step's own noise: DDIM, Eq. 12."""
+    scheduler = stable_diffusion_scheduler(timestep_spacing=spacing, steps_offset=0 if spacing == "trailing" else 1)
+    schedule = make_schedule(scheduler, num_steps, 1.0)
+    assert len(schedule.timesteps_T) == num_steps
+    assert (schedule.timesteps_T.diff() < 0).all()
+    assert schedule.timesteps_T.min() >= 0
+    alphas = scheduler.alphas_cumprod.double()
+    a_T = alphas[schedule.timesteps_T]
+    next_T = torch.cat([a_T[1:], alphas[:1]])  # set_alpha_to_one is false
+    x0, noise, _ = rows(0, num_steps)
+    level = (slice(None), None, None, None)
+    latent = a_T.sqrt()[level] * x0 + (1 - a_T).sqrt()[level] * noise
+    sigma_T = ((1 - next_T) / (1 - a_T) * (1 - a_T / next_T)).clamp(min=0).sqrt()
+    expected = next_T.sqrt()[level] * x0 + (1 - next_T - sigma_T**2).clamp(min=0).sqrt()[level] * noise
+    found = step_mean(schedule, torch.arange(num_steps), latent, noise)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(schedule.sigma_T, sigma_T.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("betas", [[float("nan")] * 1000, [0.0] * 500 + [1.0] * 500])
+def test_betas_of_no_model_are_refused(betas: list[float]) -> None:
+    with pytest.raises(D3POError, match="gives no finite number for step"):
+        make_schedule(stable_diffusion_scheduler(trained_betas=betas), 10, 1.0)
 
 
 def test_zero_terminal_snr_agrees_with_diffusers() -> None:
@@ -114,7 +146,7 @@ def test_zero_terminal_snr_agrees_with_diffusers() -> None:
 
 
 @settings(max_examples=60)
-@given(scheduler_options, lengths, sizeable_etas, st.integers(0, 2**31))
+@given(in_diffusers_order, lengths, sizeable_etas, st.integers(0, 2**31))
 def test_log_prob_is_the_mean_of_the_normal_density_of_diffusers_step(
     options: dict, num_steps: int, eta: float, seed: int
 ) -> None:
@@ -241,11 +273,6 @@ def test_last_noisy_step_of_stable_diffusion_dominates_without_weights(
     torch.testing.assert_close(slope, torch.tensor(by_hand) / by_hand[0], rtol=1e-3, atol=0)
     assert by_hand[-2] == pytest.approx(last_noisy, abs=0.05)
     assert all(usual[0] <= value <= usual[1] for value in by_hand[:-2] + by_hand[-1:])
-
-
-def test_dynamic_thresholding_is_refused_with_what_to_do() -> None:
-    with pytest.raises(D3POError, match=r"thresholding=true.*set it false"):
-        make_schedule(stable_diffusion_scheduler(thresholding=True), 10, 1.0)
 
 
 @pytest.mark.parametrize("eta", [0.0, -0.5])
