@@ -32,8 +32,10 @@ class Family(Protocol):
     """Whether images with other texts are computed alike until the first cross-attention."""
 
     DRAWING: ClassVar[str]
-    """Lines of Python, for a model card, that load ``{base}`` as ``pipe`` with the steps it was trained with; ``{chain}``
-    is what the model's own scheduler does not say of them."""
+    """Lines of Python, for a model card, that load ``{base}`` as ``pipe`` with the steps it was trained with.
+
+    ``{chain}`` stands for what the model's own scheduler does not say of them.
+    """
     STEP_NOISE: ClassVar[bool]
     """Whether the pipeline takes the steps' noise as ``eta``."""
     FIRST_AUTHORS_NAMES: ClassVar[bool]
