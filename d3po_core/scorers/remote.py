@@ -5,12 +5,17 @@
 
 A server that is away, too slow, busy (429) or broken (5xx) is asked again, after 1, 2, 4, ... seconds or what its
 ``Retry-After`` says, a minute at most. Any other answer is an error at once. The same images may so be sent twice.
+
+The timeout bounds the whole exchange, so that a server that sends a byte now and then is too slow as well. An answer
+may have LARGEST_ANSWER bytes.
 """
 
 import base64
+import concurrent.futures
 import io
+import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -20,12 +25,23 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from d3po_core.errors import D3POError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
+LARGEST_ANSWER = 4 * 1024 * 1024  # bytes; a score takes some twenty
 
 
 class _Answer(BaseModel):
     model_config = ConfigDict(strict=True)
 
     scores: list[FiniteFloat]
+
+
+class _Response(NamedTuple):
+    status: int
+    retry_after: str
+    content: bytes
+
+    @property
+    def shortened(self) -> str:
+        return " ".join(self.content.decode(errors="replace").split())[:200] or "nothing"
 
 
 class RemoteScorer:
@@ -41,6 +57,7 @@ class RemoteScorer:
             raise D3POError(
                 f"scoring.models.{name} is {url!r}: not a URL ({error}); expected http://host/path"
             ) from None
+        self._timeout = timeout_seconds
         self._client = httpx.Client(timeout=timeout_seconds)
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -61,30 +78,59 @@ class RemoteScorer:
             problem = error.errors()[0]
             place = ".".join(str(part) for part in problem["loc"])
             raise self._error(
-                f"answered {_shortened(response)}; expected {{'scores': [number, ...]}} ({place}: {problem['msg']})"
+                f"answered {response.shortened}; expected {{'scores': [number, ...]}} ({place}: {problem['msg']})"
             ) from None
         if len(scores) != len(images):
             raise self._error(f"answered {len(scores)} scores for {len(images)} images; expected one for each")
         return np.array(scores)
 
-    def _post(self, content: dict[str, Any]) -> httpx.Response:
+    def _post(self, content: dict[str, Any]) -> _Response:
         pause, trouble = FIRST_PAUSE, ""
         for left in reversed(range(self._tries)):
             wanted = ""
             try:
-                response = self._client.post(self.url, json=content)
-                if response.status_code == httpx.codes.OK:
+                response = self._exchange(content)
+                if response.status == httpx.codes.OK:
                     return response
-                trouble = f"answered {response.status_code}: {_shortened(response)}"
-                if response.status_code != httpx.codes.TOO_MANY_REQUESTS and not response.is_server_error:
+                trouble = f"answered {response.status}: {response.shortened}"
+                if response.status != httpx.codes.TOO_MANY_REQUESTS and not httpx.codes.is_server_error(response.status):
                     raise self._error(trouble)
-                wanted = response.headers.get("Retry-After", "")
-            except httpx.TransportError as error:
+                wanted = response.retry_after
+            except httpx.RequestError as error:
                 trouble = f"did not answer ({type(error).__name__}: {error})"
             if left:
-                time.sleep(min(float(wanted) if wanted.isdigit() else pause, LONGEST_PAUSE))
+                seconds = float(wanted) if wanted.isascii() and wanted.isdigit() else pause
+                time.sleep(min(seconds, LONGEST_PAUSE))
                 pause *= 2
         raise self._error(f"{trouble}, asked {self._tries} times; is it running? Then run again: nothing is lost")
+
+    def _exchange(self, content: dict[str, Any]) -> _Response:
+        """The server's answer; the whole of it must be here before the time is over."""
+        found: concurrent.futures.Future[_Response] = concurrent.futures.Future()
+
+        def ask(client: httpx.Client) -> None:
+            try:
+                found.set_result(self._read(client, content))
+            except BaseException as error:  # raised again where it is waited for
+                found.set_exception(error)
+
+        # httpx bounds each read, not all of them together: only somebody who watches can end an answer that trickles.
+        threading.Thread(target=ask, args=(self._client,), daemon=True).start()
+        try:
+            return found.result(self._timeout)
+        except TimeoutError:
+            self._client.close()
+            self._client = httpx.Client(timeout=self._timeout)
+            raise httpx.ReadTimeout(f"no whole answer within {self._timeout:g} s") from None
+
+    def _read(self, client: httpx.Client, content: dict[str, Any]) -> _Response:
+        answer = bytearray()
+        with client.stream("POST", self.url, json=content, headers={"Accept-Encoding": "identity"}) as response:
+            for part in response.iter_bytes():
+                answer += part
+                if len(answer) > LARGEST_ANSWER:
+                    raise self._error(f"answered more than {LARGEST_ANSWER} bytes; expected {{'scores': [number, ...]}}")
+            return _Response(response.status_code, response.headers.get("Retry-After", ""), bytes(answer))
 
     def _error(self, problem: str) -> D3POError:
         return D3POError(f"scorer {self.name!r}: {self.url} {problem}")
@@ -94,7 +140,3 @@ def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _shortened(response: httpx.Response) -> str:
-    return " ".join(response.text.split())[:200] or "nothing"

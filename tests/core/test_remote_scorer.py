@@ -1,10 +1,12 @@
 """A scorer behind HTTP against a real server on this machine: the protocol, and what a server may do wrong."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -135,6 +137,47 @@ def test_busy_server_says_how_long_to_wait_up_to_a_minute(serve: Serve, pauses: 
     )
     assert scorer(url)(IMAGES, PROMPTS).tolist() == EXPECTED
     assert pauses == [7, 60, 4]  # a date is not read: the pause doubles as ever
+
+
+@pytest.mark.parametrize("wanted", ["\u00b2", "1e9", "-5", "nan", "9" * 400])
+def test_a_pause_that_is_no_number_of_seconds_is_not_taken(wanted: str, serve: Serve, pauses: list[float]) -> None:
+    url, _ = serve(lambda content, asked: (503, {"Retry-After": wanted}, b"") if asked < 2 else judge(content, asked))
+    assert scorer(url)(IMAGES, PROMPTS).tolist() == EXPECTED
+    assert pauses == [60 if wanted.isascii() and wanted.isdigit() else 1]
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
+def test_server_that_trickles_is_given_up_when_the_whole_answer_is_late(head: bytes, pauses: list[float]) -> None:
+    over = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.recv(65536)
+            connection.sendall(head)
+            while not over.wait(0.02):
+                connection.sendall(b"1")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            for _ in range(2):
+                threading.Thread(target=trickle, args=(server.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        started = time.monotonic()
+        try:
+            message = refusal(f"http://127.0.0.1:{server.getsockname()[1]}/", tries=2, timeout_seconds=0.2)
+        finally:
+            over.set()
+    assert "did not answer (ReadTimeout: no whole answer within 0.2 s)" in message
+    assert time.monotonic() - started < 5
+    assert pauses == [1]
+
+
+def test_an_answer_without_end_is_refused_at_once(serve: Serve, pauses: list[float]) -> None:
+    url, got = serve(lambda content, asked: (200, {}, b" " * (remote.LARGEST_ANSWER + 1) + b'{"scores": [1]}'))
+    assert "answered more than 4194304 bytes" in refusal(url)
+    assert (len(got), pauses) == (1, [])
 
 
 def test_server_that_stays_broken_is_given_up(serve: Serve, pauses: list[float]) -> None:
