@@ -6,12 +6,17 @@ round that was dropped and sampled again never gets the judgements of images tha
 
     submission   made by the page before it sends; the same one sent twice is one entry
     attempt      how many entries the rater's question had before; two windows that show the same question
-                 therefore send the same attempt, and the second is told that the first was kept
+                 therefore send the same attempt, and the second is told that the first was kept. One that was never
+                 offered is refused: kept, it would one day be in the way of the true one
+
+A journal that is renamed or replaced while it is open takes nothing more: what it held open would go on growing where
+nobody looks for it.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sqlite3
 import threading
@@ -101,7 +106,7 @@ class Entry(Submission):
 
 
 class ConflictError(D3POError):
-    """One name for two different submissions; the second was not kept, and sending it again does not help."""
+    """A submission that contradicts what is on record; it was not kept, and sending it again does not help."""
 
 
 def sampling_of(campaign: Path, round_number: int) -> str | None:
@@ -132,6 +137,15 @@ class Journal:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.executescript(_TABLES)
+            self._file = os.stat(self.path)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file that was opened is still the one at its place."""
+        try:
+            return os.path.samestat(self._file, os.stat(self.path))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file."""
@@ -146,17 +160,19 @@ class Journal:
             something on this question since the page asked; then the entry is what was kept instead.
 
         Raises:
-            ConflictError: something else was kept under this submission's name.
+            ConflictError: something else was kept under this submission's name, or the attempt was never offered.
             D3POError: it could not be written; nothing was kept.
         """
         with self._transaction() as connection:
             same = self._rows("WHERE submission = ?", (said.submission,))
             if same and not _same(same[0], said):
-                raise ConflictError(f"submission {said.submission} was kept with other content; reload the page")
+                raise ConflictError("another judgement was kept under this name with other content; reload the page")
             key = (said.sampling, said.rater, said.question_id)
             before = self._rows("WHERE sampling = ? AND rater = ? AND question_id = ? ORDER BY seq", key)
-            # An attempt from the future would leave a hole; it can only be made up.
-            kept = same or (before[-1:] if len(before) != said.attempt else [])
+            attempt = next_attempt(before)
+            if not same and said.attempt > attempt:
+                raise ConflictError("this question was never asked so often; reload the page")
+            kept = same or (before[-1:] if said.attempt < attempt else [])
             if said.undoes is not None:
                 kept = kept or self._rows("WHERE undoes = ?", (said.undoes,))
             if kept:
@@ -178,6 +194,7 @@ class Journal:
     def entries(self, sampling: str, after: int = 0) -> list[Entry]:
         """Entries of a sampling with numbers above ``after``, in order."""
         with self._lock, self._errors():
+            self._check_place()
             return self._rows("WHERE sampling = ? AND seq > ? ORDER BY seq", (sampling, after))
 
     def note(self, sampling: str, name: str, value: str) -> bool:
@@ -216,12 +233,20 @@ class Journal:
         with self._lock, self._errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._check_place()
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def _check_place(self) -> None:
+        if not self.in_place:
+            raise D3POError(
+                f"{self.path} was moved, removed or replaced while it was in use; nothing was kept. Put it back, or "
+                "start the page again to use what is there now"
+            )
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -240,6 +265,14 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
         return []
     with contextlib.closing(Journal(campaign)) as journal:
         return journal.entries(sampling)
+
+
+def next_attempt(entries: Iterable[Entry]) -> int:
+    """The attempt of a rater's next entry on a question, from the earlier ones.
+
+    Their number; more only where an older journal holds an attempt that was made up.
+    """
+    return max((entry.attempt + 1 for entry in entries), default=0)
 
 
 def active(entries: Iterable[Entry]) -> list[Entry]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from d3po_core.config import CampaignConfig
-from d3po_core.journal import Entry
+from d3po_core.journal import Entry, next_attempt
 
 UNSEEN, SKIPPED, ANSWERED = 0, 1, 2
 
@@ -103,7 +103,7 @@ def answer_problem(mode: str, answer: Sequence[float], size: int) -> str | None:
         "best": values == [1] + [2] * (size - 1),
         "rank": sorted(set(values)) == list(range(1, len(set(values)) + 1)),
     }[mode]
-    return None if fits else f"values {list(answer)} are no answer in mode {mode}"
+    return None if fits else f"its values are no answer in mode {mode}"
 
 
 class Tally:
@@ -134,7 +134,8 @@ class Tally:
         """Add entries, in the order of the journal; those of questions that this deck does not ask change nothing."""
         for entry in entries:
             self.last_seq = max(self.last_seq, entry.seq)
-            self._attempts[entry.rater, entry.question_id] += 1
+            key = entry.rater, entry.question_id
+            self._attempts[key] = max(self._attempts[key], next_attempt([entry]))
             standing = self._standing[entry.rater]
             if entry.action == "undo":
                 assert entry.undoes is not None
@@ -153,7 +154,7 @@ class Tally:
         return self._status[rater]
 
     def attempt(self, rater: str, question_id: str) -> int:
-        """How many entries the rater has on a question."""
+        """The attempt of the rater's next entry on a question; see ``journal.next_attempt``."""
         return self._attempts[rater, question_id]
 
     def standing(self, rater: str) -> list[Entry]:
@@ -178,6 +179,17 @@ class Tally:
             needed, groups_done, self._answers.total() + self._answers_elsewhere,
             len(raters | self._raters_elsewhere), asked, missing, groups_done >= needed,
         )  # fmt: skip
+
+    def steps(self, rater: str) -> tuple[int, int]:
+        """Answers that are given and answers that are asked, as the rater's page counts them.
+
+        Each answer of the rater's own adds one, also that to a question whose answer is known: those count for each
+        rater alone. Counted over all people they would not move what the page shows, and so be told from the others.
+        """
+        gold, for_people = self.deck.gold, self.deck.group_of < self.deck.num_groups
+        shared = for_people & ~gold
+        given = np.minimum(self.counts[shared], self._needed).sum() + (self.status(rater)[gold] == ANSWERED).sum()
+        return int(given), int(shared.sum()) * self._needed + int(gold.sum())
 
     def _recount(self, entry: Entry) -> None:
         index = self.deck.number_of.get(entry.question_id)

@@ -2,6 +2,7 @@
 
 import getpass
 import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -104,6 +105,9 @@ def serve_page(
 ) -> None:  # fmt: skip
     """Print the links and serve until the process is told to end.
 
+    A link lets in whoever reads it. It is printed to a terminal, or by a command that ends at once; what a server
+    prints elsewhere is a log, which says only how to get one.
+
     Args:
         on_complete: see ``d3po_core.page.app.create_app``.
         priority: the same.
@@ -123,24 +127,22 @@ def serve_page(
     raters = Raters(data)
     names = rater or raters.names() or [_account()]
     reached = next(iter(allow_host or ()), "127.0.0.1" if host in ("0.0.0.0", "::") else host)
+    runs = _page_runs(host, port)
     for name in names:
         token = raters.token(name)
-        print(f"{name}: http://{f'[{reached}]' if ':' in reached else reached}:{port}/enter?key={token}", flush=True)
-    if _page_runs(host, port):
+        link = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/enter?key={token}"
+        print(f"{name}: {link if runs or sys.stdout.isatty() else f'd3po label --rater {name} prints the link'}", flush=True)
+    if runs:
         print("the page runs already; these links work there")
         return
-    import uvicorn
-
     from d3po_core.page.app import create_app
     from d3po_core.page.guard import LOCAL_HOSTS
+    from d3po_core.page.serving import serve
 
     hosts = {*LOCAL_HOSTS, *(allow_host or ()), *({host} - {"0.0.0.0", "::"})}
     app = create_app(data, on_complete, priority, mode=mode, hosts=hosts, on_compared=on_compared)
     print("Ctrl-C ends the page; what was judged is kept", flush=True)
-    uvicorn.run(
-        app, host=host, port=port, log_level="error", access_log=False, server_header=False,
-        timeout_graceful_shutdown=3,
-    )  # fmt: skip
+    serve(app, host, port)
 
 
 def _account() -> str:

@@ -8,14 +8,18 @@
 """
 
 import contextlib
+import hmac
 import json
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -25,16 +29,18 @@ from d3po_core.campaign import CAMPAIGN_FILE
 from d3po_core.config import load_config
 from d3po_core.errors import D3POError
 from d3po_core.journal import ConflictError
-from d3po_core.page.access import Raters
+from d3po_core.page.access import AccessError, Raters
 from d3po_core.page.comparing import ComparisonDesk, desk_name
 from d3po_core.page.completion import OnComplete
-from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError
+from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, described
 from d3po_core.page.guard import LOCAL_HOSTS, Guard, Pace
 from d3po_core.tally import Deck
 
 COOKIE = "d3po_label"
 COOKIE_SECONDS = 60 * 60 * 24 * 90
 WATCH_SECONDS = 2.0
+# What took longer was left lying; the page says null then.
+MAX_SECONDS = 60 * 60 * 24
 MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png",
          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
 HERE = Path(__file__).resolve().parent
@@ -51,7 +57,7 @@ class Judged(BaseModel):
     submission: Submission
     action: Literal["answer", "skip"]
     values: Annotated[list[float], Field(max_length=64)] = []
-    seconds: Annotated[float | None, Field(ge=0)] = None
+    seconds: Annotated[float | None, Field(ge=0, le=MAX_SECONDS)] = None
 
 
 class Undone(BaseModel):
@@ -60,13 +66,22 @@ class Undone(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     submission: Submission
-    entry: Annotated[int, Field(ge=0)]
+    entry: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Listed(NamedTuple):
+    """Something that people may judge, or why it cannot be shown."""
+
+    name: str
+    desk: Desk | None
+    problem: str | None = None
 
 
 class _Page:
     """What the routes share: campaigns, raters, templates, and the table of image names."""
 
     def __init__(self, data: Path, make_desk: Callable[[Path, str | None], Desk], per_second: float) -> None:
+        self._data, self.problem = data, ""
         self.runs, self.raters, self._make_desk = data / "runs", Raters(data), make_desk
         self.pace, self.tries = Pace(per_second, 3 * per_second), Pace(2, 20)
         self.desks: dict[str, Desk] = {}
@@ -75,6 +90,7 @@ class _Page:
         self._named: set[tuple[str, str]] = set()
         loader = jinja2.FileSystemLoader(HERE / "templates")
         self._templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        self._templates.filters["shown"] = self.shown
         self.static = {path.name: path.read_bytes() for path in sorted((HERE / "static").iterdir())}
 
     def html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -84,29 +100,55 @@ class _Page:
     def rater(self, request: Request) -> str | None:
         return self.raters.rater_of(request.cookies.get(COOKIE, ""))
 
-    def campaigns(self) -> list[str]:
-        """Campaigns with people as judges."""
-        names = []
-        for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}")):
-            with contextlib.suppress(D3POError, OSError, ValueError, KeyError):
-                config = load_config(json.loads(path.read_text())["config"], str(path))
-                if config.judge.labeller != "proxy" or self.desk(path.parent.name).current():
-                    names.append(path.parent.name)
-        return names
+    def shown(self, text: str) -> str:
+        """A message for raters: where the data folder lies is nothing to them."""
+        return text.replace(f"{self._data}/", "")
 
-    def comparisons(self) -> list[str]:
-        """Blind comparisons of all campaigns, by the names of their desks; some may be done."""
-        return list(self._comparisons())
+    def listed(self) -> list[Listed]:
+        """Campaigns with people as judges, and blind comparisons; a damaged one is a problem of its own."""
+        folders = [path.parent for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}"))]
+        found = [one for folder in folders for one in self._tried(folder, self._campaign)]
+        return found + [one for folder in folders for one in self._tried(folder, self._compared)]
+
+    def _tried(self, folder: Path, listing: Callable[[Path], list[Listed]]) -> list[Listed]:
+        try:
+            return listing(folder)
+        except Exception as error:  # whatever damage there may be: the other campaigns go on
+            return [Listed(folder.name, None, described(error))]
+
+    def _campaign(self, folder: Path) -> list[Listed]:
+        path = folder / CAMPAIGN_FILE
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+            raise D3POError(f"{path} is not the record of a campaign; restore it")
+        desk = self.desk(folder.name)
+        asks = load_config(record["config"], str(path)).judge.labeller != "proxy" or desk.current()
+        return [Listed(folder.name, desk)] if asks else []
+
+    def _compared(self, folder: Path) -> list[Listed]:
+        names = [desk_name(folder, one) for one in comparisons_of(folder)]
+        return [Listed(name, self.desk(name)) for name in names]
+
+    def watch(self) -> None:
+        """Look whether rounds are complete; an error is shown and ends nothing."""
+        try:
+            for one in self.listed():
+                with contextlib.suppress(Exception):  # the desk says it to everybody who looks
+                    if one.desk is not None:
+                        one.desk.current()
+            self.problem = ""
+        except Exception as error:
+            self.problem = f"rounds are not watched at the moment: {described(error)}"
 
     def _comparisons(self) -> dict[str, tuple[Path, str]]:
         found = {}
         for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}")):
             with contextlib.suppress(D3POError):
-                for one in comparisons_of(path.parent):
-                    found[desk_name(path.parent, one)] = (path.parent, one.id)
+                found |= {desk_name(path.parent, one): (path.parent, one.id) for one in comparisons_of(path.parent)}
         return found
 
     def desk(self, name: str) -> Desk:
+        """The desk of that name; made when it is asked for the first time."""
         with self._lock:
             if name not in self.desks:
                 # Compared with what is there, never joined to a path.
@@ -179,9 +221,7 @@ def create_app(
     def watch() -> None:
         # Rounds end without a request too: by judgements that are brought in, or before this server was started.
         while not ended.wait(WATCH_SECONDS):
-            for name in [*page.campaigns(), *page.comparisons()]:
-                with contextlib.suppress(D3POError, HTTPException):
-                    page.desk(name).current()
+            page.watch()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -207,24 +247,30 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
         return {"service": "d3po label"}
 
     @app.get("/enter")
-    def enter(request: Request, key: str = "") -> Response:
-        if not page.tries.allows(request.client.host if request.client else ""):
-            raise HTTPException(429, "Too many tries; wait a moment.")
+    def enter(request: Request, key: str = "", instead: str = "") -> Response:
         rater = page.raters.rater_of(key)
-        if rater is None:
+        if rater is None:  # only wrong ones are counted: nobody's tries keep another one's link from working
+            if not page.tries.allows(request.client.host if request.client else ""):
+                raise HTTPException(429, "Too many tries; wait a moment.")
             raise HTTPException(401, "This link is not valid (any more). Ask for a new one: d3po label --rater NAME")
+        current = page.rater(request)
+        if current is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            # The browser keeps a strict cookie back from such a request; on one that comes from here it is sent.
+            return page.html("enter.html", rater=rater, url=f"/enter?key={quote(key)}")
+        agreed = page.raters.opaque("instead", current or "", rater)  # no page elsewhere knows it
+        if current not in (None, rater) and not hmac.compare_digest(agreed.encode(), instead.encode(errors="replace")):
+            return page.html("other.html", rater=rater, current=current, url=f"/enter?key={quote(key)}&instead={agreed}")
         # A page that goes on by itself, not a redirect: a strict cookie is not sent along a redirect from elsewhere.
-        response = page.html("enter.html", rater=rater)
+        response = page.html("enter.html", rater=rater, url="/")
         response.set_cookie(COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
         return response
 
     @app.get("/")
     def start(request: Request) -> Response:
         rater = _signed_in(page, request)
-        desks = {name: page.desk(name) for name in [*page.campaigns(), *page.comparisons()]}
-        entries = [(name, desk, desk.view(rater)) for name, desk in desks.items()]
-        waiting = [entry for entry in entries if not (entry[1].blind and entry[2].state == "done")]
-        return page.html("start.html", rater=rater, entries=waiting)
+        entries = [(one, one.desk.view(rater) if one.desk else None) for one in page.listed()]
+        waiting = [entry for entry in entries if not (entry[0].desk and entry[0].desk.blind and entry[1].state == "done")]
+        return page.html("start.html", rater=rater, entries=waiting, problem=page.problem)
 
     @app.get("/c/{name}")
     def label(request: Request, name: str) -> Response:
@@ -282,22 +328,36 @@ def _add_errors(app: FastAPI, page: _Page) -> None:
             return JSONResponse({"error": text}, status, headers={"cache-control": "no-store"})
         return page.html("message.html", status, text=text)
 
+    @app.exception_handler(RequestValidationError)
+    def odd(request: Request, _: RequestValidationError) -> Response:
+        # Never what was sent: it may be what no answer can hold, and is nobody's business.
+        return answer(request, 422, "This is not what the page sends; reload it.")
+
+    @app.exception_handler(AccessError)
+    def closed(request: Request, error: AccessError) -> Response:
+        print(error, file=sys.stderr, flush=True)
+        return answer(request, 503, "Nobody can be let in at the moment; the page's own log says why.")
+
+    @app.exception_handler(OSError)
+    def unreadable(request: Request, error: OSError) -> Response:
+        return answer(request, 503, f"The page's files cannot be used at the moment: {error.strerror}")
+
     @app.exception_handler(StarletteHTTPException)
     def refused(request: Request, error: StarletteHTTPException) -> Response:
         return answer(request, error.status_code, str(error.detail))
 
     @app.exception_handler(GoneError)
     def gone(request: Request, error: GoneError) -> Response:
-        return answer(request, 410, str(error))
+        return answer(request, 410, page.shown(str(error)))
 
     @app.exception_handler(ConflictError)
     @app.exception_handler(UnfitError)
     def unfit(request: Request, error: D3POError) -> Response:
-        return answer(request, 422, str(error))
+        return answer(request, 422, page.shown(str(error)))
 
     @app.exception_handler(D3POError)
     def failed(request: Request, error: D3POError) -> Response:
-        return answer(request, 503, str(error))
+        return answer(request, 503, page.shown(str(error)))
 
 
 def _signed_in(page: _Page, request: Request) -> str:

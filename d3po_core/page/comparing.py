@@ -6,7 +6,7 @@ from d3po_core.blind import FOLDER, Comparison, comparison_deck, comparisons_of,
 from d3po_core.errors import D3POError
 from d3po_core.journal import Journal
 from d3po_core.page.completion import Completion, OnComplete
-from d3po_core.page.desk import Desk, GoneError
+from d3po_core.page.desk import Desk, GoneError, described
 from d3po_core.tally import Deck
 
 
@@ -57,8 +57,8 @@ class ComparisonDesk(Desk):
                 raise D3POError("nothing can be shown: the images of this comparison are no longer on disk")
             self._journal = self._journal or Journal(self.campaign)
             self._open(comparison_deck(self.campaign, comparison, there))
-        except (D3POError, OSError) as error:
-            self._deck, self._stamp, self._problem = None, None, str(error)
+        except Exception as error:  # shown, and looked at again
+            self._deck, self._stamp, self._problem = None, None, described(error)
             return
         gone = len(pairs) - len(there)
         self._stamp, self._round = stamp, comparison.round
@@ -67,6 +67,9 @@ class ComparisonDesk(Desk):
     def _tell(self, deck: Deck) -> None:
         assert self._journal is not None
         self._completion.begin(self._journal, f"{deck.sampling}@{self._tally.last_seq}", self._round)
+
+    def _check_there(self, deck: Deck) -> None:
+        """What was compared stays worth keeping when its images were removed since."""
 
     def _late_note(self, deck: Deck) -> str:
         return "Kept, although it is no longer asked."

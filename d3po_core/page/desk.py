@@ -1,5 +1,6 @@
 """One campaign at the labelling page: what a rater sees next, and what becomes of what the rater says."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from d3po_core.tally import SKIPPED, Deck, Progress, Question, Tally, answer_pro
 LOOK_SECONDS = 0.5
 PRIORITY_SECONDS = 10.0
 RATE_ANSWERS = 20
+GONE = "the images that were judged are gone: the round was dropped or sampled again; reload the page"
+# Round, sampling, attempt, question; no number that a path or the journal could not take.
+TICKET = re.compile(r"([0-9]{1,9})\.([0-9a-f]{1,64})\.([0-9]{1,9})\.([a-z_]{1,16}:[\x21-\x7e]{1,300})")
 Priority = Callable[[CampaignConfig, int, Sequence[tuple[str, ...]]], np.ndarray]
 
 
@@ -49,6 +53,7 @@ class View:
         again: whether the rater skipped this question before.
         undo: number of the rater's last entry, which may be taken back.
         progress: of the round.
+        given, asked: answers as this rater's page counts them; see ``Tally.steps``.
         own: answers of this rater in the round.
         rate: answers a minute of this rater lately, None when there are too few.
         problem: what went wrong in the background, for people to see.
@@ -63,9 +68,18 @@ class View:
     again: bool = False
     undo: int | None = None
     progress: Progress | None = None
+    given: int = 0
+    asked: int = 0
     own: int = 0
     rate: float | None = None
     problem: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        if self.deck is None or self.deck.mode == "pair":
+            return "pairs"
+        return "groups" if self.deck.config.judge.people.raters_per_group == 1 else "answers"
 
 
 class Desk:
@@ -126,9 +140,12 @@ class Desk:
             return self._deck
 
     def view(self, rater: str) -> View:
-        """What a rater sees now."""
+        """What a rater sees now; what keeps it from being known is its problem, so that other campaigns go on."""
         with self._lock:
-            deck = self.current()
+            try:
+                deck = self.current()
+            except Exception as error:  # whatever damage there may be: it is said, and looked at again
+                return View("waiting", problem=described(error))
             if deck is None:
                 return View("waiting", problem=self._problem)
             standing, progress = self._tally.standing(rater), self._tally.progress()
@@ -136,7 +153,11 @@ class Desk:
             problem = self._completion.error if progress.complete else self._problem
             undo = standing[-1].seq if standing and not (progress.complete and self.final) else None
             state = "done" if progress.complete else "idle"
-            view = View(state, deck, undo=undo, progress=progress, own=len(times), rate=_rate(times), problem=problem)
+            given, asked = self._tally.steps(rater)
+            view = View(
+                state, deck, undo=undo, progress=progress, given=given, asked=asked, own=len(times), rate=_rate(times),
+                problem=problem,
+            )  # fmt: skip
             if progress.complete:
                 return view
             indices = self._queue.next(rater)
@@ -173,7 +194,9 @@ class Desk:
             submission, deck.sampling, rater, question.question_id, attempt, "skip" if answer is None else "answer",
             deck.mode, shown_order(deck, rater, question), None if answer is None else tuple(answer), seconds,
         )  # fmt: skip
+        self._check_there(deck)
         kept, new = self._journal.append(said)
+        self._check_there(deck)  # gone while it was written: kept under a name that nobody asks for any more
         if not new and kept.submission != submission:
             return "You judged this in another window; that judgement was kept. Undo takes it back."
         current = self.current()
@@ -219,17 +242,17 @@ class Desk:
 
     def _look(self) -> None:
         """Follow the campaign on disk: another round, judgements that were brought in."""
-        number = waiting_round(self.campaign)
-        sampling = None if number is None else sampling_of(self.campaign, number)
-        if number is None or sampling is None:
-            self._deck, self._stamp, self._problem = None, None, None
-            return
-        folder = partition(self.campaign, "judgements", number)
-        brought_in = sorted(p.name for p in folder.glob("*.parquet") if not p.name.startswith(FILE_PREFIX))
-        stamp = (number, sampling, brought_in)
-        if stamp == self._stamp:
-            return
         try:
+            number = waiting_round(self.campaign)
+            sampling = None if number is None else sampling_of(self.campaign, number)
+            if number is None or sampling is None:
+                self._deck, self._stamp, self._problem = None, None, None
+                return
+            folder = partition(self.campaign, "judgements", number)
+            brought_in = sorted(p.name for p in folder.glob("*.parquet") if not p.name.startswith(FILE_PREFIX))
+            stamp = (number, sampling, brought_in)
+            if stamp == self._stamp:
+                return
             config = round_config(self.campaign, number)
             if config.judge.labeller == "proxy":
                 self._deck, self._problem = None, None
@@ -238,9 +261,9 @@ class Desk:
                 if self._mode:
                     self._journal.note(sampling, "mode", self._mode)
                 self._open(load_deck(self.campaign, config, number, self._mode))
-        except (D3POError, OSError) as error:
+        except Exception as error:
             # Not the rater's fault and often only too early, as when the proxies are still at it: look again later.
-            self._deck, self._stamp, self._problem = None, None, str(error)
+            self._deck, self._stamp, self._problem = None, None, described(error)
             return
         self._stamp, self._problem = stamp, None
 
@@ -248,6 +271,10 @@ class Desk:
         """What happens when the deck has enough; called again at every look."""
         assert self._journal is not None
         self._completion.begin(self._journal, deck.sampling, deck.round_number)
+
+    def _check_there(self, deck: Deck) -> None:
+        if sampling_of(self.campaign, deck.round_number) != deck.sampling:
+            raise GoneError(GONE)
 
     def _late_note(self, deck: Deck) -> str:
         """What a rater is told whose judgement was kept when its deck was no longer asked."""
@@ -275,25 +302,29 @@ class Desk:
             self._problem = f"the order of questions is random: {error or type(error).__name__}"
 
     def _asked(self, ticket: str) -> tuple[Deck, Question, int]:
-        try:
-            number, sampling, attempt, question_id = ticket.split(".", 3)
-            key = int(number), int(attempt)
-        except ValueError:
-            raise GoneError("this page is out of date; reload it") from None
+        found = TICKET.fullmatch(ticket)
+        if found is None:
+            raise GoneError("this page is out of date; reload it")
+        number, sampling, attempt, question_id = int(found[1]), found[2], int(found[3]), found[4]
         deck = self.current()
         if deck is None or deck.sampling != sampling or question_id not in deck.number_of:
-            deck = self._earlier(key[0], sampling, question_id.partition(":")[0])
+            deck = self._earlier(number, sampling, question_id.partition(":")[0])
         if question_id not in deck.number_of:
             raise GoneError("this question is not asked any more; reload the page")
-        return deck, deck.questions[deck.number_of[question_id]], key[1]
+        return deck, deck.questions[deck.number_of[question_id]], attempt
 
     def _earlier(self, number: int, sampling: str, mode: str) -> Deck:
         """The deck of a page that was opened before the round went on, or before the mode was changed."""
         if mode not in MODES or sampling_of(self.campaign, number) != sampling:
-            raise GoneError("the images that were judged are gone: the round was sampled again; reload the page")
+            raise GoneError(GONE)
         with self._lock:
             self._journal = self._journal or Journal(self.campaign)
         return load_deck(self.campaign, round_config(self.campaign, number), number, mode)
+
+
+def described(error: Exception) -> str:
+    """An error as people read it; what nobody foresaw is named."""
+    return str(error) if isinstance(error, D3POError) else f"{type(error).__name__}: {error}"
 
 
 def _rate(times: Sequence[datetime]) -> float | None:

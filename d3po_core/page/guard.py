@@ -39,6 +39,8 @@ class Guard:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._application(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope["method"], headers)
@@ -80,11 +82,12 @@ class Guard:
         if method != "POST":
             return 405, "GET and POST only"
         origin = headers.get("origin", "")
-        if not origin or urlsplit(origin).netloc.lower() != host.lower():
+        if not origin or _origin_host(origin) != host.lower():
             return 403, "this must come from the page itself"
         if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return 415, "JSON only"
-        if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", "0")) > MAX_BODY:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit() and len(length) < 10) or int(length) > MAX_BODY:
             return 413, f"at most {MAX_BODY} bytes"
         return None
 
@@ -120,6 +123,13 @@ def _hostname(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _origin_host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

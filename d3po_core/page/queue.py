@@ -56,7 +56,7 @@ class Queue:
         needed = tally.open_questions()
         known, fresh = (status == UNSEEN) & tally.deck.gold, (status == UNSEEN) & needed
         if not (known | fresh).any():
-            fresh = (status == SKIPPED) & needed
+            fresh = (status == SKIPPED) & (needed | tally.deck.gold)  # one that never came back would be known
         aside = [index for index in self._aside.get(rater, []) if known[index] or fresh[index]]
         turn = int((status != UNSEEN).sum())
         while len(aside) < AHEAD:
