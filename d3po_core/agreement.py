@@ -11,6 +11,7 @@ Source: Krippendorff, Content Analysis (2004), through the package ``krippendorf
 import itertools
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import duckdb
 import krippendorff
@@ -20,23 +21,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest
 
+from d3po_core.counting import questions
 from d3po_core.gold import PAIR, GoldScore, gold_scores, left_out, votes_frame
 from d3po_core.intervals import CONFIDENCE
+from d3po_core.journal import unexported_judgements
 from d3po_core.preferences import collect_votes
 from d3po_core.raters import reliability
+from d3po_core.tables import SCHEMAS, connect
 
-_COUNTS = """
-SELECT rater, count(value) AS judgements, count(*) - count(value) AS skips,
-       count(DISTINCT group_key) FILTER (value IS NOT NULL) AS groups,
-       median(seconds) FILTER (value IS NOT NULL) AS seconds,
-       count(*) FILTER (placed) AS placed, count(*) FILTER (placed AND (value > 0) = (position = 0)) AS chose_first
-FROM (
-    SELECT j.*, j.round || '/' || s.group_id AS group_key,
-           kind = 'choice' AND value IS NOT NULL AND value != 0 AND position IS NOT NULL AS placed
-    FROM judgements j LEFT JOIN samples s ON s.sample_id = j.sample_id AND s.round = j.round
-    WHERE rater_kind = 'human' AND j.round BETWEEN $first AND $last
+_COUNTS = f"""
+{questions("rater_kind = 'human' AND round BETWEEN $first AND $last")}, rows AS (
+    SELECT rater, count(DISTINCT group_key) FILTER (is_last AND value IS NOT NULL) AS groups,
+           median(seconds) FILTER (is_last AND value IS NOT NULL) AS seconds,
+           count(*) FILTER (placed) AS placed, count(*) FILTER (placed AND (value > 0) = (position = 0)) AS chose_first
+    FROM (
+        SELECT *, kind = 'choice' AND value IS NOT NULL AND value != 0 AND position IS NOT NULL AS placed FROM said
+    )
+    GROUP BY rater
 )
-GROUP BY rater ORDER BY rater
+SELECT rater, count(*) FILTER (judged), count(*) FILTER (skipped), sum(taken_back)::BIGINT, any_value(groups),
+       any_value(seconds), any_value(placed), any_value(chose_first)
+FROM questions JOIN rows USING (rater) GROUP BY rater ORDER BY rater
 """
 LAST_ROUND = 2**31
 
@@ -47,9 +52,12 @@ class RaterSummary:
 
     Attributes:
         rater: the name.
-        judgements: judgements on record, also those that a later one replaced.
-        skips: judgements without an opinion, or taken back.
-        groups: groups of which the rater judged something.
+        judgements: questions that the rater has answered, as the labelling page counts them: a group that was marked or
+            ranked is one, whatever the number of its images, and so is a pair of a choice. An answer that was taken
+            back is none, one that was replaced is the same one.
+        skips: questions of which the rater never said anything else.
+        taken_back: times that the rater took an answer back.
+        groups: groups of which something that the rater said stands.
         seconds: median seconds a judgement.
         gold_answered, gold_right: gold questions (see d3po_core.gold); a half-right answer counts in part.
         gold_low, gold_high: interval of the share of right gold answers.
@@ -64,6 +72,7 @@ class RaterSummary:
     rater: str
     judgements: int
     skips: int
+    taken_back: int
     groups: int
     seconds: float | None
     gold_answered: int
@@ -97,6 +106,22 @@ class RaterReport:
     agreement: float | None
     pairs: int
     pairs_of_several: int
+
+
+def connect_with_journal(campaign: Path) -> duckdb.DuckDBPyConnection:
+    """A campaign's tables, with what the labelling page holds of them and no file does yet; changes nothing.
+
+    Raises:
+        D3POError: the journal cannot be read.
+    """
+    connection = connect(campaign)
+    rows = unexported_judgements(campaign)
+    if rows:
+        schema = SCHEMAS["judgements"].append(pa.field("round", pa.int64()))
+        connection.register("_on_page", pa.Table.from_pylist(rows, schema=schema))
+        connection.execute("ALTER VIEW judgements RENAME TO _on_file")
+        connection.execute("CREATE VIEW judgements AS FROM _on_file UNION ALL BY NAME FROM _on_page")
+    return connection
 
 
 def people_votes(connection: duckdb.DuckDBPyConnection, last_round: int = LAST_ROUND) -> pa.Table:
@@ -147,11 +172,11 @@ def rater_report(
     rows = connection.execute(_COUNTS, {"first": first, "last": last}).fetchall()
     raters = [
         RaterSummary(
-            name, judgements, skips, groups, seconds, *_gold(gold.get(name, GoldScore())), name in out,
+            name, judgements, skips, taken_back, groups, seconds, *_gold(gold.get(name, GoldScore())), name in out,
             true_share.get(name), _share(equal.get(name, 0), compared.get(name, 0)),
             placed, *_first_place(chose_first, placed),
         )
-        for name, judgements, skips, groups, seconds, placed, chose_first in rows
+        for name, judgements, skips, taken_back, groups, seconds, placed, chose_first in rows
     ]  # fmt: skip
     voters_P = table_RP.notna().sum(axis=0).to_numpy() if table_RP.size else np.zeros(0, dtype=int)
     return RaterReport(

@@ -123,15 +123,20 @@ class Journal:
 
     Args:
         campaign: the campaign's folder.
+        read_only: whether nothing is written, so that the folder need not be writable; the file must be there.
 
     Raises:
         D3POError: the file cannot be opened.
     """
 
-    def __init__(self, campaign: Path) -> None:
-        self.path = campaign / JOURNAL_FILE
+    def __init__(self, campaign: Path, read_only: bool = False) -> None:
+        self.path, self._read_only = campaign / JOURNAL_FILE, read_only
         self._lock = threading.Lock()
         with self._errors(), disk_errors(self.path):
+            if read_only:
+                self._connection = _connected_to_read(self.path)
+                self._file = os.stat(self.path)
+                return
             # Autocommit: transactions are begun and ended by hand, so that it is plain where the disk is waited for.
             self._connection = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -253,6 +258,8 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
+            if self._read_only:
+                raise D3POError(f"{self.path}: {error}; restore the file, judgements are in it") from None
             raise D3POError(
                 f"{self.path}: {error}; nothing was kept. Free some space, make the folder writable, or restore "
                 "the file; the page sends it again"
@@ -263,7 +270,7 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
     """All entries of a sampling; none, and no file made, when the campaign has no journal."""
     if not (campaign / JOURNAL_FILE).exists():
         return []
-    with contextlib.closing(Journal(campaign)) as journal:
+    with contextlib.closing(Journal(campaign, read_only=True)) as journal:
         return journal.entries(sampling)
 
 
@@ -332,14 +339,65 @@ def export_entries(
     if not (campaign / JOURNAL_FILE).exists():
         return []
     with contextlib.closing(Journal(campaign)) as journal, journal.exclusively():
-        name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
-        found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
-        entries = journal.entries_while_exclusive(sampling, max((int(match[2]) for match in found if match), default=0))
+        exported = _exported(campaign, sampling, table, round_number)
+        entries = journal.entries_while_exclusive(sampling, exported)
         if not entries:
             return []
         rows = table_from_rows(table, [row for entry in entries for row in rows_of(entry)])
         file = f"{FILE_PREFIX}{sampling}-{entries[0].seq}-{entries[-1].seq}"
         return [write_table(campaign, table, round_number, rows, name=file)]
+
+
+def unexported_judgements(campaign: Path) -> list[dict[str, Any]]:
+    """Rows of ``judgements``, each with its round, that the journal holds and no file does yet; changes nothing.
+
+    Raises:
+        D3POError: the journal cannot be read.
+    """
+    rows = []
+    for path in campaign.glob("stages/round=*/sample.json"):
+        number = int(path.parent.name.removeprefix("round="))
+        sampling = sampling_of(campaign, number)
+        if sampling is not None:
+            exported = _exported(campaign, sampling, "judgements", number)
+            entries = [entry for entry in read_entries(campaign, sampling) if entry.seq > exported]
+            rows += [row | {"round": number} for entry in entries for row in judgement_rows(entry)]
+    return rows
+
+
+def _exported(campaign: Path, sampling: str, table: str, round_number: int) -> int:
+    """Number of the last entry of a sampling that a file of the table holds; 0 when none does."""
+    name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
+    found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
+    return max((int(match[2]) for match in found if match), default=0)
+
+
+def _connected_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that only reads, also where the folder is read-only and SQLite can put nothing beside the file."""
+    uri = path.absolute().as_uri()
+    try:
+        connection, made = _opened(f"{uri}?mode=ro")
+    except sqlite3.OperationalError:
+        if os.access(path.parent, os.W_OK):
+            raise
+        connection, made = _opened(f"{uri}?immutable=1")
+    if made:
+        return connection
+    connection.close()  # of a page that ended while it made the file
+    connection, _ = _opened("file::memory:")
+    connection.executescript(_TABLES)
+    return connection
+
+
+def _opened(uri: str) -> tuple[sqlite3.Connection, bool]:
+    """A connection, and whether there are entries to read."""
+    connection = sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+    try:
+        found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection, found is not None
 
 
 def _same(entry: Entry, said: Submission) -> bool:

@@ -4,6 +4,7 @@ Raters whose judgements were brought in from elsewhere count like those on the p
 held at least two images against each other.
 """
 
+import contextlib
 import itertools
 import math
 from collections import defaultdict
@@ -57,10 +58,26 @@ def label_progress(config: CampaignConfig, round_number: int) -> Progress:
 
 
 def count_judgements(campaign: Path, round_number: int) -> int:
-    """How many judgements of people a round has, on the page and from elsewhere; what was replaced counts too."""
+    """How many questions of a round people have answered, on the page and elsewhere.
+
+    One that a rater answered again, or took back, is one. A question is a group, or a pair of a choice.
+    """
     sampling = sampling_of(campaign, round_number)
-    on_page = [entry for entry in read_entries(campaign, sampling) if entry.action == "answer"] if sampling else []
-    return len(on_page) + sum(row["rater_kind"] != "proxy" for row in _brought_in(campaign, round_number))
+    entries = read_entries(campaign, sampling) if sampling else []
+    on_page = {(entry.rater, entry.question_id) for entry in entries if entry.action == "answer"}
+    group_of = {row["sample_id"]: name for name, rows in _groups(campaign, round_number).items() for row in rows}
+    elsewhere = {
+        (row["rater"], row["rater_kind"], row["kind"], *_question_of(row, group_of))
+        for row in _brought_in(campaign, round_number)
+        if row["rater_kind"] != "proxy"
+    }
+    return len(on_page) + len(elsewhere)
+
+
+def _question_of(row: dict[str, Any], group_of: dict[str, str]) -> tuple[str, ...]:
+    if row["kind"] == "choice":
+        return tuple(sorted((row["sample_id"], row["other_id"])))
+    return (group_of.get(row["sample_id"], row["sample_id"]),)
 
 
 def load_deck(campaign: Path, config: CampaignConfig, round_number: int, mode: str | None = None) -> Deck:
@@ -191,8 +208,5 @@ def _brought_in(campaign: Path, round_number: int) -> list[dict[str, Any]]:
 def _noted_mode(campaign: Path, sampling: str) -> str | None:
     if not (campaign / JOURNAL_FILE).exists():
         return None
-    journal = Journal(campaign)
-    try:
+    with contextlib.closing(Journal(campaign, read_only=True)) as journal:
         return journal.read_note(sampling, "mode")
-    finally:
-        journal.close()

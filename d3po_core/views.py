@@ -4,6 +4,7 @@ from pathlib import Path
 
 import duckdb
 
+from d3po_core.counting import questions
 from d3po_core.preferences import VOTES
 from d3po_core.tables import connect
 
@@ -46,12 +47,20 @@ LEFT JOIN counted c ON c.round = p.round AND c.first_id = if(w.member < l.member
                    AND c.second_id = if(w.member < l.member, p.loser_id, p.winner_id)
 """
 
-_RATERS = """
-WITH said AS (
-    SELECT j.round, j.rater, j.rater_kind, count(*) AS num_judgements, count(*) FILTER (j.value IS NULL) AS num_skipped,
-           count(DISTINCT s.group_id) AS num_groups, sum(j.seconds) AS seconds,
-           median(j.seconds) AS median_seconds, min(j.judged_at) AS first_at, max(j.judged_at) AS last_at
-    FROM judgements j LEFT JOIN samples s ON s.round = j.round AND s.sample_id = j.sample_id GROUP BY ALL
+_RATERS = f"""
+{questions("true")}, counted AS (
+    SELECT round, rater, rater_kind, count(*) FILTER (judged) AS num_judgements,
+           count(*) FILTER (skipped) AS num_skipped, sum(taken_back)::BIGINT AS num_taken_back
+    FROM questions GROUP BY ALL
+), grouped AS (
+    SELECT round, rater, rater_kind, count(DISTINCT group_key) FILTER (is_last AND value IS NOT NULL) AS num_groups,
+           min(judged_at) AS first_at, max(judged_at) AS last_at
+    FROM said GROUP BY ALL
+), timed AS (
+    -- The rows of one answer carry the same seconds, which were spent once.
+    SELECT round, rater, rater_kind, sum(seconds) AS seconds, median(seconds) AS median_seconds FROM (
+        SELECT DISTINCT round, rater, rater_kind, kind, question, judged_at, source, seconds FROM said
+    ) GROUP BY ALL
 ), voted AS (
     SELECT v.round, v.rater, v.rater_kind, count(*) AS num_votes, count(*) FILTER (v.vote = 0) AS num_ties,
            count(*) FILTER ((p.winner_id = v.first_id AND v.vote > 0) OR (p.winner_id = v.second_id AND v.vote < 0))
@@ -63,10 +72,11 @@ WITH said AS (
         AND greatest(p.winner_id, p.loser_id) = greatest(v.first_id, v.second_id)
     GROUP BY ALL
 )
-SELECT round, rater, rater_kind, num_judgements, num_skipped, num_groups, coalesce(num_votes, 0) AS num_votes,
-       coalesce(num_ties, 0) AS num_ties, coalesce(votes_kept, 0) AS votes_kept, coalesce(votes_lost, 0) AS votes_lost,
-       seconds, median_seconds, first_at, last_at
-FROM said LEFT JOIN voted USING (round, rater, rater_kind)
+SELECT round, rater, rater_kind, num_judgements, num_skipped, num_taken_back, num_groups,
+       coalesce(num_votes, 0) AS num_votes, coalesce(num_ties, 0) AS num_ties, coalesce(votes_kept, 0) AS votes_kept,
+       coalesce(votes_lost, 0) AS votes_lost, seconds, median_seconds, first_at, last_at
+FROM counted JOIN grouped USING (round, rater, rater_kind) JOIN timed USING (round, rater, rater_kind)
+LEFT JOIN voted USING (round, rater, rater_kind)
 """
 
 _CHECKPOINTS = """

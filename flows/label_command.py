@@ -130,8 +130,10 @@ def serve_page(
     runs = _page_runs(host, port)
     for name in names:
         token = raters.token(name)
-        link = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/enter?key={token}"
-        print(f"{name}: {link if runs or sys.stdout.isatty() else f'd3po label --rater {name} prints the link'}", flush=True)
+        shown = f"to get the link, type: d3po label --rater {name} --port {port}"
+        if runs or sys.stdout.isatty():
+            shown = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/enter?key={token}"
+        print(f"{name}: {shown}", flush=True)
     if runs:
         print("the page runs already; these links work there")
         return

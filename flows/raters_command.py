@@ -25,14 +25,13 @@ def raters(
     output: Annotated[Path | None, typer.Option(help="File to write to")] = None,
 ) -> None:
     """Print who judged: how much, how fast, how right on gold questions, how biased, and how far they agree."""
-    from d3po_core.agreement import rater_report
+    from d3po_core.agreement import connect_with_journal, rater_report
     from d3po_core.campaign import campaign_named
     from d3po_core.errors import D3POError
-    from d3po_core.tables import connect
 
     config = campaign_named(campaign)
     people = config.judge.people
-    with connect(config.folder) as connection:
+    with connect_with_journal(config.folder) as connection:
         report = rater_report(connection, people.accuracy_floor, round_number)
     if not report.raters:
         where = f"campaign {campaign!r}" if round_number is None else f"round {round_number} of campaign {campaign!r}"
@@ -62,7 +61,7 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
     from rich.table import Table
 
     table = Table()
-    for column in ("rater", "judged", "skipped", "groups", "seconds", "gold right [95 %]", "reliability",
+    for column in ("rater", "judged", "skipped", "taken back", "groups", "seconds", "gold right [95 %]", "reliability",
                    "agreement", "first place [95 %]", ""):  # fmt: skip
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
@@ -86,8 +85,8 @@ def _cells(rater: "RaterSummary") -> list[str]:
     if rater.first_p is not None and rater.first_share is not None and rater.first_p < BIAS_P:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
     return [
-        rater.rater, str(rater.judgements), str(rater.skips), str(rater.groups), _number(rater.seconds, 1), gold,
-        _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
+        rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.groups),
+        _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
     ]  # fmt: skip
 
 

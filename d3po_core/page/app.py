@@ -9,12 +9,11 @@
 
 import contextlib
 import hmac
-import json
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import jinja2
@@ -24,15 +23,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from d3po_core.blind import comparisons_of
-from d3po_core.campaign import CAMPAIGN_FILE
-from d3po_core.config import load_config
 from d3po_core.errors import D3POError
 from d3po_core.journal import ConflictError
 from d3po_core.page.access import AccessError, Raters
-from d3po_core.page.comparing import ComparisonDesk, desk_name
+from d3po_core.page.comparing import ComparisonDesk
 from d3po_core.page.completion import OnComplete
-from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, described
+from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, View
+from d3po_core.page.desks import Desks, MakeDesk
 from d3po_core.page.guard import LOCAL_HOSTS, Guard, Pace
 from d3po_core.tally import Deck
 
@@ -69,23 +66,13 @@ class Undone(BaseModel):
     entry: Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Listed(NamedTuple):
-    """Something that people may judge, or why it cannot be shown."""
-
-    name: str
-    desk: Desk | None
-    problem: str | None = None
-
-
 class _Page:
     """What the routes share: campaigns, raters, templates, and the table of image names."""
 
-    def __init__(self, data: Path, make_desk: Callable[[Path, str | None], Desk], per_second: float) -> None:
-        self._data, self.problem = data, ""
-        self.runs, self.raters, self._make_desk = data / "runs", Raters(data), make_desk
+    def __init__(self, data: Path, make_desk: MakeDesk, per_second: float) -> None:
+        self._data, self.raters, self.desks = data, Raters(data), Desks(data / "runs", make_desk)
         self.pace, self.tries = Pace(per_second, 3 * per_second), Pace(2, 20)
-        self.desks: dict[str, Desk] = {}
-        self._lock = threading.Lock()
+        self.closed = ""
         self._images: dict[str, Path] = {}
         self._named: set[tuple[str, str]] = set()
         loader = jinja2.FileSystemLoader(HERE / "templates")
@@ -104,63 +91,6 @@ class _Page:
         """A message for raters: where the data folder lies is nothing to them."""
         return text.replace(f"{self._data}/", "")
 
-    def listed(self) -> list[Listed]:
-        """Campaigns with people as judges, and blind comparisons; a damaged one is a problem of its own."""
-        folders = [path.parent for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}"))]
-        found = [one for folder in folders for one in self._tried(folder, self._campaign)]
-        return found + [one for folder in folders for one in self._tried(folder, self._compared)]
-
-    def _tried(self, folder: Path, listing: Callable[[Path], list[Listed]]) -> list[Listed]:
-        try:
-            return listing(folder)
-        except Exception as error:  # whatever damage there may be: the other campaigns go on
-            return [Listed(folder.name, None, described(error))]
-
-    def _campaign(self, folder: Path) -> list[Listed]:
-        path = folder / CAMPAIGN_FILE
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-            raise D3POError(f"{path} is not the record of a campaign; restore it")
-        desk = self.desk(folder.name)
-        asks = load_config(record["config"], str(path)).judge.labeller != "proxy" or desk.current()
-        return [Listed(folder.name, desk)] if asks else []
-
-    def _compared(self, folder: Path) -> list[Listed]:
-        names = [desk_name(folder, one) for one in comparisons_of(folder)]
-        return [Listed(name, self.desk(name)) for name in names]
-
-    def watch(self) -> None:
-        """Look whether rounds are complete; an error is shown and ends nothing."""
-        try:
-            for one in self.listed():
-                with contextlib.suppress(Exception):  # the desk says it to everybody who looks
-                    if one.desk is not None:
-                        one.desk.current()
-            self.problem = ""
-        except Exception as error:
-            self.problem = f"rounds are not watched at the moment: {described(error)}"
-
-    def _comparisons(self) -> dict[str, tuple[Path, str]]:
-        found = {}
-        for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}")):
-            with contextlib.suppress(D3POError):
-                found |= {desk_name(path.parent, one): (path.parent, one.id) for one in comparisons_of(path.parent)}
-        return found
-
-    def desk(self, name: str) -> Desk:
-        """The desk of that name; made when it is asked for the first time."""
-        with self._lock:
-            if name not in self.desks:
-                # Compared with what is there, never joined to a path.
-                there: dict[str, tuple[Path, str | None]] = {
-                    path.parent.name: (path.parent, None) for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")
-                }
-                there |= self._comparisons() if "~" in name else {}
-                if name not in there:
-                    raise HTTPException(404, "There is no campaign of that name.")
-                self.desks[name] = self._make_desk(*there[name])
-            return self.desks[name]
-
     def image_url(self, rater: str, deck: Deck, sample_id: str) -> str:
         token = self.raters.opaque(rater, deck.campaign.name, deck.sampling, sample_id)
         self._images[token] = deck.campaign / deck.image_paths[sample_id]
@@ -168,7 +98,7 @@ class _Page:
 
     def image(self, rater: str, token: str) -> Path | None:
         if token not in self._images:  # a page from before a restart: name all images that it may show
-            for deck in filter(None, [desk.current() for desk in list(self.desks.values())]):
+            for deck in self.desks.decks():
                 if (rater, deck.sampling) not in self._named:
                     self._named.add((rater, deck.sampling))
                     for sample_id in deck.image_paths:
@@ -221,7 +151,7 @@ def create_app(
     def watch() -> None:
         # Rounds end without a request too: by judgements that are brought in, or before this server was started.
         while not ended.wait(WATCH_SECONDS):
-            page.watch()
+            page.desks.watch()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -231,7 +161,7 @@ def create_app(
         yield
         ended.set()
         watcher.join()
-        for desk in page.desks.values():
+        for desk in page.desks.open():
             desk.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -259,7 +189,9 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
             return page.html("enter.html", rater=rater, url=f"/enter?key={quote(key)}")
         agreed = page.raters.opaque("instead", current or "", rater)  # no page elsewhere knows it
         if current not in (None, rater) and not hmac.compare_digest(agreed.encode(), instead.encode(errors="replace")):
-            return page.html("other.html", rater=rater, current=current, url=f"/enter?key={quote(key)}&instead={agreed}")
+            return page.html(
+                "other.html", rater=rater, current=current, url=f"/enter?key={quote(key)}&instead={agreed}"
+            )
         # A page that goes on by itself, not a redirect: a strict cookie is not sent along a redirect from elsewhere.
         response = page.html("enter.html", rater=rater, url="/")
         response.set_cookie(COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
@@ -268,14 +200,17 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
     @app.get("/")
     def start(request: Request) -> Response:
         rater = _signed_in(page, request)
-        entries = [(one, one.desk.view(rater) if one.desk else None) for one in page.listed()]
-        waiting = [entry for entry in entries if not (entry[0].desk and entry[0].desk.blind and entry[1].state == "done")]
-        return page.html("start.html", rater=rater, entries=waiting, problem=page.problem)
+        entries = []
+        for one in page.desks.listed():
+            view = one.desk.view(rater) if one.desk else View("waiting", problem=one.problem)
+            if not (one.desk and one.desk.blind and view.state == "done"):
+                entries.append((one, view))
+        return page.html("start.html", rater=rater, entries=entries, problem=page.desks.problem)
 
     @app.get("/c/{name}")
     def label(request: Request, name: str) -> Response:
         rater = _signed_in(page, request)
-        desk = page.desk(name)
+        desk = page.desks.desk(name)
         return page.html("label.html", rater=rater, name=name, desk=desk, middle=page.middle(rater, desk))
 
     @app.get("/i/{token}")
@@ -307,18 +242,18 @@ def _add_actions(app: FastAPI, page: _Page) -> None:
 
     @app.get("/c/{name}/next")
     def following(request: Request, name: str) -> Response:
-        return reply(_signed_in(page, request), page.desk(name))
+        return reply(_signed_in(page, request), page.desks.desk(name))
 
     @app.post("/c/{name}/judge")
     def judge(name: str, judged: Judged, rater: Annotated[str, Depends(acting)]) -> Response:
-        desk = page.desk(name)
+        desk = page.desks.desk(name)
         answer = judged.values if judged.action == "answer" else None
         note = desk.judge(rater, judged.ticket, judged.submission, answer, judged.seconds)
         return reply(rater, desk, note)
 
     @app.post("/c/{name}/undo")
     def undo(name: str, undone: Undone, rater: Annotated[str, Depends(acting)]) -> Response:
-        desk = page.desk(name)
+        desk = page.desks.desk(name)
         return reply(rater, desk, desk.undo(rater, undone.entry, undone.submission))
 
 
@@ -335,7 +270,9 @@ def _add_errors(app: FastAPI, page: _Page) -> None:
 
     @app.exception_handler(AccessError)
     def closed(request: Request, error: AccessError) -> Response:
-        print(error, file=sys.stderr, flush=True)
+        if str(error) != page.closed:  # once, however often somebody knocks
+            print(error, file=sys.stderr, flush=True)
+            page.closed = str(error)
         return answer(request, 503, "Nobody can be let in at the moment; the page's own log says why.")
 
     @app.exception_handler(OSError)

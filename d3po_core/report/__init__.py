@@ -104,7 +104,8 @@ def _raters(facts: Facts) -> dict[str, Any]:
     table = [
         {
             "rater": one.rater + (" (left out)" if one.left_out else ""), "judgements": one.judgements,
-            "skipped": one.skips, "seconds": one.seconds, "gold answered": one.gold_answered,
+            "skipped": one.skips, "taken back": one.taken_back, "seconds": one.seconds,
+            "gold answered": one.gold_answered,
             "gold right": one.gold_right / one.gold_answered if one.gold_answered else None,
             "reliability": one.reliability, "agreement": one.agreement, "chose the first": one.first_share,
         }

@@ -9,6 +9,7 @@ import duckdb
 
 from d3po_core.campaign import CAMPAIGN_FILE, stage_path
 from d3po_core.comparison import HeldOut, champions, read_held_out
+from d3po_core.counting import questions
 from d3po_core.errors import D3POError
 from d3po_core.preferences import collect_votes
 from d3po_core.preferred import HumanWinRate, human_win_rate, human_win_rates
@@ -113,10 +114,13 @@ SELECT u.round, count(*) AS num_updates, avg(u.loss) AS loss, avg(u.margin_befor
 FROM updates u LEFT JOIN rounds r ON r.round = u.round WHERE u.num_pairs > 0 GROUP BY u.round ORDER BY u.round
 """
 
-_RATERS = """
-SELECT rater, rater_kind, count(DISTINCT round) AS rounds, count(value) AS judgements,
-       count(*) - count(value) AS skipped, median(seconds) AS median_seconds, max(judged_at) AS last
-FROM judgements WHERE rater_kind != 'proxy' GROUP BY ALL ORDER BY judgements DESC, rater
+_RATERS = f"""
+{questions("rater_kind != 'proxy'")}, rows AS (
+    SELECT rater, rater_kind, median(seconds) AS median_seconds, max(judged_at) AS last FROM said GROUP BY ALL
+)
+SELECT rater, rater_kind, count(DISTINCT round) AS rounds, count(*) FILTER (judged) AS judgements,
+       count(*) FILTER (skipped) AS skipped, any_value(median_seconds) AS median_seconds, any_value(last) AS last
+FROM questions JOIN rows USING (rater, rater_kind) GROUP BY rater, rater_kind ORDER BY judgements DESC, rater
 """
 
 # The margin of a pair: by how many standard deviations (of each proxy, over the campaign) the winner scored higher.

@@ -93,7 +93,9 @@ class RemoteScorer:
                 if response.status == httpx.codes.OK:
                     return response
                 trouble = f"answered {response.status}: {response.shortened}"
-                if response.status != httpx.codes.TOO_MANY_REQUESTS and not httpx.codes.is_server_error(response.status):
+                if response.status != httpx.codes.TOO_MANY_REQUESTS and not httpx.codes.is_server_error(
+                    response.status
+                ):
                     raise self._error(trouble)
                 wanted = response.retry_after
             except httpx.RequestError as error:
@@ -129,7 +131,9 @@ class RemoteScorer:
             for part in response.iter_bytes():
                 answer += part
                 if len(answer) > LARGEST_ANSWER:
-                    raise self._error(f"answered more than {LARGEST_ANSWER} bytes; expected {{'scores': [number, ...]}}")
+                    raise self._error(
+                        f"answered more than {LARGEST_ANSWER} bytes; expected {{'scores': [number, ...]}}"
+                    )
             return _Response(response.status_code, response.headers.get("Retry-After", ""), bytes(answer))
 
     def _error(self, problem: str) -> D3POError:

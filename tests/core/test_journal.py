@@ -96,6 +96,38 @@ def test_an_entry_is_taken_back_once_and_stays_on_record(journal: Journal) -> No
     assert active(journal.entries("s")) == []
 
 
+def test_an_attempt_that_was_never_offered_is_refused(journal: Journal) -> None:
+    for attempt in (1, 7):
+        with pytest.raises(ConflictError, match="never asked so often"):
+            journal.append(said(attempt=attempt))
+    assert journal.append(said())[1]
+    with pytest.raises(ConflictError, match="never asked so often"):
+        journal.append(said(attempt=2))
+    assert len(journal.entries("s")) == 1
+
+
+def test_a_journal_in_a_read_only_folder_is_read(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.append(said())
+    journal.close()
+    connect = sqlite3.connect
+
+    def read_only(path: str, **options: object) -> sqlite3.Connection:
+        if "mode=ro" in path:  # what SQLite answers where it can put no file beside a journal
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(path, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(read_entries(journal.path.parent, "s")) == 1
+
+
+def test_a_damaged_journal_that_is_only_read_promises_nothing_that_a_page_does(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_FILE).write_bytes(b"no database" * 100)
+    with pytest.raises(D3POError, match="restore the file") as caught:
+        read_entries(tmp_path, "s")
+    assert "sends it again" not in str(caught.value)
+
+
 def test_entries_can_be_neither_changed_nor_deleted(journal: Journal) -> None:
     journal.append(said())
     connection = sqlite3.connect(journal.path)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from d3po_core.agreement import connect_with_journal, rater_report
 from d3po_core.campaign import stage_path
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
@@ -22,7 +23,8 @@ from d3po_core.journal import active, export_judgements, read_entries, sampling_
 from d3po_core.page.access import RATERS_FILE, Raters
 from d3po_core.page.app import create_app
 from d3po_core.page.guard import MAX_BODY, Pace
-from d3po_core.tables import read_rows
+from d3po_core.questions import count_judgements, label_progress
+from d3po_core.tables import connect, read_rows
 from tests.core.labelling import bring_in, waiting_campaign
 
 ORIGIN = "http://127.0.0.1:8700"
@@ -36,7 +38,7 @@ class Rater:
     """A browser without a screen: what a rater's page knows, and what it sends."""
 
     def __init__(self, data: Path, client: TestClient, name: str, campaign: str = "x") -> None:
-        self.name, self.campaign, self.http = name, campaign, client
+        self.name, self.campaign, self.http, self.data = name, campaign, client, data
         client.cookies.set("d3po_label", Raters(data).token(name))
 
     def open(self) -> "Rater":
@@ -473,6 +475,34 @@ def test_what_the_page_keeps_is_exported(tmp_path: Path) -> None:
         ann.judge(None)
     [path] = export_judgements(config.folder, 1)
     assert sorted(str(row["value"]) for row in read_rows(path)) == ["0.0", "1.0", "1.0", "None", "None", "None"]
+
+
+@pytest.mark.parametrize(("mode", "values"), [("mark_bad", [0, 1, 1, 1, 1, 1, 1]), ("pair", [1, -1])])
+def test_page_raters_and_records_count_the_same_judgements(tmp_path: Path, mode: str, values: list[float]) -> None:
+    size = len(values)
+    config = waiting_campaign(tmp_path, groups=24, size=size, pixels=1, mode=mode)
+    with served(tmp_path) as enter:
+        ann = enter()
+        for number in range(24):
+            ann.judge(values)
+            if number in (4, 9):
+                ann.undo()
+                ann.judge(values)
+            if number == 14:
+                ann.undo()
+                ann.judge(None)  # comes back at the end
+        with connect_with_journal(config.folder) as connection:  # while the round waits, before anything is exported
+            [waiting] = rater_report(connection, 0.6).raters
+            assert (waiting.judgements, waiting.skips, waiting.taken_back, waiting.groups) == (23, 0, 3, 23)
+        assert "you 23" in ann.html
+        ann.judge(values)
+        assert "24 judgements by 1" in ann.html
+    assert label_progress(config, 1).judgements == count_judgements(config.folder, 1) == 24
+    export_judgements(config.folder, 1)
+    for reading in (connect, connect_with_journal):  # nothing is counted twice once it is exported
+        with reading(config.folder) as connection:
+            [found] = rater_report(connection, 0.6).raters
+            assert (found.judgements, found.skips, found.taken_back, found.groups) == (24, 0, 3, 24)
 
 
 # ------------------------------------------------------------------------------------------- what raters see

@@ -243,7 +243,7 @@ def test_people_appear_only_when_they_judged(tmp_path: Path) -> None:
     assert "judged by prompt_alignment and 1 person" in text
     assert "Krippendorff's alpha \N{EN DASH} equal votes \N{EN DASH} pairs with several raters 0" in text
     assert "people and proxies agree on 50%" in text
-    assert "ann human 1 8 0 2.0" in text
+    assert "ann human 1 4 0 2.0" in text
 
 
 def test_gold_answers_are_no_people(tmp_path: Path) -> None:

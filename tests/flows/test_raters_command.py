@@ -11,7 +11,9 @@ from typer.testing import CliRunner, Result
 from d3po_core.campaign import open_campaign
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.journal import Journal, Submission, sampling_of
 from flows.raters_command import raters
+from tests.core.labelling import waiting_campaign
 from tests.core.test_agreement import campaign, choices, gold_round, marks
 
 
@@ -78,7 +80,22 @@ def test_a_file_that_cannot_be_written_is_one_line(folder: Path) -> None:
 def test_a_round_can_be_asked_for_alone(folder: Path) -> None:
     filled(folder)
     report = json.loads(ask("--round", "2", "--format", "json").output)
-    assert [(row["rater"], row["judgements"], row["seconds"]) for row in report["raters"]] == [("ann", 3, 2.5)]
+    assert [(row["rater"], row["judgements"], row["seconds"]) for row in report["raters"]] == [("ann", 1, 2.5)]
+
+
+def test_what_the_page_holds_of_a_round_that_waits_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path))
+    config = waiting_campaign(tmp_path, "small", pixels=1)
+    journal = Journal(config.folder)
+    shown = tuple(f"r1-g0-m{member}" for member in range(3))
+    sampling = str(sampling_of(config.folder, 1))
+    journal.append(
+        Submission("a" * 32, sampling, "ann", "mark_bad:r1-g0", 0, "answer", "mark_bad", shown, (0.0, 1.0, 1.0), 2.0)
+    )
+    report = json.loads(ask("--format", "json").output)
+    assert [(row["rater"], row["judgements"], row["seconds"]) for row in report["raters"]] == [("ann", 1, 2.0)]
+    assert report["pairs"] == 3
+    assert not list((config.folder / "judgements").glob("*"))  # looked at, not written
 
 
 def test_a_campaign_that_nobody_judged_is_told_so(folder: Path) -> None:

@@ -323,6 +323,9 @@ def test_a_phone_shows_all_without_scrolling_sideways_and_is_judged_by_touch(
     if size < 8:
         assert all(box["y"] + box["height"] <= 844 for box in tiles)
         assert tiles[0]["width"] >= 150
+    if size >= 8:
+        page.locator("button.image").nth(size - 1).scroll_into_view_if_needed()
+        page.locator("#more").wait_for(state="hidden")
     if mode == "mark_bad":
         page.locator("button.image").nth(1).tap()
         after(page, lambda: page.locator("#save").tap())
@@ -331,6 +334,59 @@ def test_a_phone_shows_all_without_scrolling_sideways_and_is_judged_by_touch(
     values = {"mark_bad": (1, 0, *[1] * (size - 2)), "pair": (-1, 1), "best": (2, 1, *[2] * (size - 2))}
     assert [entry.answer for entry in said(config)] == [values[mode]]
     assert page.complaints == []
+
+
+@pytest.mark.parametrize("screen", [(1280, 800), (640, 400), (390, 844)])
+def test_seven_images_are_all_seen_at_once(browser: Any, served: Served, screen: tuple[int, int]) -> None:
+    waiting_campaign(served.data, groups=1, size=7, pixels=64, guideline="Mark what does not show the prompt. " * 6)
+    width, height = screen
+    page = enter(browser, served, viewport={"width": width, "height": height})
+    for tile in page.locator("button.image").all():
+        assert tile.evaluate(
+            """e => { const box = e.getBoundingClientRect();
+                return [[0.1, 0.1], [0.9, 0.9]].every(([x, y]) => {
+                    const there = document.elementFromPoint(box.left + x * box.width, box.top + y * box.height);
+                    return there && (e === there || e.contains(there)); }) }"""
+        ), tile.get_attribute("aria-label")
+    assert page.locator("#more").is_hidden()
+    assert page.locator("#save").is_enabled()
+    if picture := os.environ.get("D3PO_TEST_PICTURES"):
+        page.screenshot(path=f"{picture}/seven-{width}.png")
+
+
+@pytest.mark.parametrize("mode", ["mark_bad", "best", "rank"])
+def test_nothing_is_saved_before_every_image_was_on_the_screen(browser: Any, served: Served, mode: str) -> None:
+    config = waiting_campaign(served.data, groups=2, size=16, mode=mode, pixels=64)
+    page = enter(browser, served, viewport={"width": 320, "height": 256})
+    if picture := os.environ.get("D3PO_TEST_PICTURES"):
+        page.screenshot(path=f"{picture}/sixteen-{mode}.png")
+    assert page.locator("#more").inner_text().endswith("more below ↓")
+    page.keyboard.press("1")
+    page.keyboard.press("Enter")
+    page.get_by_text("scroll to them first").wait_for()
+    assert said(config) == []
+    while page.locator("#more").is_visible():
+        page.evaluate("document.querySelector('#more').click()")
+        page.wait_for_timeout(20)
+    if mode != "best":
+        assert page.locator("#save").is_enabled()
+    key(page, "1" if mode == "best" else "Enter")
+    assert len(said(config)) == 1
+    assert page.complaints == []
+
+
+def test_a_link_followed_from_elsewhere_asks_before_another_rater_is_replaced(browser: Any, served: Served) -> None:
+    waiting_campaign(served.data, groups=2, size=2, pixels=16)
+    page = enter(browser, served, "ann")
+    # Another site to the browser: it keeps the strict cookie back from the first request.
+    elsewhere = f"http://localhost:{served.port}/health"
+    for rater, greeting in (("ann", "What waits for you, ann"), ("bob", "You are ann here")):
+        page.goto(elsewhere)
+        link = f"{served.root}/enter?key={Raters(served.data).token(rater)}"
+        page.evaluate("link => { location.href = link }", link)
+        page.get_by_role("heading", name=greeting).wait_for()
+    page.get_by_role("link", name="Go on as bob").click()
+    page.get_by_role("heading", name="What waits for you, bob").wait_for()
 
 
 def test_what_comes_next_is_fetched_before_it_is_asked(browser: Any, served: Served) -> None:

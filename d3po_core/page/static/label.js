@@ -11,7 +11,7 @@ const { rater, base } = page.dataset;
 const outbox = `d3po unsent ${rater} `;
 const PAUSES = [500, 1000, 2000, 4000, 8000];
 
-let middle, images, tiles, picked, shownAt, hiddenFor, hiddenSince, preloaded = [];
+let middle, images, tiles, picked, seen, shownAt, hiddenFor, hiddenSince, preloaded = [];
 let busy = false;
 
 // ---------------------------------------------------------------- what is shown
@@ -22,8 +22,10 @@ function show(html) {
   tiles = [...page.querySelectorAll(".tile")];
   images = [...page.querySelectorAll("button.image")];
   picked = [];
+  seen = new Set();
   layOut();
   mark();
+  page.querySelector(".tiles")?.addEventListener("scroll", see, { passive: true });
   hiddenFor = 0;
   hiddenSince = document.hidden ? performance.now() : null;
   shownAt = null; // not known before every image can be seen
@@ -51,12 +53,36 @@ function layOut() {
     const size = Math.floor(Math.min((width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows));
     if (size > best.size) best = { size, columns };
   }
-  if (best.size < 96) { // too many for one look: touchable sizes, and scrolling
+  const smallest = matchMedia("(pointer: coarse)").matches ? 96 : 64;
+  if (best.size < smallest) { // too many for one look: touchable sizes, and scrolling
     best = { columns: Math.max(1, Math.floor((width + gap) / (120 + gap))), size: 120 };
     box.style.alignContent = "start";
   }
   box.style.setProperty("--size", `${Math.min(best.size, 768)}px`);
   box.style.setProperty("--columns", best.columns);
+  box.classList.toggle("tiny", best.size < 96);
+  see();
+}
+
+// An image counts as seen once most of it has been on the screen; nothing is saved before all were.
+function see() {
+  const box = page.querySelector(".tiles")?.getBoundingClientRect();
+  if (!box) return;
+  const top = Math.max(box.top, 0), bottom = Math.min(box.bottom, innerHeight);
+  tiles.forEach((tile, index) => {
+    const { top: from, bottom: to, height } = tile.getBoundingClientRect();
+    const fits = Math.min(height, bottom - top); // on a very low screen no image is ever whole
+    if (Math.min(to, bottom) - Math.max(from, top) > fits * 0.7) seen.add(index);
+  });
+  mark();
+}
+
+const unseen = () => tiles.length - seen.size;
+
+function seeAllFirst() {
+  if (!unseen()) return false;
+  say(`${unseen()} more to see below; scroll to them first.`);
+  return true;
 }
 
 function mark() {
@@ -68,11 +94,16 @@ function mark() {
     if (mode === "rank") button.setAttribute("aria-label", at >= 0 ? `Image ${index + 1}: rank ${at + 1}` : `Image ${index + 1} of ${images.length}: next in the order`);
     button.querySelector(".mark").dataset.text = mode === "mark_bad" ? "bad" : mode === "rank" ? String(at + 1) : "best";
   });
+  const more = document.getElementById("more");
+  if (more) {
+    more.hidden = !unseen();
+    more.textContent = `${unseen()} more below ↓`;
+  }
   const save = document.querySelector("#save span");
   if (!save) return;
   if (mode === "mark_bad") save.textContent = picked.length ? `Save: ${picked.length} bad` : "Save: none is bad";
   else save.textContent = picked.length < images.length - 1 && picked.length ? "Save: the rest is equal" : "Save";
-  document.getElementById("save").disabled = mode === "rank" && !picked.length;
+  document.getElementById("save").disabled = unseen() > 0 || (mode === "rank" && !picked.length);
 }
 
 function say(text, forGood = false) {
@@ -86,9 +117,10 @@ function say(text, forGood = false) {
 function pick(index) {
   if (busy || !images[index]) return;
   const mode = middle.dataset.mode;
-  if (mode === "pair") return judge(index === 0 ? [1, -1] : [-1, 1]);
+  if (mode === "pair") return seeAllFirst() || judge(index === 0 ? [1, -1] : [-1, 1]);
   const at = picked.indexOf(index);
   if (mode === "best") {
+    if (seeAllFirst()) return;
     picked = [index];
     mark();
     return judge(images.map((_, i) => (i === index ? 1 : 2)));
@@ -100,6 +132,7 @@ function pick(index) {
 
 function save() {
   const mode = middle.dataset.mode;
+  if (seeAllFirst()) return;
   if (mode === "mark_bad") judge(images.map((_, index) => (picked.includes(index) ? 0 : 1)));
   if (mode === "rank" && picked.length) {
     judge(images.map((_, index) => (picked.includes(index) ? picked.indexOf(index) : picked.length) + 1));
@@ -108,8 +141,18 @@ function save() {
 
 function judge(values) {
   if (busy || middle.dataset.state !== "question") return;
-  const seconds = shownAt === null ? null : Math.max(0, (performance.now() - shownAt - hiddenFor) / 1000);
+  let seconds = shownAt === null ? null : Math.max(0, (performance.now() - shownAt - hiddenFor) / 1000);
+  if (seconds > 86400) seconds = null; // it was left lying: nobody looked at it for a day
   send("judge", { ticket: middle.dataset.ticket, action: values ? "answer" : "skip", values: values || [], seconds });
+}
+
+function tie() {
+  if (!seeAllFirst()) judge([0, 0]);
+}
+
+function showMore() {
+  const next = tiles.findIndex((_, index) => !seen.has(index));
+  if (next >= 0) images[next].focus();
 }
 
 function undo() {
@@ -211,6 +254,8 @@ function look(index) {
   if (!images.length) return;
   zoomed = (index + images.length) % images.length;
   const source = pictures()[zoomed], picture = zoom.querySelector("img");
+  seen.add(zoomed);
+  mark();
   if (!source.naturalWidth) { // not here yet
     source.decode().then(() => source.isConnected && look(index), () => say("This image cannot be loaded."));
     return;
@@ -254,9 +299,9 @@ function press(event) {
   }
   if (key.startsWith("Arrow")) {
     if (!pair) return move(key);
-    return key === "ArrowLeft" ? pick(0) : key === "ArrowRight" ? pick(1) : key === "ArrowDown" ? judge([0, 0]) : false;
+    return key === "ArrowLeft" ? pick(0) : key === "ArrowRight" ? pick(1) : key === "ArrowDown" ? tie() : false;
   }
-  if (lower === "t" && pair) return judge([0, 0]);
+  if (lower === "t" && pair) return tie();
   if (lower === "s") return judge(null);
   if (lower === "z") return look(Math.max(0, images.indexOf(document.activeElement)));
   if (key === "Backspace") {
@@ -289,7 +334,7 @@ document.addEventListener("click", (event) => {
   if (button.dataset.do) return zoomAct(button.dataset.do);
   if (button.classList.contains("image")) return pick(Number(button.dataset.index));
   if (button.classList.contains("look")) return look(Number(button.dataset.index));
-  const act = { undo, save, skip: () => judge(null), tie: () => judge([0, 0]) }[button.id];
+  const act = { undo, save, skip: () => judge(null), tie, more: showMore }[button.id];
   if (act) act();
 });
 

@@ -1,0 +1,116 @@
+"""What people may judge: the desks of all campaigns and blind comparisons, each on its own when it is damaged."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from starlette.exceptions import HTTPException
+
+from d3po_core.blind import comparisons_of
+from d3po_core.campaign import CAMPAIGN_FILE
+from d3po_core.config import load_config
+from d3po_core.errors import D3POError
+from d3po_core.page.comparing import desk_name
+from d3po_core.page.desk import Desk, described
+from d3po_core.tally import Deck
+
+MakeDesk = Callable[[Path, str | None], Desk]
+
+
+class Listed(NamedTuple):
+    """Something that people may judge, or why it cannot be shown."""
+
+    name: str
+    desk: Desk | None
+    problem: str | None = None
+
+
+class Desks:
+    """All desks, made when they are asked for; may be used by many threads.
+
+    Args:
+        runs: the folder of the campaigns.
+        make_desk: makes the desk of a campaign's folder, or of a comparison (its id) in it.
+    """
+
+    def __init__(self, runs: Path, make_desk: MakeDesk) -> None:
+        self.runs, self._make_desk, self.problem = runs, make_desk, ""
+        self._desks: dict[str, Desk] = {}
+        self._lock = threading.Lock()
+
+    def open(self) -> list[Desk]:
+        """The desks that were made."""
+        with self._lock:
+            return list(self._desks.values())
+
+    def listed(self) -> list[Listed]:
+        """Campaigns with people as judges, and blind comparisons; a damaged one is a problem of its own."""
+        folders = [path.parent for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}"))]
+        found = [one for folder in folders for one in self._tried(folder, self._campaign)]
+        return found + [one for folder in folders for one in self._tried(folder, self._compared)]
+
+    def _tried(self, folder: Path, listing: Callable[[Path], list[Listed]]) -> list[Listed]:
+        try:
+            return listing(folder)
+        except Exception as error:  # whatever damage there may be: the other campaigns go on
+            return [Listed(folder.name, None, described(error))]
+
+    def _campaign(self, folder: Path) -> list[Listed]:
+        path = folder / CAMPAIGN_FILE
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+            raise D3POError(f"{path} is not the record of a campaign; restore it")
+        desk = self.desk(folder.name)
+        asks = load_config(record["config"], str(path)).judge.labeller != "proxy" or desk.current()
+        return [Listed(folder.name, desk)] if asks else []
+
+    def _compared(self, folder: Path) -> list[Listed]:
+        names = [desk_name(folder, one) for one in comparisons_of(folder)]
+        return [Listed(name, self.desk(name)) for name in names]
+
+    def watch(self) -> None:
+        """Look whether rounds are complete; an error is shown and ends nothing."""
+        try:
+            for one in self.listed():
+                with contextlib.suppress(Exception):  # the desk says it to everybody who looks
+                    if one.desk is not None:
+                        one.desk.current()
+            self.problem = ""
+        except Exception as error:
+            self.problem = f"rounds are not watched at the moment: {described(error)}"
+
+    def decks(self) -> list[Deck]:
+        """What is asked now at the desks that were made; nothing of those that are damaged."""
+        found = []
+        for desk in self.open():
+            with contextlib.suppress(Exception):  # the desk says it to everybody who looks
+                found.append(desk.current())
+        return [deck for deck in found if deck is not None]
+
+    def _comparisons(self) -> dict[str, tuple[Path, str]]:
+        found: dict[str, tuple[Path, str]] = {}
+        for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}")):
+            with contextlib.suppress(D3POError):
+                found |= {desk_name(path.parent, one): (path.parent, one.id) for one in comparisons_of(path.parent)}
+        return found
+
+    def desk(self, name: str) -> Desk:
+        """The desk of that name.
+
+        Raises:
+            HTTPException: 404, there is none.
+        """
+        with self._lock:
+            if name not in self._desks:
+                # Compared with what is there, never joined to a path.
+                there: dict[str, tuple[Path, str | None]] = {
+                    path.parent.name: (path.parent, None) for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")
+                }
+                there |= self._comparisons() if "~" in name else {}
+                if name not in there:
+                    raise HTTPException(404, "There is no campaign of that name.")
+                self._desks[name] = self._make_desk(*there[name])
+            return self._desks[name]
