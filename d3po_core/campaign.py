@@ -24,6 +24,7 @@ from d3po_core.config import (
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
 from d3po_core.tables import SCHEMAS, atomic_path, disk_errors, exclusive, partition, read_rows
+from d3po_core.urls import masked
 
 CAMPAIGN_FILE = "campaign.json"
 TARGET_FILE = "target.json"
@@ -254,7 +255,7 @@ def _moved_server(change: tuple[str, Any, Any]) -> bool:
 
 
 def _differences(changed: list[tuple[str, Any, Any]]) -> str:
-    return "; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in changed)
+    return masked("; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in changed))
 
 
 def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
@@ -272,7 +273,8 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
     done = last_finished_round(campaign)
     goals = _goals(campaign)
     # Of runs that asked for as many rounds and did not end; the last of them may have been killed after its last round.
-    open_goals = [g for run, g in goals.items() if g["last"] > done or run == next(reversed(goals))]
+    newest = next(reversed(goals), None)
+    open_goals = [g for run, g in goals.items() if not g.get("over") and (g["last"] > done or run == newest)]
     before = next((g for g in reversed(open_goals) if g["rounds"] == rounds), None)
     goal = goals.get(run_id) or before or {"last": max(done, 0) + rounds, "rounds": rounds}
     _write_goals(campaign, goals | {run_id: goal})
@@ -282,10 +284,17 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
 def end_run(campaign: Path, run_id: str) -> None:
     """Note that a run did all that it set out to do: the same command again is a new one.
 
-    Goals of other runs that are reached by now are done too; one that sleeps with a later goal keeps it.
+    Goals of other runs that are reached by now are over: no other run takes them up. They are kept, since a run that
+    sleeps, and that this one overtook, has nothing left to do when it wakes.
     """
     done = last_finished_round(campaign)
-    _write_goals(campaign, {run: g for run, g in _goals(campaign).items() if run != run_id and g["last"] > done})
+    others = {run: goal for run, goal in _goals(campaign).items() if run != run_id}
+    _write_goals(campaign, {run: g | {"over": 1} if g["last"] <= done else g for run, g in others.items()})
+
+
+def has_goal(campaign: Path, run_id: str) -> bool:
+    """Whether a run has not ended that set out to do something."""
+    return run_id in _goals(campaign)
 
 
 def _goals(campaign: Path) -> dict[str, dict[str, int]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from d3po_core.config import CampaignConfig, resolve_path
+from d3po_core.config import CampaignConfig, is_url, resolve_path
 from d3po_core.errors import D3POError
 from d3po_core.tables import disk_errors
+from d3po_core.urls import masked
 
 
 @contextlib.contextmanager
@@ -48,6 +49,8 @@ def public_config(config: CampaignConfig) -> dict[str, Any]:
         *((values[section], field) for section, field in places),
         *((values["scoring"]["models"], name) for name in values["scoring"]["models"]),
     ]:
+        if is_url(holder[key] or ""):
+            holder[key] = masked(holder[key])
         path = Path(holder[key] or "")
         if path.is_absolute() or str(path).startswith(("~", "..")):
             holder[key] = path.name

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d3po_core.errors import D3POError
+from d3po_core.urls import schema_pattern
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,7 +176,10 @@ class ScoringConfig(_Section):
     """Where learned and remote scorers are, in judging and in evaluation, and how they are asked."""
 
     models: dict[str, str] = Field(
-        {}, description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores"
+        {},
+        description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores",
+        # Not for reading: what an earlier version wrote stays readable. load_scorer refuses it in one line.
+        json_schema_extra={"additionalProperties": {"type": "string", "pattern": schema_pattern()}},
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Images a scorer is given at once")
     while_sampling: bool = Field(

@@ -12,6 +12,7 @@ from d3po_core.comparison import round_named
 from d3po_core.config import CampaignConfig, changed_fields
 from d3po_core.errors import D3POError
 from d3po_core.tables import partition, read_rows
+from d3po_core.urls import masked
 from d3po_core.views import connect_views
 
 
@@ -97,7 +98,10 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
                 "ORDER BY e.scorer, e.round"
             ),
             run=next(iter(run.to_arrow_table().to_pylist()), None),
-            settings=changed_fields(CampaignConfig(), round_config(campaign, number)),
+            settings=[
+                (name, default, masked(value) if isinstance(value, str) else value)
+                for name, default, value in changed_fields(CampaignConfig(), round_config(campaign, number))
+            ],
         )
 
 

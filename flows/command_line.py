@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,6 +20,7 @@ from flows.ask_commands import query, show
 from flows.command_parts import CampaignOption, console, loading, short
 from flows.export_commands import export_lora, export_preferences
 from flows.import_command import export_sheet, import_judgements
+from flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
 from flows.label_command import label
 from flows.loopback import without_proxy
 from flows.presets import command_that_goes_on, deployment_config
@@ -91,17 +92,21 @@ def run(
 ) -> None:
     """Advance a campaign here and now; needs no server."""
     config = deployment_config(deployment, campaign, setting or [])
-    _use_local_prefect()  # before anything imports prefect, which reads its settings once
-    with loading("torch, diffusers and prefect"), _starting_server():
-        from d3po_core.model_files import with_model_defaults
-        from flows.round import d3po
-        from tasks.publishing import check_campaign
+    with ctrl_c_ends_it():
+        _use_local_prefect()  # before anything imports prefect, which reads its settings once
+        with loading("torch, diffusers and prefect"), _starting_server():
+            from d3po_core.model_files import with_model_defaults
+            from flows.round import d3po
+            from tasks.publishing import check_campaign
 
-        config = with_model_defaults(config)
-        check_campaign(config)
-    state = d3po(config, rounds, return_state=True)
-    if not state.is_completed():
-        raise D3POError(state.message or f"the run ended as {state.name}")
+            config = with_model_defaults(config)
+            check_campaign(config)
+        from flows.prefect_trouble import prefect_may_die
+
+        with prefect_may_die(config.folder):
+            state = d3po.with_options(on_running=[note_flow_run])(config, rounds, return_state=True)
+            if not state.is_completed():
+                raise D3POError(state.message or f"the run ended as {state.name}")
     show_campaign(config)
 
 
@@ -205,14 +210,17 @@ def show_campaign(config: CampaignConfig) -> None:
 def _starting_server() -> Iterator[None]:
     """Within this context Prefect's temporary server starts, if one is needed; afterwards it answers."""
     if "PREFECT_API_URL" in os.environ:
+        from flows.prefect_trouble import require_prefect
+
+        require_prefect()
         yield
         return
-    from prefect.server.api.server import SubprocessASGIServer
+    from tasks.temporary_server import TemporaryServer
 
-    with ThreadPoolExecutor(1, thread_name_prefix="start") as starter:
-        started = starter.submit(SubprocessASGIServer().start)
-        yield
-        started.result()
+    server = TemporaryServer(lost=partial(end_here, status=1))
+    os.environ["PREFECT_API_URL"] = server.url
+    yield
+    server.wait()
 
 
 def _use_local_prefect() -> None:
@@ -233,7 +241,6 @@ def _use_local_prefect() -> None:
     with disk_errors(home):
         home.mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(home)
-    os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
     end_orphans()
     if not find_prefect():
         os.environ.update(temporary_environment())

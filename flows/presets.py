@@ -4,11 +4,13 @@ import json
 import shlex
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import yaml
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, is_url, load_config, merge, resolve_path
 from d3po_core.errors import D3POError
+from d3po_core.urls import masked
 
 ENTRYPOINT = "flows/round.py:d3po"
 PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
@@ -43,12 +45,16 @@ def deployment_config(deployment: str, campaign: str | None, settings: list[str]
         except yaml.YAMLError:
             raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
         value = _typed_here(name, value)
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        values = merge(values, value)
+        values = merge(values, _nested(name, value))
     if campaign:
         values = merge(values, {"campaign": campaign})
     return load_config(values, f"deployment {deployment!r}")
+
+
+def _nested(field: str, value: Any) -> dict[str, Any]:
+    for part in reversed(field.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def _typed_here(field: str, value: Any) -> Any:
@@ -59,6 +65,29 @@ def _typed_here(field: str, value: Any) -> Any:
         return value
     here = Path(value).resolve()
     return value if here == resolve_path(value) else str(here)
+
+
+def over_deployment(given: CampaignConfig) -> CampaignConfig:
+    """The configuration of a run that a deployment started: what it was given, over the deployment's own values.
+
+    Prefect itself would replace the deployment's ``config`` as a whole: ``-p config={...}`` with one field would turn a
+    campaign that people judge into one of programs.
+
+    Args:
+        given: as the flow got it; fields that were not given are known by ``model_fields_set``.
+
+    Raises:
+        D3POError: the two together are no configuration.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import deployment, flow_run
+
+    if not deployment.id or flow_run.parent_flow_run_id:  # of a flow that calls this one
+        return given
+    with get_client(sync_client=True) as client:
+        known = client.read_deployment(UUID(deployment.id))
+    values = merge(known.parameters.get("config") or {}, given.model_dump(mode="json", exclude_unset=True))
+    return load_config(values, f"deployment {known.name!r} with what the run was given")
 
 
 def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
@@ -72,11 +101,13 @@ def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
     }
     nearest = min(changed, key=lambda name: len(changed[name]))
     if config.judge.labeller != "proxy":
-        values = json.dumps(config.model_dump(mode="json", exclude_defaults=True))
-        other = f" -p {shlex.quote(f'config={values}')}" if changed[nearest] else ""
+        values: dict[str, Any] = {}
+        for field, value in changed[nearest]:  # the flow merges them over the deployment's
+            values = merge(values, _nested(field, value))
+        other = f" -p {shlex.quote(f'config={masked(json.dumps(values))}')}" if values else ""
         return f"prefect deployment run d3po/{nearest} -p rounds={rounds}{other}"
     options = [
-        f" --campaign {value}" if field == "campaign" else f" --set {shlex.quote(f'{field}={_yaml(value)}')}"
+        f" --campaign {value}" if field == "campaign" else f" --set {shlex.quote(masked(f'{field}={_yaml(value)}'))}"
         for field, value in changed[nearest]
     ]
     return f"d3po run {nearest}{''.join(options)} --rounds {rounds}"

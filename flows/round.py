@@ -8,6 +8,8 @@ from d3po_core.campaign import begin_round, campaign_lock, end_run
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.model_files import with_model_defaults
+from flows.presets import over_deployment
+from tasks.alive import counts_as_running
 from tasks.evaluating import evaluate_checkpoint
 from tasks.guarding import guard_round, require_trust
 from tasks.judging import derive_pairs, judge_images
@@ -25,15 +27,16 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
     A run that was killed and is retried, or the same command given again, ends where the first would have ended.
 
     Args:
-        config: the campaign's configuration.
+        config: the campaign's configuration; in a deployment only what differs from the deployment's own values.
         rounds: how many rounds to add.
     """
     logger = get_run_logger()
     try:
-        config = with_model_defaults(config)
+        config = with_model_defaults(over_deployment(config))
         for warning in check_campaign(config):
             logger.warning(warning)
-        with campaign_lock(config.folder, who=f"flow run {flow_run.name}"), ranks_end_here():
+        busy = campaign_lock(config.folder, who=f"flow run {flow_run.name}")
+        with busy, ranks_end_here(), counts_as_running():
             numbers = plan_rounds(config, rounds, run_id=str(flow_run.id))
             require_deployment(config, numbers)
             for number in numbers:

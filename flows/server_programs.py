@@ -16,6 +16,7 @@ MARK = "D3PO_SERVER"  # says in a process's environment which server it is, or w
 LOGIN = "PREFECT_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
+WORKER_PROGRAM = (sys.executable, "-m", "tasks.worker", "--no-prompt")
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -87,7 +88,7 @@ def server_environment(name: str, ports: Ports, login: str) -> dict[str, str]:
 def server_command(name: str, ports: Ports) -> list[str]:
     """Command line of a server. All users can read it: no secret is in it."""
     if name == "worker":
-        return [*PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
+        return [*WORKER_PROGRAM, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
     address = ["--host", HOST, "--port", str(ports[name])]
     if name == "prefect":
         return [sys.executable, "-m", "flows.prefect_server", str(ports[name])]

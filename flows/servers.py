@@ -191,6 +191,10 @@ def _make_stores(missing: list[str]) -> None:
         from tasks.tracking.store import make_local_store  # loads mlflow
 
         make_local_store()
+    if "mlflow" in missing:
+        from tasks.tracking.store import follow_local_store
+
+        follow_local_store()
 
 
 def _ports_in_use() -> Ports:

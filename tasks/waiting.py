@@ -34,6 +34,7 @@ from d3po_core.records import LabelRecord
 from d3po_core.tables import atomic_path
 from d3po_core.tally import Progress
 from tasks import tracking
+from tasks.alive import revive
 from tasks.showing import artifact_key
 from tasks.stage import STAGE_OPTIONS
 
@@ -65,6 +66,7 @@ def wait_for_people(config: CampaignConfig, round_number: int) -> None:
         if ended := _how_it_ended(config, round_number, waiting, progress):
             break
         _announce(config, round_number, waiting, progress)
+        revive(UUID(str(flow_run.id)))  # a run that is said to have crashed cannot be suspended
         # Returns only when this key was answered: else it raises, and the process ends.
         answer = suspend_flow_run(wait_for_input=GoOn, key=f"labels-{round_number}-{waiting['attempt']}")
         if answer.go_on_with_what_is_there:

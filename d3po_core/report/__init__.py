@@ -18,6 +18,7 @@ from d3po_core.report import answers, plots
 from d3po_core.report.gather import STAGES, Facts, Row, gather
 from d3po_core.report.pictures import SHEETS, RoundPictures, choose, round_pictures, thumbnail
 from d3po_core.tables import atomic_path, connect
+from d3po_core.urls import masked
 from d3po_core.weights import loading_line, weights_file
 
 REPORT_FILE = "report.html"
@@ -90,7 +91,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None) -> str:
         sheets=_sheets(facts, pictures, scorers[0]),
         sheet_rows=choose(facts.held_out),
         raters=raters or {},
-        config=yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
+        config=masked(yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True)),
         lineage={what: _spans(facts.rounds, what) for what in ("git_commit", "config_sha256")},
         files=[row | {"path": _short(Path(row["path"]))} for row in facts.files],
         stages=STAGES,

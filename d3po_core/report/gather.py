@@ -14,6 +14,7 @@ from d3po_core.errors import D3POError
 from d3po_core.preferences import collect_votes
 from d3po_core.preferred import HumanWinRate, human_win_rate, human_win_rates
 from d3po_core.tables import SCHEMAS, connect
+from d3po_core.urls import masked
 
 STAGES = ("sample", "judge", "derive", "train", "evaluate", "publish")
 Row = dict[str, Any]
@@ -233,7 +234,7 @@ def _config_changes(folder: Path, first: Row, rounds: list[int]) -> list[Row]:
 
 def _leaves(value: Any, path: str = "") -> Row:
     if not isinstance(value, dict):
-        return {path: value}
+        return {path: masked(value) if isinstance(value, str) else value}
     return {n: v for key, inner in value.items() for n, v in _leaves(inner, f"{path}.{key}".lstrip(".")).items()}
 
 

@@ -24,6 +24,7 @@ from d3po_core.config import ScoringConfig, is_url
 from d3po_core.errors import D3POError
 from d3po_core.scorers.models import MODELS, ModelScorer, device_type
 from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
+from d3po_core.urls import filled_in, inline_secret, masked
 
 __all__ = [
     "BUILT_IN", "MODELS", "Scorer", "brightness", "jpeg_compressibility", "jpeg_incompressibility", "load_scorer",
@@ -58,7 +59,10 @@ def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "
     scoring = scoring or ScoringConfig()
     where = scoring.models.get(name)
     if name not in BUILT_IN and where is not None and is_url(where):
-        return _checked(name, _remote(name, where, scoring.batch_size, scoring.timeout_seconds, scoring.tries))
+        return _checked(
+            name,
+            _remote(name, _without_secrets(name, where), scoring.batch_size, scoring.timeout_seconds, scoring.tries),
+        )
     if name in MODELS:
         where = where or MODELS[name].default
         return _checked(name, _model(name, where, device, scoring.batch_size, memory != "fast"))
@@ -79,6 +83,17 @@ def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str
 
 # Kept for the life of the process: weights are read once, connections to a server stay open.
 _model = functools.cache(ModelScorer)
+
+
+def _without_secrets(name: str, url: str) -> str:
+    if secret := inline_secret(url):
+        raise D3POError(
+            f"scoring.models.{name} is {masked(url)!r}, which holds {secret}: it would be written into the campaign, "
+            "the report, MLflow and Prefect; put it in the environment and its name in the address, such as "
+            "https://${SCORER_LOGIN}@host/score or https://host/score?api_key=${SCORER_KEY}"
+        )
+    filled_in(url, f"scoring.models.{name}")  # what is missing is said now, not after the sampling
+    return url
 
 
 @functools.cache

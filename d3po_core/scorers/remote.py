@@ -8,6 +8,7 @@ A server that is away, too slow, busy (429) or broken (5xx) is asked again, afte
 
 The timeout bounds the whole exchange, so that a server that sends a byte now and then is too slow as well. An answer
 may have LARGEST_ANSWER bytes.
+``${NAME}`` in the URL stands for that variable of the environment: messages show the name, the server gets the value.
 """
 
 import base64
@@ -23,6 +24,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from d3po_core.errors import D3POError
+from d3po_core.urls import NAMED, filled_in
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 LARGEST_ANSWER = 4 * 1024 * 1024  # bytes; a score takes some twenty
@@ -51,13 +53,14 @@ class RemoteScorer:
         self.name, self.url = name, url
         self._batch_size, self._tries = batch_size, tries
         try:
-            if not httpx.URL(url).host:
+            if not httpx.URL(NAMED.sub("name", url)).host:
                 raise httpx.InvalidURL("it names no host")
         except httpx.InvalidURL as error:
             raise D3POError(
                 f"scoring.models.{name} is {url!r}: not a URL ({error}); expected http://host/path"
             ) from None
         self._timeout = timeout_seconds
+        self._address = filled_in(url, f"scoring.models.{name}")
         self._client = httpx.Client(timeout=timeout_seconds)
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -127,7 +130,7 @@ class RemoteScorer:
 
     def _read(self, client: httpx.Client, content: dict[str, Any]) -> _Response:
         answer = bytearray()
-        with client.stream("POST", self.url, json=content, headers={"Accept-Encoding": "identity"}) as response:
+        with client.stream("POST", self._address, json=content, headers={"Accept-Encoding": "identity"}) as response:
             for part in response.iter_bytes():
                 answer += part
                 if len(answer) > LARGEST_ANSWER:

@@ -16,10 +16,19 @@ from d3po_core.campaign import round_config, stage_path
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.preferred import HumanWinRate, human_win_rates
-from d3po_core.tables import atomic_path
+from d3po_core.urls import masked
 from tasks.logs import run_logger
+from tasks.tracking.marks import has_old_marks, is_marked, mark, mark_path, name_old_marks, note_told, told
 from tasks.tracking.stages import LOGGERS, log_human_win_rate
-from tasks.tracking.store import mlflow_client, round_run_id, run_page, tracking_uri
+from tasks.tracking.store import (
+    campaign_run_id,
+    existing_campaign_run,
+    forget_runs,
+    mlflow_client,
+    round_run_id,
+    run_page,
+    tracking_uri,
+)
 
 STAGES = tuple(LOGGERS)
 
@@ -44,7 +53,7 @@ def deliver_comparisons(config: CampaignConfig) -> None:
     one of the two may make the round's run.
     """
     try:
-        rates = _untold_rates(config.folder)
+        rates = _rates(config.folder)
     except D3POError as error:
         logger.warning("blind comparisons of campaign %r: %s", config.campaign, error)
         return
@@ -52,56 +61,62 @@ def deliver_comparisons(config: CampaignConfig) -> None:
         return
     try:
         with _patience():
-            client = mlflow_client()
-            for rate in rates:
-                config_then = _config_of(config, rate.round)
-                log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
-                with atomic_path(_told_path(config.folder, rate)) as temporary:
-                    temporary.write_text(rate.model_dump_json())
+            client, campaign_run = mlflow_client(), _existing_run(config)
+            for rate in rates if campaign_run else ():
+                path, what = _told_path(config.folder, rate), rate.model_dump_json()
+                published = is_marked(mark_path(config.folder, rate.round, "publish"), str(campaign_run))
+                if published and told(path, str(campaign_run)) != what:
+                    config_then = _config_of(config, rate.round)
+                    log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
+                    note_told(path, str(campaign_run), what)
     except Exception as error:
         _warn(f"{len(rates)} blind comparisons", error)
 
 
-def _untold_rates(campaign: Path) -> list[HumanWinRate]:
-    """Win rates that MLflow was not told of, or was told otherwise."""
+def _rates(campaign: Path) -> list[HumanWinRate]:
     if not comparisons_of(campaign):
         return []
     collect_comparisons(campaign)
-    known = [rate for rate in human_win_rates(campaign) if _delivered_path(campaign, rate.round, "publish").exists()]
-    return [rate for rate in known if _told(_told_path(campaign, rate)) != rate.model_dump_json()]
+    return list(human_win_rates(campaign))
 
 
 def _told_path(campaign: Path, rate: HumanWinRate) -> Path:
     return comparison_path(campaign, rate.round, rate.against).with_suffix(".delivered")
 
 
-def _told(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
-
-
 def _deliver_stages(config: CampaignConfig) -> None:
-    waiting = sorted(_undelivered(config.folder))
-    if not waiting or _is_left_alone():
+    finished = sorted(_finished(config.folder))
+    if not finished or _is_left_alone():
         return
+    waiting = [stage for stage in finished if not _mark(config.folder, stage).exists()]
     try:
         with _patience():
             client = mlflow_client()
+            campaign_run = _existing_run(config) or campaign_run_id(config)
+            waiting = [stage for stage in finished if not is_marked(_mark(config.folder, stage), campaign_run)]
             for round_number, order in waiting:
-                stage = STAGES[order]
                 # What a round was made with, which may not be what this run was started with.
                 config_then = _config_of(config, round_number)
                 run_id = round_run_id(config_then, round_number)
-                LOGGERS[stage](client, config_then, round_number, run_id)
-                _delivered_path(config.folder, round_number, stage).touch()
+                LOGGERS[STAGES[order]](client, config_then, round_number, run_id)
+                mark(_mark(config.folder, (round_number, order)), campaign_run)
     except Exception as error:
         _warn(f"{len(waiting)} finished stages", error)
+
+
+def _existing_run(config: CampaignConfig) -> str | None:
+    """The campaign's run, if the store knows it; marks of an earlier version are then its, else another store's."""
+    found = existing_campaign_run(config)
+    if has_old_marks(config.folder):
+        name_old_marks(config.folder, found)
+    return found
 
 
 def _warn(what: str, error: Exception) -> None:
     """Whatever keeps MLflow from listening, the round is worth more than its log."""
     run_logger().warning(
         "MLflow at %s did not take %s (%s); they are kept and delivered with the next one",
-        tracking_uri(), what, " ".join(str(error).split())[:200],
+        masked(tracking_uri()), what, masked(" ".join(str(error).split()))[:200],
     )  # fmt: skip
 
 
@@ -116,6 +131,7 @@ def _patience() -> Iterator[None]:
     try:
         yield
     except Exception:
+        forget_runs()  # one may have been deleted
         now = time.monotonic()
         _left_alone_until[tracking_uri()] = now + PAUSE * (now - started)
         raise
@@ -150,13 +166,14 @@ def _asked(question: Callable[[], str | None]) -> str | None:
         return None
 
 
-def _undelivered(campaign: Path) -> list[tuple[int, int]]:
+def _finished(campaign: Path) -> list[tuple[int, int]]:
+    """Round and order of every finished stage of which MLflow is told."""
     records = [path for path in campaign.glob("stages/round=*/*.json") if path.stem in STAGES]
     finished = [(path.parent.name, path.stem) for path in records]
     finished += [(path.parent.name, "publish") for path in campaign.glob("rounds/round=*/part.parquet")]
-    numbered = [(int(folder.removeprefix("round=")), stage) for folder, stage in finished]
-    return [(n, STAGES.index(s)) for n, s in numbered if not _delivered_path(campaign, n, s).exists()]
+    return [(int(folder.removeprefix("round=")), STAGES.index(stage)) for folder, stage in finished]
 
 
-def _delivered_path(campaign: Path, round_number: int, stage: str) -> Path:
-    return stage_path(campaign, round_number, stage).with_suffix(".delivered")
+def _mark(campaign: Path, stage: tuple[int, int]) -> Path:
+    round_number, order = stage
+    return mark_path(campaign, round_number, STAGES[order])

@@ -23,6 +23,7 @@ from d3po_core.records import (
 )
 from d3po_core.report import REPORT_FILE
 from d3po_core.tables import connect, partition, read_rows
+from d3po_core.urls import masked
 from d3po_core.weights import LORA_FILE, loading_line, weights_file
 from tasks.tracking.store import (
     Client,
@@ -123,7 +124,8 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     log_both(client, config, round_number, run_id, record.finished_at, values)
     file = weights_file(config.folder / record.checkpoint)
     if file.name == LORA_FILE:  # a whole network is large: it comes once, with the model
-        client.log_artifact(run_id, str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            client.log_artifact(run_id, copyfile(file, f"{folder}/{LORA_FILE}"))  # MLflow copies the mode too
     client.set_tag(run_id, "d3po.lora_sha256", record.lora_sha256)
 
 
@@ -196,7 +198,7 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
         if file.name == LORA_FILE:
             copyfile(file, Path(folder) / LORA_FILE)
         else:
-            copytree(file.parent, Path(folder) / file.parent.name)
+            copytree(file.parent, Path(folder) / file.parent.name, copy_function=copyfile)
         model = log_checkpoint(client, config, round_number, run_id, Path(folder), tags, metrics, row["finished_at"])
     version = register_version(client, config, model, run_id, tags)
     text = _about_round(config, round_number, guard, row) + _loading_lines(config, checkpoint, version)
@@ -221,7 +223,7 @@ def _about_round(config: CampaignConfig, round_number: int, guard: GuardRecord, 
 
 def _loading_lines(config: CampaignConfig, checkpoint: Path, version: str) -> str:
     return (
-        f"\n```python\nmlflow.set_tracking_uri({tracking_uri()!r})\n"
+        f"\n```python\nmlflow.set_tracking_uri({masked(tracking_uri())!r})\n"
         f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
         f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n'
         f"{loading_line(checkpoint, 'folder')}\n```\n"

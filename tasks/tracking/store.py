@@ -15,6 +15,9 @@ from d3po_core.campaign import campaign_id
 from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.databases import make_database, sqlite_url
 from d3po_core.tables import partition
+from d3po_core.urls import masked, without_login
+from tasks.logs import run_logger
+from tasks.tracking.moved import follow_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,9 +62,9 @@ def make_local_store() -> None:
 
 
 def page_url() -> str | None:
-    """Where MLflow's page is: the tracking server, or the one that ``d3po up`` starts on the local store."""
+    """Where MLflow's page is, without a login: the server, or the one that ``d3po up`` starts on the local store."""
     uri = tracking_uri()
-    return uri if uri.startswith("http") else os.environ.get("D3PO_MLFLOW_URL")
+    return without_login(uri) if uri.startswith("http") else os.environ.get("D3PO_MLFLOW_URL")
 
 
 def run_page(config: CampaignConfig, part: str) -> str | None:
@@ -97,8 +100,9 @@ def mlflow_client() -> Client:
     _prepare()
     from mlflow import MlflowClient, set_tracking_uri
 
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not os.environ.get("MLFLOW_TRACKING_URI"):  # at a process's first call: MLflow then sets it itself
         make_local_store()
+        follow_local_store()
     elif tracking_uri().startswith("sqlite:///"):
         Path(tracking_uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # The registry looks models up through the process's own setting.
@@ -116,10 +120,21 @@ def _prepare() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def follow_local_store() -> None:
+    """Point the store in the data folder to where it lies now, in case it was moved or copied."""
+    follow_folder(local_database(), EXPERIMENT)
+
+
 def experiment(client: Client) -> str:
-    """Id of the experiment that holds all campaigns; made when there is none."""
+    """Id of the experiment that holds all campaigns; made when there is none, restored when it was deleted."""
     existing = client.get_experiment_by_name(EXPERIMENT)
     if existing is not None:
+        if existing.lifecycle_stage == "deleted":
+            client.restore_experiment(existing.experiment_id)
+            run_logger().warning(
+                "MLflow's experiment %r was deleted and is restored: it holds all campaigns, and nothing can be "
+                "delivered without it; to be rid of one campaign, delete its run", EXPERIMENT,
+            )  # fmt: skip
         return str(existing.experiment_id)
     # With a local store the artifacts' place must be absolute, or it follows the working directory.
     local = tracking_uri().startswith("sqlite:///")
@@ -128,25 +143,51 @@ def experiment(client: Client) -> str:
     return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
 
 
+def existing_campaign_run(config: CampaignConfig) -> str | None:
+    """The parent run of a campaign, None when the store has none."""
+    return _find(mlflow_client(), config, None)
+
+
+def forget_runs() -> None:
+    """Look runs up again: one may have been deleted since."""
+    _run_ids.clear()
+
+
 def _find_or_create(config: CampaignConfig, round_number: int | None, name: str, tags: dict[str, str]) -> str:
-    identity = campaign_id(config.folder)
-    key = (tracking_uri(), identity, round_number)
+    key = (tracking_uri(), campaign_id(config.folder), round_number)
     if key not in _run_ids:
         client = mlflow_client()
-        experiment_id = experiment(client)
-        level = "campaign" if round_number is None else str(round_number)
-        found = client.search_runs(
-            [experiment_id], f"tags.`d3po.campaign_id` = '{identity}' and tags.`d3po.round` = '{level}'", max_results=1
-        )
-        if found:
-            _run_ids[key] = found[0].info.run_id
-        else:
-            own = {"d3po.campaign": config.campaign, "d3po.campaign_id": identity, "d3po.round": level}
-            tags = {**_who_runs(), **tags, **own}
-            run = client.create_run(experiment_id, run_name=name, tags=tags)
-            _log_params(client, run.info.run_id, config)
-            _run_ids[key] = run.info.run_id
+        _run_ids[key] = _find(client, config, round_number) or _create(client, config, round_number, name, tags)
     return _run_ids[key]
+
+
+def _find(client: Client, config: CampaignConfig, round_number: int | None) -> str | None:
+    """A campaign's or a round's run; one that was deleted is restored: what it was told is not told again."""
+    from mlflow.entities import ViewType
+
+    wanted = (
+        f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}' and tags.`d3po.round` = '{_level(round_number)}'"
+    )
+    found = client.search_runs([experiment(client)], wanted, ViewType.ALL, max_results=1)
+    if not found:
+        return None
+    run = found[0].info
+    if run.lifecycle_stage == "deleted":
+        client.restore_run(run.run_id)
+        run_logger().warning("MLflow's run %r was deleted and is restored: its campaign goes on", run.run_name)
+    return str(run.run_id)
+
+
+def _create(client: Client, config: CampaignConfig, round_number: int | None, name: str, tags: dict[str, str]) -> str:
+    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": _level(round_number)}
+    tags = {**_who_runs(), **tags, "d3po.campaign": config.campaign, **identity}
+    run = client.create_run(experiment(client), run_name=name, tags=tags)
+    _log_params(client, run.info.run_id, config)
+    return str(run.info.run_id)
+
+
+def _level(round_number: int | None) -> str:
+    return "campaign" if round_number is None else str(round_number)
 
 
 def _who_runs() -> dict[str, str]:
@@ -167,7 +208,8 @@ def _log_params(client: Client, run_id: str, config: CampaignConfig) -> None:
     def flat(values: dict[str, Any], prefix: str = "") -> list[Param]:
         params = []
         for key, value in values.items():
-            params += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [Param(prefix + key, str(value))]
+            own = [] if isinstance(value, dict) else [Param(prefix + key, masked(str(value)))]
+            params += own or flat(value, f"{prefix}{key}.")
         return params
 
     client.log_batch(run_id, params=flat(config.model_dump(mode="json")))
@@ -297,15 +339,32 @@ def register_version(
     name = registered_name(config)
     try:
         client.get_registered_model(name)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         client.create_registered_model(name, description=f"Checkpoints of the D3PO campaign {config.campaign}.")
+        for earlier in _earlier_models(client, config, model):  # somebody deleted the registered model
+            _register(client, name, earlier, str(earlier.source_run_id), {**earlier.tags})
     present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if present:
-        return str(present[0].version)
+    return str(present[0].version) if present else _register(client, name, model, run_id, tags)
+
+
+def _register(client: Client, name: str, model: "LoggedModel", run_id: str, tags: dict[str, str]) -> str:
+    own = {key: value for key, value in tags.items() if key.startswith("d3po.")}
     made = client.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=run_id, tags=tags, model_id=model.model_id
+        name, source=f"models:/{model.model_id}", run_id=run_id, tags=own, model_id=model.model_id
     )
     return str(made.version)
+
+
+def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel") -> list["LoggedModel"]:
+    """The campaign's checkpoints that MLflow has, but this one, in order of rounds."""
+    wanted, found, token = f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}'", [], None
+    while True:
+        page = client.search_logged_models([experiment(client)], wanted, page_token=token)
+        found += [other for other in page if other.model_id != model.model_id]
+        if not (token := page.token):
+            return sorted(found, key=lambda other: int(other.tags["d3po.round"]))
 
 
 def describe_version(client: Client, config: CampaignConfig, model: "LoggedModel", version: str, text: str) -> None:

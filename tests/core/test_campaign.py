@@ -92,6 +92,18 @@ def test_same_command_given_again_ends_where_the_interrupted_one_would_have(tmp_
     assert rounds_to_do(tmp_path, 3, "tomorrow") == [4, 5, 6]
 
 
+def test_waiting_run_that_another_overtook_has_nothing_left_to_do(tmp_path: Path) -> None:
+    assert rounds_to_do(tmp_path, 1, "waits") == [0, 1]
+    assert rounds_to_do(tmp_path, 1, "overtakes") == [0, 1]
+    for number in (0, 1):
+        finish_round(tmp_path, number)
+    end_run(tmp_path, "overtakes")
+    assert rounds_to_do(tmp_path, 1, "tomorrow") == [2]
+    assert rounds_to_do(tmp_path, 1, "waits") == []
+    end_run(tmp_path, "waits")
+    assert rounds_to_do(tmp_path, 1, "tomorrow") == [2]
+
+
 def test_command_for_another_number_of_rounds_sets_a_new_goal(tmp_path: Path) -> None:
     rounds_to_do(tmp_path, 3, "killed")
     for number in (0, 1):

@@ -248,3 +248,22 @@ def test_long_answer_is_shortened(serve: Serve) -> None:
 def test_url_that_is_none_is_known_before_anything_is_asked(url: str) -> None:
     with pytest.raises(D3POError, match="not a URL"):
         scorer(url)
+
+
+def test_a_login_and_a_key_come_from_the_environment(
+    serve: Callable[[Answer], tuple[str, list[dict[str, Any]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORER_LOGIN", "ann:s3cret")
+    monkeypatch.setenv("SCORER_KEY", "k 3&y")
+    url, got = serve(judge)
+    named = url.replace("://", "://${SCORER_LOGIN}@") + "?key=${SCORER_KEY}"
+    scorer = load_scorer("taste", ScoringConfig(models={"taste": named}))
+    assert scorer(IMAGES, PROMPTS) == pytest.approx(EXPECTED)
+    assert len(got) == 1
+    broken, _ = serve(lambda *_: (400, {}, b"no"))
+    named = broken.replace("://", "://${SCORER_LOGIN}@") + "?key=${SCORER_KEY}"
+    with pytest.raises(D3POError, match="answered 400") as error:
+        load_scorer("taste", ScoringConfig(models={"taste": named}))(IMAGES, PROMPTS)
+    assert "${SCORER_LOGIN}" in str(error.value)
+    assert "s3cret" not in str(error.value)
+    assert "k%203" not in str(error.value)

@@ -2,15 +2,18 @@
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, load_config
 from d3po_core.errors import D3POError
-from flows.presets import command_that_goes_on, deployment_config
+from flows.presets import command_that_goes_on, deployment_config, over_deployment, presets
 
 
 @pytest.mark.parametrize("name", ["nope", "deadline", "file"])
@@ -56,7 +59,7 @@ def test_campaign_that_people_judge_goes_on_by_its_deployment() -> None:
     other = load_config({**human.model_dump(), "campaign": "hands"}, "test")
     *words, parameter = shlex.split(command_that_goes_on(other))
     assert words == ["prefect", "deployment", "run", "d3po/human", "-p", "rounds=3", "-p"]
-    assert load_config(json.loads(parameter.removeprefix("config=")), "test") == other
+    assert json.loads(parameter.removeprefix("config=")) == {"campaign": "hands"}
 
 
 def test_a_relative_path_means_the_folder_in_which_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +72,21 @@ def test_a_relative_path_means_the_folder_in_which_it_is_typed(tmp_path: Path, m
     assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
     monkeypatch.chdir(PROJECT_ROOT)
     assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
+
+
+def test_what_a_run_is_given_is_merged_over_its_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.client import orchestration
+
+    @contextmanager
+    def client(**_: Any) -> Iterator[Any]:
+        known = SimpleNamespace(name="human", parameters={"config": presets()["human"]})
+        yield SimpleNamespace(read_deployment=lambda _: known)
+
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "00000000-0000-0000-0000-000000000001")
+    monkeypatch.setattr(orchestration, "get_client", client)
+    given = CampaignConfig.model_validate({"sample": {"group_size": 3}, "judge": {"people": {"mode": "pair"}}})
+    merged = over_deployment(given)
+    changed = {name: new for name, _, new in changed_fields(deployment_config("human", None, []), merged)}
+    assert changed == {"sample.group_size": 3, "judge.people.mode": "pair"}
+    assert merged.judge.labeller == "human"
+    assert over_deployment(CampaignConfig()) == deployment_config("human", None, [])

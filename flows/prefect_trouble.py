@@ -1,0 +1,63 @@
+"""A Prefect server that ``d3po run`` was given and that does not answer, or refuses it: one line, never a traceback."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+
+from d3po_core.campaign import has_goal, last_finished_round
+from d3po_core.errors import D3POError
+from d3po_core.urls import masked
+from flows.interrupting import flow_run_id, this_command
+
+
+def require_prefect() -> None:
+    """Ask the server once, before anything is computed, and with its login.
+
+    Raises:
+        D3POError: it does not answer, or refuses.
+    """
+    from prefect.client.orchestration import get_client
+
+    with _in_one_line(""), get_client(sync_client=True) as client:
+        client.read_flow_runs(limit=1)
+
+
+@contextlib.contextmanager
+def prefect_may_die(campaign: Path) -> Iterator[None]:
+    """Within this context a Prefect server that goes away ends the run in one line.
+
+    A run whose rounds are all finished is over all the same, whether Prefect could be told or not.
+
+    Raises:
+        D3POError: rounds are left to do.
+    """
+    before = last_finished_round(campaign)
+    try:
+        with _in_one_line(f"; finished stages are kept. To go on, type again: {this_command()}"):
+            yield
+    except D3POError as error:
+        if last_finished_round(campaign) == before or _is_left(campaign, flow_run_id()):
+            raise
+        print(f"all rounds are finished; Prefect was not told so: {str(error).partition(';')[0]}")
+
+
+def _is_left(campaign: Path, run: UUID | None) -> bool:
+    return run is None or has_goal(campaign, str(run))
+
+
+@contextlib.contextmanager
+def _in_one_line(hint: str) -> Iterator[None]:
+    url = masked(os.environ.get("PREFECT_API_URL", "of this run"))
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        code = error.response.status_code
+        login = "; it wants a login: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
+        raise D3POError(f"the Prefect server {url} answers with {code}{login}{hint}") from None
+    except (httpx.HTTPError, OSError, RuntimeError) as error:  # Prefect's own words for these are RuntimeErrors
+        reason = masked(" ".join(str(error).split())[:300]) or type(error).__name__
+        raise D3POError(f"the Prefect server {url} does not answer ({reason}){hint}") from None
