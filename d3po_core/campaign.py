@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from d3po_core.config import (
     FIXED_FIELDS,
     FREE_FIELDS,
@@ -22,6 +24,7 @@ from d3po_core.config import (
     load_config,
 )
 from d3po_core.errors import CampaignBusyError, D3POError
+from d3po_core.integrity import record_files
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
 from d3po_core.tables import SCHEMAS, atomic_path, disk_errors, exclusive, partition, read_rows
 from d3po_core.urls import masked
@@ -63,6 +66,8 @@ def finish_stage(
         return read_record(campaign, round_number, stage, kind)
     earlier, started = seconds_spent(campaign, round_number, stage), time.perf_counter()
     record = work()
+    with disk_errors(path):
+        record_files(campaign, round_number, stage)
     seconds = earlier + time.perf_counter() - started
     record = record.model_copy(update={"seconds": seconds, "finished_at": datetime.now(UTC)})
     with atomic_path(path) as temporary:
@@ -92,8 +97,20 @@ def note_seconds(campaign: Path, round_number: int, stage: str, seconds: float) 
 
 
 def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageRecord]) -> StageRecord:
-    """The record that a finished stage left."""
-    return kind.model_validate_json(stage_path(campaign, round_number, stage).read_text())
+    """The record that a finished stage left.
+
+    Raises:
+        D3POError: it is gone or damaged.
+    """
+    path = stage_path(campaign, round_number, stage)
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else "it is damaged"
+        raise D3POError(
+            f"{path}: the record of a finished stage cannot be read ({reason}); restore it from a copy, or drop the "
+            "round if it is not finished: d3po discard-round"
+        ) from None
 
 
 def start_of(campaign: Path, round_number: int) -> int:
@@ -189,6 +206,19 @@ def round_config(campaign: Path, round_number: int) -> CampaignConfig:
             f"{path}: cannot be read ({error}); restore it, the round cannot be made again without"
         ) from None
     return _lying_in(load_config(values, str(path)), campaign)
+
+
+def rules_of(campaign: Path, round_number: int | None = None) -> CampaignConfig:
+    """The configuration whose rules hold for a round: its own; the last round's for all rounds together.
+
+    That of the campaign's start for one that was not begun.
+    """
+    if round_number is not None and stage_path(campaign, round_number, "config").exists():
+        return round_config(campaign, round_number)
+    numbers = [int(path.parent.name.removeprefix("round=")) for path in campaign.glob("stages/round=*/config.json")]
+    if not numbers:
+        return _lying_in(_saved_config(campaign / CAMPAIGN_FILE), campaign)
+    return round_config(campaign, max(numbers))
 
 
 def _lying_in(config: CampaignConfig, folder: Path) -> CampaignConfig:
@@ -339,9 +369,15 @@ def sweep_leftovers(campaign: Path, round_number: int) -> None:
     """Remove the half-written files that a killed run left in a round; the caller holds the campaign's lock."""
     for pattern in (".*.tmp", f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp", "report/.*.tmp"):
         for path in campaign.glob(pattern):
-            if path.parent.parent.name in ("judgements", "comparisons"):
+            if path.parent.parent.name in ("judgements", "comparisons") or _in_hands(path):
                 continue  # maybe of an import or an export that is running now, which need no lock
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _in_hands(path: Path) -> bool:
+    """Whether the process that writes a temporary file, whose name ends in its id, is another one and lives."""
+    pid = path.name.removesuffix(".tmp").rpartition(".")[2]
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
 
 
 def discard_round(campaign: Path) -> int | None:

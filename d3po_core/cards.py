@@ -11,7 +11,7 @@ import yaml
 
 from d3po_core.config import CampaignConfig, is_url, resolve_path
 from d3po_core.errors import D3POError
-from d3po_core.tables import disk_errors
+from d3po_core.tables import as_readable_as_usual, disk_errors
 from d3po_core.urls import masked
 
 
@@ -31,6 +31,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    as_readable_as_usual(path)
             os.replace(temporary, output)  # an empty folder may be replaced
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from d3po_core.campaign import checkpoint_path
 from d3po_core.errors import D3POError
+from d3po_core.integrity import sha256_of
 from d3po_core.policy import Policy
-from d3po_core.tables import disk_errors
+from d3po_core.tables import as_readable_as_usual, disk_errors
 from d3po_core.weights import weights_file, weights_sha256
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -33,8 +34,14 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             temporary.mkdir(parents=True)
             policy.save_weights(temporary)
             save_file(optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
-            record = {**record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale}
+            record = {
+                **record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale,
+                "optimizer_sha256": sha256_of(temporary / OPTIMIZER_FILE),
+            }  # fmt: skip
             (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    as_readable_as_usual(path)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
     finally:
@@ -58,8 +65,17 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     policy.load_weights(folder)
     policy.loss_scale = min(policy.first_loss_scale, record.get("loss_scale", policy.first_loss_scale))
     if optimizer is not None:
+        if record.get("optimizer_sha256") not in (None, _digest(folder / OPTIMIZER_FILE)):
+            raise D3POError(
+                f"checkpoint {folder}: {OPTIMIZER_FILE} was changed since it was written; restore it from a copy, or "
+                "set train.carry_optimizer to false"
+            )
         _load_optimizer_state(folder / OPTIMIZER_FILE, policy, optimizer)
     return record
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_of(path) if path.is_file() else None
 
 
 def load_round(

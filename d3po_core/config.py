@@ -307,6 +307,9 @@ class CampaignConfig(_Section):
 
     campaign: str = Field("shapes", description="Name of the series of rounds; its folder in runs_dir")
     runs_dir: str | None = Field(None, description="Where campaigns are kept; runs in the data folder when not given")
+    accept_changes: bool = Field(
+        False, description="Go on although a file of the model or of a scorer changed since the campaign began"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="All randomness of the campaign follows from it")
     model: ModelConfig = ModelConfig()
     sample: SampleConfig = SampleConfig()
@@ -353,6 +356,7 @@ FIXED_FIELDS = (
 
 # Fields that may change even within a round: they change no number.
 FREE_FIELDS = (
+    "accept_changes",
     "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
     "scoring.tries",
 )  # fmt: skip

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from d3po_core.cards import card, new_folder
 from d3po_core.errors import D3POError
+from d3po_core.integrity import require_files
 from d3po_core.seeds import derive_seed
 from d3po_core.views import connect_views
 
@@ -58,6 +59,7 @@ def export_preferences(campaign: Path, output: Path, shard_bytes: int = SHARD_BY
     gone = sorted(path for path in images if not (campaign / path).is_file())
     if gone:
         raise D3POError(f"{campaign}: {len(gone)} images of the pairs are gone ({gone[0]} first); restore them")
+    require_files(campaign, images)
     with new_folder(output) as folder:
         num_bytes = _write_shards(campaign, pairs, folder / "data", shard_bytes)
         download = sum(file.stat().st_size for file in (folder / "data").iterdir())

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from d3po_core.errors import D3POError
 from d3po_core.tables import atomic_path
 
 Result = TypeVar("Result")
@@ -54,8 +55,19 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 
 def load_png(path: Path) -> np.ndarray:
-    """Read an image as uint8 ``[height, width, 3]``."""
-    return np.asarray(Image.open(path).convert("RGB"))
+    """Read an image as uint8 ``[height, width, 3]``.
+
+    Raises:
+        D3POError: the file is damaged; FileNotFoundError passes, since images may be removed on purpose.
+    """
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise D3POError(
+            f"{path}: is no readable image ({error}); restore it, or draw it again: d3po regenerate ID"
+        ) from None
 
 
 def load_pngs(paths: list[Path]) -> np.ndarray:

@@ -21,11 +21,13 @@ class Record(BaseModel):
 
 
 class SampleRecord(Record):
-    """Images of a round are on disk."""
+    """Images of a round are on disk; how many prompts the round could draw from, and their digest: they may change."""
 
     num_samples: int
     checkpoint: str | None
     contact_sheet: str
+    num_prompts: int | None = None
+    prompts_sha256: str | None = None
 
 
 class JudgeRecord(Record):

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from jinja2 import Environment
 
-from d3po_core.campaign import campaign_id
+from d3po_core.campaign import campaign_id, rules_of
 from d3po_core.cards import new_folder
 from d3po_core.config import CampaignConfig
 from d3po_core.delimited import neutralise
 from d3po_core.errors import D3POError
 from d3po_core.importing import MANIFEST, read_samples, sampled_rounds
+from d3po_core.integrity import require_files
 
 Mode = Literal["pair", "mark_bad", "best", "rank"]
 CSV_FILE, PAGE_FILE, IMAGES = "judgements.csv", "sheet.html", "images"
@@ -109,7 +110,8 @@ def export_sheet(
     """
     sampled = sampled_rounds(config.folder)
     number = round_number if round_number is not None else max(sampled, default=1)
-    mode = mode or config.judge.people.mode
+    people = rules_of(config.folder, number).judge.people
+    mode = mode or people.mode
     # From text, so that the same sheet is drawn again by any Python; torch's generators would take seconds to load.
     generator = random.Random(f"{config.seed} {config.campaign} {number} {rater}" if seed is None else str(seed))
     chosen = _shuffled(config, number, generator, groups)
@@ -119,7 +121,7 @@ def export_sheet(
     fixed = {"rater": rater or "", "judged_at": "", "campaign": config.campaign, "round": number}
     lines = [{**fixed, **row} for row in rows]
     page = _PAGE.render(
-        campaign=config.campaign, round=number, guideline=config.judge.people.guideline, how=HOW[mode], csv=CSV_FILE,
+        campaign=config.campaign, round=number, guideline=people.guideline, how=HOW[mode], csv=CSV_FILE,
         parts=parts,
     )  # fmt: skip
     manifest = {
@@ -127,6 +129,7 @@ def export_sheet(
         "rater": rater, "order": [[s["sample_id"] for s in group] for group in chosen],
     }  # fmt: skip
     images = [config.folder / sample["image_path"] for group in chosen for sample in group]
+    require_files(config.folder, [sample["image_path"] for group in chosen for sample in group])
     _write(folder, csv_text(HEADERS[mode], lines), page, manifest, images)
     return SheetReport(folder, number, mode, len(lines), len(images))
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from d3po_core.errors import D3POError
+from d3po_core.integrity import noted_names, require_files, require_whole
 
 # 2: judgements got `seconds` and `position`, and a `value` that may be missing.
 # 3: the table comparisons; intervals of the win rates in `rounds`.
@@ -165,6 +166,8 @@ def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, n
     return path
 
 
+# The mask can only be read by setting it: once, before threads make files.
+os.umask(_UMASK := os.umask(0o077))
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 # As some network shares answer a lock.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
@@ -185,9 +188,16 @@ def atomic_path(path: Path, remedy: str = ELSEWHERE) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
+            if temporary.is_file():
+                as_readable_as_usual(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def as_readable_as_usual(path: Path) -> None:
+    """Give a file the permissions that this process gives to new files: some libraries make theirs private."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 @contextlib.contextmanager
@@ -270,12 +280,45 @@ def _disk_full(path: Path) -> D3POError:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of one Parquet file (never its folder's hive columns)."""
-    return pq.ParquetFile(path).read().to_pylist()
+    """All rows of one Parquet file (never its folder's hive columns).
+
+    Raises:
+        D3POError: the file is gone, damaged, or not what a finished stage wrote.
+    """
+    if path.parent.name.startswith("round="):
+        campaign = path.parents[2]
+        require_files(campaign, [path.relative_to(campaign).as_posix()])
+    try:
+        return pq.ParquetFile(path).read().to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+
+
+def _require_readable(campaign: Path) -> None:
+    """Make sure that the tables that no stage noted, as those of earlier versions, are Parquet files at least."""
+    noted = noted_names(campaign)
+    for table in SCHEMAS:
+        for path in sorted((campaign / table).glob("round=*/*.parquet")):
+            if path.relative_to(campaign).as_posix() in noted:
+                continue
+            try:
+                pq.read_metadata(path)
+            except FileNotFoundError:  # a round that runs replaces its files
+                continue
+            except (OSError, pa.ArrowException) as error:
+                raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> D3POError:
+    campaign = path.parents[2] if path.parent.name.startswith("round=") else path.parent
+    reason = "is gone" if isinstance(error, FileNotFoundError) else "is no readable Parquet file"
+    return D3POError(f"campaign {campaign.name!r}: {path.relative_to(campaign)} {reason}; restore it from a copy")
 
 
 def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
+    require_whole(campaign, kinds=SCHEMAS)
+    _require_readable(campaign)
     connection = duckdb.connect(":memory:")
     for table, schema in SCHEMAS.items():
         former = FORMER.get(table, {})

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from d3po_core.config import CampaignConfig
+from d3po_core.integrity import require_files
 from d3po_core.lesson import TrainingSet
 from d3po_core.packing import PairedGroup
 from d3po_core.policy import Policy
@@ -29,7 +31,6 @@ def load_training_set(
         round_number: the round.
         load_shard: gives ``latents`` and ``log_probs`` of a ``trajectory_path``; reads its file when not given.
     """
-    load_shard = load_shard or (lambda path: load_file(campaign / path))
     samples = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
     pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
     paired = {pair[side] for pair in pairs for side in ("winner_id", "loser_id")}
@@ -41,6 +42,9 @@ def load_training_set(
         pairs_of[pair["group_id"]].append((index[pair["winner_id"]], index[pair["loser_id"]], pair["weight"]))
     for i, sample in enumerate(used):
         images_of[sample["group_id"]].append(i)
+    if load_shard is None:  # one flipped bit would train another checkpoint
+        require_files(campaign, {sample["trajectory_path"] for sample in used})
+        load_shard = partial(_read_shard, campaign)
     shards = {path: load_shard(path) for path in dict.fromkeys(sample["trajectory_path"] for sample in used)}
     rows = [(shards[sample["trajectory_path"]], sample["trajectory_row"]) for sample in used]
     empty = torch.empty(0)
@@ -51,6 +55,10 @@ def load_training_set(
         groups=[PairedGroup(tuple(images_of[group]), tuple(pairs_of[group])) for group in images_of],
         noise_seeds=[sample["seed"] for sample in used],
     )
+
+
+def _read_shard(campaign: Path, path: str) -> Shard:
+    return load_file(campaign / path)
 
 
 def training_seed(config: CampaignConfig, round_number: int) -> int:

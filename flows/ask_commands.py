@@ -72,6 +72,22 @@ def show(
     _rows("the same prompt and seed in every round", story.scores, ("round", "scorer", "score"))
 
 
+def check(campaign: CampaignOption = "shapes") -> None:
+    """Verify every file that finished stages wrote, by its digest; name those that are damaged or gone."""
+    from d3po_core.campaign import campaign_named, finished_numbers
+    from d3po_core.integrity import count_files, damages
+
+    folder = campaign_named(campaign).folder
+    found = damages(folder)
+    for damage in found:
+        print(shown(damage))
+    noted, unnoted = count_files(folder), [n for n in finished_numbers(folder) if not count_files(folder, [n])]
+    older = f"; {len(unnoted)} rounds of an earlier version have no digests" if unnoted else ""
+    print(f"campaign {folder.name}: {noted} files, {len(found)} damaged or gone{older}")
+    if found:
+        raise typer.Exit(1)
+
+
 def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     print(f"{title}: {len(rows) or 'none'}")
     if not rows:

@@ -16,7 +16,7 @@ from rich.table import Table
 from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.errors import D3POError
 from flows.again_commands import prune, regenerate, replay
-from flows.ask_commands import query, show
+from flows.ask_commands import check, query, show
 from flows.command_parts import CampaignOption, console, loading, short
 from flows.export_commands import export_lora, export_preferences
 from flows.import_command import export_sheet, import_judgements
@@ -30,7 +30,7 @@ from flows.report_commands import compare, report
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "People judge": (label, import_judgements, export_sheet, raters),
-    "Look": (query, show, compare, report),
+    "Look": (query, show, compare, report, check),
     "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
 }
 for panel, commands in PANELS.items():

@@ -26,12 +26,13 @@ def raters(
 ) -> None:
     """Print who judged: how much, how fast, how right on gold questions, how biased, and how far they agree."""
     from d3po_core.agreement import connect_with_journal, rater_report
-    from d3po_core.campaign import campaign_named
+    from d3po_core.campaign import campaign_named, rules_of
     from d3po_core.errors import D3POError
 
-    config = campaign_named(campaign)
-    people = config.judge.people
-    with connect_with_journal(config.folder) as connection:
+    folder = campaign_named(campaign).folder
+    # Rules may change between rounds: each round's own hold for it, and the last round's for all of them together.
+    people = rules_of(folder, round_number).judge.people
+    with connect_with_journal(folder) as connection:
         report = rater_report(connection, people.accuracy_floor, round_number)
     if not report.raters:
         where = f"campaign {campaign!r}" if round_number is None else f"round {round_number} of campaign {campaign!r}"

@@ -3,6 +3,7 @@
 import subprocess
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -20,6 +21,8 @@ from d3po_core.campaign import (
 )
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.frozen import freeze
+from d3po_core.integrity import record_files
 from d3po_core.optimizers import check_beta, optimizer_class
 from d3po_core.policy import check_model
 from d3po_core.prompt_length import check_length
@@ -68,9 +71,12 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
         D3POError: the configuration does not fit the campaign.
     """
     open_campaign(config)
+    for change in freeze(config, _held_out(config), _evaluated(config)):
+        get_run_logger().warning("accepted: %s", change)
     numbers = rounds_to_do(config.folder, rounds, run_id)
     done = last_finished_round(config.folder)
-    sweep_leftovers(config.folder, numbers[0] if numbers else done)
+    for number in {done, *numbers[:1]}:  # a kill may fall between a round's row and what MLflow is told of it
+        sweep_leftovers(config.folder, number)
     last = partition(config.folder, "rounds", done) / "part.parquet"
     report = config.folder / REPORT_FILE
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
@@ -80,16 +86,34 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     return numbers
 
 
+def _held_out(config: CampaignConfig) -> list[str]:
+    prompts = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
+    return prompts[: config.evaluate.max_prompts]
+
+
+def _evaluated(config: CampaignConfig) -> list[str]:
+    """Prompts that the base was evaluated on: what a campaign of an earlier version has to stay with."""
+    path = partition(config.folder, "evaluations", 0) / "part.parquet"
+    return [row["prompt"] for row in read_rows(path)] if path.exists() else []
+
+
 @task(name="publish", **STAGE_OPTIONS)
 def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
     """Write the round's row, which makes it finished, close its MLflow run, and tell Prefect."""
     path = partition(config.folder, "rounds", round_number) / "part.parquet"
     if not path.exists():
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
+    note_published(config.folder, round_number)
     _report(config)
     tracking.deliver(config)
     show_rounds(config)
     return round_record(round_number, read_rows(path)[0])
+
+
+def note_published(campaign: Path, round_number: int) -> None:
+    """Note the digest of a round's row, unless it is noted already; a kill may fall between the row and this."""
+    if not stage_path(campaign, round_number, "publish").with_suffix(".files").exists():
+        record_files(campaign, round_number, "publish")
 
 
 def _report(config: CampaignConfig) -> None:

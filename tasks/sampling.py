@@ -6,8 +6,10 @@ from prefect import task
 
 from d3po_core.campaign import checkpoint_path, finish_stage, start_of
 from d3po_core.config import CampaignConfig
+from d3po_core.frozen import prompts_sha256
 from d3po_core.images import load_pngs, sheet
 from d3po_core.jobs.sampling import round_shards, sample_shards
+from d3po_core.prompts import load_prompts
 from d3po_core.records import SampleRecord
 from d3po_core.tables import atomic_path, write_table
 from tasks import tracking
@@ -39,10 +41,13 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in shards])
     write_table(config.folder, "samples", round_number, table)
     contact_sheet = _contact_sheet(config, round_number, table["image_path"].to_pylist()[:SHEET_IMAGES])
+    prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     return SampleRecord(
         num_samples=len(table),
         checkpoint=checkpoint_path(start_of(config.folder, round_number)),
         contact_sheet=contact_sheet,
+        num_prompts=len(prompts),
+        prompts_sha256=prompts_sha256(prompts),
     )
 
 

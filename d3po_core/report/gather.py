@@ -7,7 +7,7 @@ from typing import Any
 
 import duckdb
 
-from d3po_core.campaign import CAMPAIGN_FILE, stage_path
+from d3po_core.campaign import CAMPAIGN_FILE, rules_of, stage_path
 from d3po_core.comparison import HeldOut, champions, read_held_out
 from d3po_core.counting import questions
 from d3po_core.errors import D3POError
@@ -87,7 +87,7 @@ def gather(folder: Path, examples: int = 6) -> Facts:
         return Facts(
             folder=folder,
             campaign_id=str(identity["id"]),
-            config=identity["config"],
+            config=rules_of(folder).model_dump(mode="json"),
             config_changes=_config_changes(folder, identity["config"], [row["round"] for row in rounds]),
             rounds=rounds,
             held_out=held_out,

@@ -1,0 +1,196 @@
+"""Digests of what finished stages left on disk: noted before the record that makes a stage count, read by readers.
+
+Beside each stage's record, ``stages/round=<n>/<stage>.json``, lies ``<stage>.files``: names, sizes and SHA-256 of the
+files that the stage added to the round. Rounds of earlier versions have none, and are read as they are.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from d3po_core.errors import D3POError
+
+# What a person can do about a damaged file, by the folder that it lies in.
+REMEDIES = {
+    "images": "draw it again (d3po regenerate ID --output FILE) or restore it from a copy",
+    "trajectories": "restore it from a copy, or remove the round's trajectories: a replay samples them anew",
+    "checkpoints": "restore it from a copy; d3po replay shows whether the round trains to the same weights",
+}
+RESTORE = "restore it from a copy"
+_known: dict[tuple[str, int, int, int], str] = {}
+_listed: dict[tuple[str, int], dict[str, tuple[int, str]]] = {}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file of a finished stage that is not what was written."""
+
+    path: str
+    what: str
+
+    def __str__(self) -> str:
+        """What is wrong, where, and what to do."""
+        return f"{self.path} {self.what}; {REMEDIES.get(self.path.partition('/')[0], RESTORE)}"
+
+
+def record_files(campaign: Path, round_number: int, stage: str) -> None:
+    """Flush what a stage added to a round to the disk, and note its digests; the stage's record comes after.
+
+    Files of earlier stages of the round stay theirs, unless they have other content now.
+    """
+    listed: dict[str, tuple[int, str]] = {}
+    for path in _lists(campaign, round_number):
+        if path.stem != stage:
+            listed |= _read_list(path)
+    paths = [path for path in _files_of(campaign, round_number) if path.relative_to(campaign).as_posix() not in listed]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(paths, pool.map(_flushed, paths), strict=True))
+    for folder in {path.parent for path in paths}:
+        _flush(folder)
+    found = {path.relative_to(campaign).as_posix(): [path.stat().st_size, digests[path]] for path in paths}
+    if not found:
+        return
+    target = campaign / "stages" / f"round={round_number}" / f"{stage}.files"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(found, indent=0, sort_keys=True))
+    _flush(temporary)
+    os.replace(temporary, target)
+
+
+def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> list[Damage]:
+    """What is wrong with the files of finished stages, in order; a round whose trajectories are all gone was pruned.
+
+    Args:
+        campaign: the campaign's folder.
+        rounds: which; all when not given.
+        kinds: first folders of the files' paths, such as ``samples``; all when not given.
+    """
+    wanted, asked = None if kinds is None else set(kinds), None if rounds is None else set(rounds)
+    entries = [
+        (name, size, digest)
+        for number in _rounds_listed(campaign)
+        if asked is None or number in asked
+        for path in _lists(campaign, number)
+        for name, (size, digest) in _read_list(path).items()
+        if wanted is None or name.partition("/")[0] in wanted
+    ]
+    return [damage for entry in sorted(entries) if (damage := _damage(campaign, *entry))]
+
+
+def count_files(campaign: Path, rounds: Iterable[int] | None = None) -> int:
+    """How many files the stages of some rounds noted, of all rounds when none are named."""
+    asked = None if rounds is None else set(rounds)
+    numbers = [number for number in _rounds_listed(campaign) if asked is None or number in asked]
+    return sum(len(_read_list(path)) for number in numbers for path in _lists(campaign, number))
+
+
+def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> None:
+    """Make sure that files are what finished stages wrote.
+
+    Raises:
+        D3POError: some are not; one line that names the first of them, how many there are, and what to do.
+    """
+    _raise(campaign, damages(campaign, rounds, kinds))
+
+
+def require_files(campaign: Path, names: Iterable[str]) -> None:
+    """The same for some files, by their paths in the campaign; one that no stage noted only has to be there."""
+    wanted = set(names)
+    listed = {
+        name: entry for number in _rounds_listed(campaign) for path in _lists(campaign, number)
+        for name, entry in _read_list(path).items() if name in wanted
+    }  # fmt: skip
+    found = [_damage(campaign, name, *listed[name]) for name in sorted(listed)]
+    gone = [Damage(name, "is gone") for name in sorted(wanted - listed.keys()) if not (campaign / name).is_file()]
+    _raise(campaign, [damage for damage in found if damage] + gone)
+
+
+def noted_names(campaign: Path) -> set[str]:
+    """Paths in the campaign of all files that finished stages noted."""
+    return {
+        name for number in _rounds_listed(campaign) for path in _lists(campaign, number) for name in _read_list(path)
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file, computed once in the life of the process while the file stays as it is."""
+    status = path.stat()
+    key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _known:
+        with path.open("rb") as file:
+            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _known[key]
+
+
+def _raise(campaign: Path, found: list[Damage]) -> None:
+    if found:
+        more = f" (and {len(found) - 1} more files: d3po check --campaign {campaign.name})" if len(found) > 1 else ""
+        raise D3POError(f"campaign {campaign.name!r}: {found[0]}{more}")
+
+
+def _damage(campaign: Path, name: str, size: int, digest: str) -> Damage | None:
+    path = campaign / name
+    try:
+        if not path.is_file():
+            return None if _pruned(path) else Damage(name, "is gone")
+        found = path.stat().st_size
+        if found != size:
+            return Damage(name, f"has {found} bytes in place of {size}: it is damaged")
+        return None if sha256_of(path) == digest else Damage(name, "has other content than was written: it is damaged")
+    except OSError as error:
+        return Damage(name, f"cannot be read ({error.strerror or error})")
+
+
+def _pruned(path: Path) -> bool:
+    return path.parent.parent.name == "trajectories" and not any(path.parent.glob("*.safetensors"))
+
+
+def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:
+    """Files that belong to a round, hidden ones and those of other programs' hands left out."""
+    for folder in sorted(campaign.glob(f"*/round={round_number}")):
+        if folder.parent.name not in ("stages", "staging", "comparisons"):
+            yield from sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _lists(campaign: Path, round_number: int) -> list[Path]:
+    return sorted((campaign / "stages" / f"round={round_number}").glob("*.files"))
+
+
+def _rounds_listed(campaign: Path) -> list[int]:
+    names = {path.parent.name.removeprefix("round=") for path in campaign.glob("stages/round=*/*.files")}
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _read_list(path: Path) -> dict[str, tuple[int, str]]:
+    key = (str(path), path.stat().st_mtime_ns)
+    if key not in _listed:
+        try:
+            _listed[key] = {str(name): (int(size), str(digest)) for name, (size, digest) in _parsed(path)}
+        except (OSError, ValueError, TypeError) as error:
+            raise D3POError(f"{path}: is damaged ({error}); {RESTORE}") from None
+    return _listed[key]
+
+
+def _parsed(path: Path) -> Iterable[tuple[str, tuple[int, str]]]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or not content:
+        raise ValueError("it lists no files")
+    return content.items()
+
+
+def _flushed(path: Path) -> str:
+    _flush(path)
+    return sha256_of(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
