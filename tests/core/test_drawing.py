@@ -44,7 +44,7 @@ def test_drawing_waits_for_a_slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         most = max(most, drawn - written)
         if drawn >= MOST_IN_MEMORY:
             may_write.release()
-        return Drawn(Trajectories(torch.zeros(1), torch.zeros(1)), torch.zeros(1), None)
+        return Drawn(Trajectories(torch.zeros(1, 2, 1, 1, 1), torch.zeros(1)), torch.zeros(1), None)
 
     def write(*_: object) -> None:
         nonlocal written

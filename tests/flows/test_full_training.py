@@ -120,7 +120,7 @@ def test_rounds_are_made_again_also_after_pruning(campaign: Path, config: Campai
 def test_exported_folder_holds_the_network_and_its_card_loads_it(
     campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_lora(campaign, tmp_path / "export", 2)
+    export_lora(campaign, tmp_path / "export", "2")
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", "d3po.json", "unet"]
     card = (tmp_path / "export" / "README.md").read_text()
     assert "All weights of the unet" in card

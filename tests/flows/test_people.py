@@ -13,7 +13,7 @@ from d3po_core.campaign import finished_rounds, last_finished_round, round_confi
 from d3po_core.importing import import_file
 from d3po_core.questions import groups_for_people
 from d3po_core.tables import partition, read_rows
-from tests.flows.test_servers import eventually, get, home, ports, post
+from tests.flows.test_servers import DATA, eventually, get, home, ports, post
 
 __all__ = ["home", "ports"]  # fixtures: this module has servers of its own
 pytestmark = pytest.mark.timeout(420)
@@ -86,7 +86,7 @@ def resume(campaign: str, number: int, ports: dict[str, int], labeller: str = "h
 def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     ports: dict[str, int], home: Path, tmp_path: Path
 ) -> None:
-    campaign = home / "data" / "runs" / "by-people"
+    campaign = home / DATA / "runs" / "by-people"
     run_id = start(ports, campaign.name, rounds=2)
     assert eventually(lambda: waits(ports, run_id, campaign, 1), 120)
     assert eventually(lambda: not processes_of(run_id), 20), "a run that waits holds a process"
@@ -119,7 +119,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
 
 
 def test_at_the_deadline_the_proxies_judge_if_the_policy_says_so(ports: dict[str, int], home: Path) -> None:
-    campaign = home / "data" / "runs" / "late"
+    campaign = home / DATA / "runs" / "late"
     run_id = start(ports, campaign.name, deadline_hours=4 / 3600, after_deadline="proxy")
     assert eventually(lambda: state(ports, run_id) == "Completed", 180)
     label = json.loads(stage_path(campaign, 1, "label").read_text())
@@ -128,7 +128,7 @@ def test_at_the_deadline_the_proxies_judge_if_the_policy_says_so(ports: dict[str
 
 
 def test_second_run_of_a_campaign_that_waits_is_refused(ports: dict[str, int], home: Path) -> None:
-    campaign = home / "data" / "runs" / "waiting-twice"
+    campaign = home / DATA / "runs" / "waiting-twice"
     first = start(ports, campaign.name)
     assert eventually(lambda: waits(ports, first, campaign, 1), 120)
     second = start(ports, campaign.name)
@@ -141,7 +141,7 @@ def test_second_run_of_a_campaign_that_waits_is_refused(ports: dict[str, int], h
 def test_people_judge_the_uncertain_groups_and_proxies_the_others(
     ports: dict[str, int], home: Path, tmp_path: Path
 ) -> None:
-    campaign = home / "data" / "runs" / "mixed"
+    campaign = home / DATA / "runs" / "mixed"
     run_id = start(ports, campaign.name, labeller="mixed", scorer="brightness", share=0.3)
     assert eventually(lambda: waits(ports, run_id, campaign, 1), 120)
     config = round_config(campaign, 1)

@@ -45,7 +45,7 @@ def test_compare_sets_base_champion_and_latest_side_by_side_unless_told_otherwis
     base, champion, latest = cells(invoke("compare", "--campaign", "one"))
     assert base[:2] == ["base", "0.200 [0.200, 0.200]"]
     assert champion[:1] == ["round 1, champion"]
-    assert champion[2:5] == ["+0.600 [+0.600, +0.600]", "1.000 [1.000, 1.000]", "better"]
+    assert champion[2:5] == ["+0.600 [+0.600, +0.600]", "1.000 [0.631, 1.000]", "better"]
     assert latest[:1] == ["round 2, latest"]
     assert latest[2].startswith("+0.300")
 
@@ -64,14 +64,14 @@ def test_compare_says_how_often_people_preferred_a_checkpoint_or_how_to_ask_them
     words = " ".join(invoke("compare", "base", "1", "--campaign", "one").split())
     assert "ask them: d3po label --compare 1 --against base --campaign one" in words
     found = begin_comparison(folder, 1, 0, pairs=8).comparison
-    for number, vote in enumerate((1, 1, 1, 1, 1, 1, 1, 0)):
+    for number, vote in enumerate((1, 1, 1, 1, 1, 1, 1, 1)):
         say(folder, found, number, vote)
     *_, row = cells(invoke("compare", "base", "1", "2", "--campaign", "one"))
     assert row[0] == "round 1"
-    assert row[1].startswith("0.938 [0.")
-    assert row[2:] == ["better", "8", "8", "1", "1"]
+    assert row[1].startswith("1.000 [0.631")
+    assert row[2:] == ["better", "8", "8", "0", "1"]
     *_, row = cells(invoke("compare", "1", "base", "--campaign", "one"))
-    assert row[:1] + row[2:] == ["base", "worse", "8", "8", "1", "1"]
+    assert row[:1] + row[2:] == ["base", "worse", "8", "8", "0", "1"]
     assert "people" not in invoke("compare", "one:1", "two:1")
 
 

@@ -254,7 +254,7 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
         (("--set", "sample.prompts=missing.txt"), "sample.prompts 'missing.txt': no such file"),
         (("--set", "model.path=data/prompts"), "model_index.json is missing; expected a diffusers pipeline folder"),
         (("--set", "judge.scorers=[beauty]"), "scorer 'beauty' is not known; expected one of jpeg_compressibility"),
-        (("--set", "sample.groups_per_round=100000000"), "free some space, set runs_dir to another disk"),
+        (("--set", "sample.groups_per_round=1000000"), "free some space, set runs_dir to another disk"),
         (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), "54 prompts are in sample.prompts and in"),
         (("--campaign", NAME, "--set", "model.lora_rank=4"), "was started with model.lora_rank = 16 (now 4)"),
     ],

@@ -11,6 +11,7 @@ from d3po_core.campaign import finish_stage, stage_path
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.records import SampleRecord, TrainRecord
 from d3po_core.tables import table_from_rows, write_table
+from d3po_core.weights import LORA_FILE
 from tasks import stage
 from tasks.stage import progress
 from tasks.tracking import stages
@@ -93,6 +94,8 @@ def test_pair_steps_per_second_of_a_resumed_round_count_all_its_seconds(
     write_table(config.folder, "updates", 1, table_from_rows("updates", updates))
     steps = [numbers | {"update": u, "step": s, "timestep": 10 - s} for u in range(2) for s in range(5)]
     write_table(config.folder, "update_steps", 1, table_from_rows("update_steps", steps))
+    (config.folder / TRAINED.checkpoint).mkdir()
+    (config.folder / TRAINED.checkpoint / LORA_FILE).touch()
     client: Any = SimpleNamespace(log_artifact=lambda *_: None, set_tag=lambda *_: None)
     stages._log_train(client, config, 1, "run")
     assert logged["train/pair_steps_per_second"] == pytest.approx(2 * 30 * 5 / 60)
