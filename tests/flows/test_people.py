@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +74,11 @@ def resume(campaign: str, number: int, ports: dict[str, int], labeller: str = "h
     import sys
 
     code = (
-        "import json, sys; from d3po_core.config import CampaignConfig; from tasks.waiting import resume_waiting\n"
+        "from flows.servers import find_prefect; find_prefect()\n"
+        "from d3po_core.config import CampaignConfig; from tasks.waiting import resume_waiting\n"
         f"print(resume_waiting(CampaignConfig(campaign={campaign!r}, judge={{'labeller': {labeller!r}}}), {number}))"
     )
-    environment = {**os.environ, "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
 
 
