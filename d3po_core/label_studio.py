@@ -85,7 +85,10 @@ def read(columns: dict[str, pa.ChunkedArray], name: str) -> tuple[str, dict[str,
         said = pc.struct_field(pc.extract_regex(cells, _ONE.format(key=key)), "said")
         cells = pc.coalesce(said, cells)
     result = {own: sample_ids(cleaned[theirs]) for own, theirs in images.items()}
-    result["said"] = pc.fill_null(cells, "skip")  # an annotation without a result is one that was skipped
+    said = pc.fill_null(cells, "skip")  # an annotation without a result is one that was skipped
+    if "annotation_id" in cleaned:  # a task without an annotation was judged by nobody: it says nothing
+        said = pc.if_else(pc.is_valid(cleaned["annotation_id"]), said, pa.scalar(None, pa.string()))
+    result["said"] = said
     labels = images | {"said": control}
     times = [cleaned[key] for key in ("updated_at", "created_at") if key in cleaned]
     if times:
@@ -111,7 +114,7 @@ def _control(cells: pa.ChunkedArray) -> str | None:
 
 
 def _images(columns: dict[str, pa.ChunkedArray], control: str, kind: str, name: str) -> dict[str, str]:
-    """Which columns name the judged images; two of them by alphabet: image1 is left of image2."""
+    """Which columns name the judged images; of two, the left one first, if their names tell which that is."""
     wanted = ["sample_id", "other_id"] if kind == "choice" else ["sample_id"]
     explicit = ["first_id", "second_id"] if kind == "choice" else ["sample_id"]
     if set(explicit) <= columns.keys():
@@ -127,4 +130,20 @@ def _images(columns: dict[str, pa.ChunkedArray], control: str, kind: str, name: 
             f"{name}: columns that name images of a campaign: {what}; expected {len(wanted)}, with files named as in "
             f"the campaign (r3-g12-m5.png), or columns {', '.join(explicit)} in the tasks"
         )
-    return dict(zip(wanted, found, strict=True))
+    return dict(zip(wanted, _from_left(found, name) if kind == "choice" else found, strict=True))
+
+
+def _from_left(found: list[str], name: str) -> list[str]:
+    """Two columns in the order in which they stand on the screen, as their names tell it: image1, image2; left, right.
+
+    Raises:
+        D3POError: their names tell no order; a guess would turn every preference round.
+    """
+    for first, second in (found, found[::-1]):
+        for early, late in (("left", "right"), ("first", "second"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2")):
+            if first.endswith(early) and second == first.removesuffix(early) + late:
+                return [first, second]
+    raise D3POError(
+        f"{name}: which of the columns {shown(found[0])} and {shown(found[1])} stood on the left cannot be told from "
+        "their names; rename them in the file to image1 (left) and image2 (right)"
+    )

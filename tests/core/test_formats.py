@@ -258,3 +258,39 @@ def test_neutralised_cell_is_no_formula_and_reads_as_before(text: str) -> None:
     cell = neutralise(text)
     assert not cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"))
     assert (clean(text_array([cell]))[0].as_py() or "") == text.strip()
+
+
+def exported(tmp_path: Path, left: str, right: str, rows: list[str]) -> Path:
+    """A CSV of Label Studio's pairwise template; its columns stand in the alphabet's order, as its converter writes."""
+    header = f'"annotation_id","annotator","created_at","id","{left}","lead_time","{right}","pw","updated_at"'
+    (tmp_path / "export.csv").write_text("\n".join([header, *rows]) + "\n")
+    return tmp_path / "export.csv"
+
+
+JUDGED = (
+    '500,"ann@example.org","2026-11-01T09:00:00Z",100,"/data/upload/4/5ab0c1d0-{0}.png",4.2,"/data/upload/4/5ab0c1d1-{1}.png",'
+    '"[{{""selected"":""left""}}]","2026-11-01T09:00:05Z"'
+)
+UNTOUCHED = '"","","",101,"/data/upload/4/5ab0c1d0-{0}.png","","/data/upload/4/5ab0c1d1-{1}.png","",""'
+
+
+@pytest.mark.parametrize(("left", "right"), [("image1", "image2"), ("left", "right"), ("pic_a", "pic_b")])
+def test_names_of_columns_tell_which_image_was_left(
+    left: str, right: str, campaign: CampaignConfig, tmp_path: Path
+) -> None:
+    file = exported(tmp_path, left, right, [JUDGED.format(M[0], M[1])])
+    assert said(imported(campaign, file)) == [("ann@example.org", M[0], M[1], 1)]
+
+
+def test_an_order_of_columns_that_cannot_be_told_is_not_guessed(campaign: CampaignConfig, tmp_path: Path) -> None:
+    """By alphabet `baseline` would be left, and every preference of `ours`, which was, would turn round."""
+    file = exported(tmp_path, "baseline", "ours", [JUDGED.format(M[0], M[1])])
+    with pytest.raises(D3POError, match=r"which of the columns .*baseline.* and .*ours.* stood on the left"):
+        import_file(campaign.folder, "shapes", file)
+
+
+def test_a_task_that_nobody_annotated_is_no_judgement_of_anybody(campaign: CampaignConfig, tmp_path: Path) -> None:
+    """As a skip of the rater who was named for the file it would take back what they said before."""
+    rows = [JUDGED.format(M[0], M[1]), UNTOUCHED.format(M[1], M[2])]
+    file = exported(tmp_path, "image1", "image2", rows)
+    assert said(imported(campaign, file, rater="bob")) == [("ann@example.org", M[0], M[1], 1)]
