@@ -369,7 +369,10 @@ def sweep_leftovers(campaign: Path, round_number: int) -> None:
     """Remove the half-written files that a killed run left in a round; the caller holds the campaign's lock."""
     for pattern in (".*.tmp", f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp", "report/.*.tmp"):
         for path in campaign.glob(pattern):
-            if path.parent.parent.name in ("judgements", "comparisons") or _in_hands(path):
+            # A report or a picture may be written by a command that runs now: those need no lock.
+            if path.parent.parent.name in ("judgements", "comparisons") or (
+                path.parent in (campaign, campaign / "report") and _in_hands(path)
+            ):
                 continue  # maybe of an import or an export that is running now, which need no lock
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -177,9 +177,35 @@ def _said_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, 
         known = " or ".join(scope.scale) if scope.scale else "a finite number, good or bad"
         expected = _quoted(f"is no rating; expected {known}, or skip")
         yield "said", "value IS NULL AND NOT skipped", expected
+        for separator in _ambiguous_separators(file):
+            yield (
+                "said", f"regexp_full_match(said, '{_in_threes(separator)}')",
+                f"'may mean thousands or a decimal fraction (\"{separator}\" before three digits); write the column''s "
+                "numbers without separators of thousands'",
+            )  # fmt: skip
         words = pc.is_in(pc.utf8_lower(file.table["said"]), pa.array([*GOOD, *BAD]))
         if not scope.scale and pc.any(words).as_py():
             yield (
                 "said", "as_real(said) IS NOT NULL AND value NOT IN (0, 1)",
                 "'is a number beside good and bad in one file; expected 1, 0, good or bad'",
             )  # fmt: skip
+
+
+def _in_threes(separator: str) -> str:
+    """Numbers whose digits are grouped in threes, such as 1,250 and 12,345,678."""
+    return rf"[+-]?[1-9][0-9]{{0,2}}(\{separator}[0-9]{{3}})+"
+
+
+def _ambiguous_separators(file: JudgementFile) -> list[str]:
+    """Separators that group digits in threes and of which no cell of the column shows that they mark a fraction.
+
+    A point marks a fraction in files that have no comma for it; a comma is no number at all in those.
+    """
+    cells = pc.unique(pc.drop_null(file.table["said"]))
+    found = []
+    for separator in (",", ".") if file.decimal_comma else ():
+        grouped = pc.match_substring_regex(cells, f"^{_in_threes(separator)}$")
+        numbers = pc.match_substring_regex(cells, rf"^[+-]?[0-9]+\{separator}[0-9]+$")
+        if pc.any(grouped).as_py() and not pc.any(pc.and_not(numbers, grouped)).as_py():
+            found.append(separator)
+    return found

@@ -1,6 +1,9 @@
 """Prompts: read from a file, and drawn for a round."""
 
 import csv
+import io
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +16,8 @@ def load_prompts(path: str, column: str, field: str) -> list[str]:
     """Distinct prompts of a file, in its order.
 
     Args:
-        path: a text file (one prompt a line), a CSV or a Parquet file.
-        column: the column to read of a CSV or Parquet file.
+        path: a text file (one prompt per line), CSV, TSV, JSON (a list), JSON lines or Parquet.
+        column: the column to read of a table, or the field of JSON's objects.
         field: name of the configuration field, for messages.
 
     Raises:
@@ -23,28 +26,76 @@ def load_prompts(path: str, column: str, field: str) -> list[str]:
     file = resolve_path(path)
     if not file.is_file():
         raise D3POError(
-            f"{field} {path!r}: no such file ({file}); give a text file with one prompt a line, CSV or Parquet"
+            f"{field} {path!r}: no such file ({file}); give text with one prompt per line, CSV, TSV, JSON or Parquet"
         )
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_json,
+        ".ndjson": _read_json,
+    }  # fmt: skip
     try:
         found = readers.get(file.suffix.lower(), _read_text)(file, column, field)
-    except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise D3POError(f"{field} {path!r}: cannot be read ({error}); expected UTF-8 text, CSV or Parquet") from None
+    except (UnicodeDecodeError, OSError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+        raise D3POError(
+            f"{field} {path!r}: cannot be read ({error}); expected text in UTF-8 or UTF-16, CSV, TSV, JSON or Parquet"
+        ) from None
     prompts = list(dict.fromkeys(p.strip() for p in found if p and p.strip()))
     if not prompts:
         raise D3POError(f"{field} {path!r}: holds no prompt; expected at least one")
     return prompts
 
 
+def _text_of(file: Path) -> str:
+    """A file's text, in UTF-8 or with the mark of UTF-16."""
+    data = file.read_bytes()
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
 def _read_text(file: Path, column: str, field: str) -> list[str]:
-    return file.read_text(encoding="utf-8-sig").splitlines()
+    text = _text_of(file)
+    if text.lstrip()[:1] in ("{", "["):
+        raise D3POError(
+            f"{field} {file}: looks like JSON, not like one prompt per line; name it .json (a list) or .jsonl (an "
+            "object per line)"
+        )
+    return re.split(r"\r\n|\r|\n", text)  # not at U+2028 and its like, which may stand within a prompt
+
+
+def _read_json(file: Path, column: str, field: str) -> list[str]:
+    """A list of prompts, or of objects with a field of that name; in one text, or one per line."""
+    text = _text_of(file)
+    found = (
+        json.loads(text) if file.suffix.lower() == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
+    )
+    if not isinstance(found, list):
+        raise D3POError(f"{field} {file}: holds a {type(found).__name__}; expected a list of prompts or of objects")
+    prompts = []
+    for number, entry in enumerate(found, 1):
+        prompt = entry.get(column) if isinstance(entry, dict) else entry
+        if not isinstance(prompt, str):
+            raise D3POError(
+                f"{field} {file}: entry {number} has no text as {column!r}; expected a string, or an object with such "
+                "a field"
+            )
+        prompts.append(prompt)
+    return prompts
 
 
 def _read_csv(file: Path, column: str, field: str) -> list[str]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        _require_column(column, reader.fieldnames or (), file, field)
-        return [row[column] or "" for row in reader]
+    """A column of a table whose cells are separated by tabs, or by what its header has: commas or semicolons."""
+    text = _text_of(file)
+    header = text.partition("\n")[0]
+    delimiter = max("\t;,", key=header.count) if file.suffix.lower() != ".tsv" else "\t"
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    _require_column(column, reader.fieldnames or (), file, field)
+    prompts = []
+    for row in reader:
+        if None in row:  # more cells than the header has
+            raise D3POError(
+                f"{field} {file} line {reader.line_num}: has more cells than the header; put prompts with "
+                f"{delimiter!r} in them between quotes"
+            )
+        prompts.append(row[column] or "")
+    return prompts
 
 
 def _read_parquet(file: Path, column: str, field: str) -> list[str]:

@@ -176,19 +176,20 @@ ELSEWHERE = "or set runs_dir or D3PO_DATA to another folder"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, remedy: str = ELSEWHERE) -> Iterator[Path]:
+def atomic_path(path: Path, remedy: str = ELSEWHERE, private: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes it when the block ends well, and vanishes when it does not.
 
     Args:
         path: the file, or folder, to be made.
         remedy: see ``disk_errors``.
+        private: keep the permissions that the block gives; else they are those of any new file.
     """
     with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
-            if temporary.is_file():
+            if temporary.is_file() and not private:
                 as_readable_as_usual(temporary)
             os.replace(temporary, path)
         finally:

@@ -81,7 +81,7 @@ def write_state(state: State) -> None:
     file = server_file(STATE)
     if file.is_dir():
         raise D3POError(f"{file} is a folder, where `d3po up` keeps a file; move it away")
-    with atomic_path(file, SET_DATA) as temporary:
+    with atomic_path(file, SET_DATA, private=True) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_text(json.dumps(state, indent=2))
 
@@ -129,7 +129,7 @@ def make_login() -> str:
     found = os.environ.get(SERVER_LOGIN) or login() or f"d3po:{secrets.token_urlsafe(24)}"
     if found != login():
         file = server_file(LOGIN_FILE)
-        with atomic_path(file, SET_DATA) as temporary:
+        with atomic_path(file, SET_DATA, private=True) as temporary:
             temporary.touch(mode=0o600)  # private from its first byte on
             temporary.write_text(found + "\n")
     return found

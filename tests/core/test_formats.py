@@ -294,3 +294,30 @@ def test_a_task_that_nobody_annotated_is_no_judgement_of_anybody(campaign: Campa
     rows = [JUDGED.format(M[0], M[1]), UNTOUCHED.format(M[1], M[2])]
     file = exported(tmp_path, "image1", "image2", rows)
     assert said(imported(campaign, file, rater="bob")) == [("ann@example.org", M[0], M[1], 1)]
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "number"), [("\t", "1,250"), (";", "1.250"), (";", "1,250"), ("\t", "12.345.678")]
+)
+def test_digits_in_threes_are_not_guessed(
+    delimiter: str, number: str, campaign: CampaignConfig, tmp_path: Path
+) -> None:
+    """Beside 980 the number 1,250 is 1250, and as 1.25 it would turn the order round."""
+    rows = [("sample_id", "rating", "rater"), (M[0], number, "ann"), (M[1], "980", "ann")]
+    (tmp_path / "elo.csv").write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
+    report = import_file(campaign.folder, "shapes", tmp_path / "elo.csv")
+    assert report.written is None
+    told = "\n".join(report.summary())
+    assert "may mean thousands or a decimal fraction" in told
+    assert number in told
+
+
+@pytest.mark.parametrize(("delimiter", "numbers", "values"), [
+    (";", ("1,250", "0,5"), (1.25, 0.5)), ("\t", ("1.250", "0.75"), (1.25, 0.75)), (",", ("1.250", "2"), (1.25, 2)),
+])  # fmt: skip
+def test_a_column_that_shows_what_its_separator_is_reads_as_it_says(
+    delimiter: str, numbers: tuple[str, str], values: tuple[float, float], campaign: CampaignConfig, tmp_path: Path
+) -> None:
+    rows = [("sample_id", "rating", "rater"), *((M[n], number, "ann") for n, number in enumerate(numbers))]
+    (tmp_path / "elo.csv").write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
+    assert [row["value"] for row in imported(campaign, tmp_path / "elo.csv")] == list(values)

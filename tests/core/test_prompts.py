@@ -1,5 +1,6 @@
 """Prompts from text, CSV and Parquet files, what may be wrong with them, and the draw of a round."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_parquet_column_holds_the_prompts(tmp_path: Path, kind: pa.DataType) -> 
 def test_missing_file_is_named_with_what_to_give(tmp_path: Path) -> None:
     message = failure(tmp_path / "nowhere.txt")
     assert "no such file" in message
-    assert "text file" in message
+    assert "one prompt per line" in message
 
 
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_missing_column_error_lists_the_columns(tmp_path: Path, name: str) -> No
 def test_file_that_is_not_utf8_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes("prompt\nzwölf\n".encode("latin-1"))
-    assert "expected UTF-8" in failure(path)
+    assert "UTF-8" in failure(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all, really"])
@@ -141,3 +142,32 @@ def test_fewer_groups_draw_the_first_of_more_groups() -> None:
 def test_order_is_new_each_round_and_each_campaign() -> None:
     prompts = [f"p{i}" for i in range(30)]
     assert len({tuple(draw_prompts(prompts, 30, seed, number)) for seed in (0, 1) for number in (1, 2)}) == 4
+
+
+TWO = ["a café, in rain", "a cat"]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.json", json.dumps(TWO)), ("p.json", json.dumps([{"prompt": p, "n": 1} for p in TWO])),
+    ("p.jsonl", "\n".join(json.dumps({"prompt": p}) for p in TWO)), ("p.jsonl", "\n".join(map(json.dumps, TWO))),
+    ("p.tsv", "n\tprompt\n1\ta café, in rain\n2\ta cat\n"), ("p.csv", "n;prompt\n1;a café, in rain\n2;a cat\n"),
+    ("p.csv", 'n,prompt\n1,"a café, in rain"\n2,a cat\n'), ("p.txt", "a café, in rain\r\na cat\r\n"),
+])  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_are_read_from_what_people_have(name: str, content: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert load_prompts(str(tmp_path / name), "prompt", "sample.prompts") == TWO
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("p.txt", '[{"prompt": "a cat"}]', "looks like JSON"), ("p.txt", '{"prompt": "a cat"}', "looks like JSON"),
+    ("p.csv", "prompt,n\na cat, in rain,1\n", "line 2: has more cells"),
+    ("p.json", '{"prompt": "a cat"}', "holds a dict"),
+    ("p.json", "[1, 2]", "entry 1 has no text"), ("p.jsonl", '{"text": "a cat"}', "entry 1 has no text as 'prompt'"),
+    ("p.json", "[", "cannot be read"),
+])  # fmt: skip
+def test_what_would_run_on_rubbish_is_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(D3POError, match=message) as caught:
+        load_prompts(str(tmp_path / name), "prompt", "sample.prompts")
+    assert "\n" not in str(caught.value)

@@ -124,6 +124,7 @@ def test_ctrl_c_in_a_terminal_ends_a_busy_process_in_one_line_that_says_how_to_g
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(PROJECT_ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, and what it starts, ignore it
         os.execv(sys.executable, [sys.executable, "-c", BUSY])
     said = b""
     while b"busy" not in said:
