@@ -24,7 +24,7 @@ from d3po_core.config import (
     load_config,
 )
 from d3po_core.errors import CampaignBusyError, D3POError
-from d3po_core.integrity import record_files
+from d3po_core.integrity import record_files, require_record, was_finished
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
 from d3po_core.tables import SCHEMAS, atomic_path, disk_errors, exclusive, partition, read_rows
 from d3po_core.urls import masked
@@ -62,18 +62,22 @@ def finish_stage(
         work: does the stage and returns its record.
     """
     path = stage_path(campaign, round_number, stage)
-    if path.exists():
+    if was_finished(campaign, round_number, stage):
         return read_record(campaign, round_number, stage, kind)
     earlier, started = seconds_spent(campaign, round_number, stage), time.perf_counter()
     record = work()
+
+    def timed() -> str:
+        seconds = earlier + time.perf_counter() - started
+        finished = record.model_copy(update={"seconds": seconds, "finished_at": datetime.now(UTC)})
+        return finished.model_dump_json(indent=1)
+
     with disk_errors(path):
-        record_files(campaign, round_number, stage)
-    seconds = earlier + time.perf_counter() - started
-    record = record.model_copy(update={"seconds": seconds, "finished_at": datetime.now(UTC)})
+        text = record_files(campaign, round_number, stage, timed)
     with atomic_path(path) as temporary:
-        temporary.write_text(record.model_dump_json(indent=1))
+        temporary.write_text(text)
     _seconds_path(campaign, round_number, stage).unlink(missing_ok=True)
-    return record
+    return kind.model_validate_json(text)
 
 
 def _seconds_path(campaign: Path, round_number: int, stage: str) -> Path:
@@ -103,6 +107,7 @@ def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageR
         D3POError: it is gone or damaged.
     """
     path = stage_path(campaign, round_number, stage)
+    require_record(campaign, round_number, stage)
     try:
         return kind.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
@@ -116,14 +121,17 @@ def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageR
 def start_of(campaign: Path, round_number: int) -> int:
     """The round whose checkpoint a round starts from: the one before, unless the guard went back to another."""
     before = round_number - 1
-    if not stage_path(campaign, before, "guard").exists():
+    if not was_finished(campaign, before, "guard"):
         return before
     return read_record(campaign, before, "guard", GuardRecord).go_on_from
 
 
 def finished_numbers(campaign: Path) -> list[int]:
     """Numbers of the finished rounds, in order: those that have a row in ``rounds``; 0 is the base."""
-    return sorted(int(path.parent.name.removeprefix("round=")) for path in campaign.glob("rounds/round=*/*.parquet"))
+    rows = {path.parent.name for path in campaign.glob("rounds/round=*/*.parquet")}
+    # A row that was noted and is gone is not a round that never was: who reads it is told.
+    noted = {path.parent.name for path in campaign.glob("stages/round=*/publish.files")}
+    return sorted(int(name.removeprefix("round=")) for name in rows | noted)
 
 
 def last_finished_round(campaign: Path) -> int:
@@ -199,6 +207,7 @@ def round_config(campaign: Path, round_number: int) -> CampaignConfig:
         D3POError: it is missing or cannot be read.
     """
     path = stage_path(campaign, round_number, "config")
+    require_record(campaign, round_number, "config")
     try:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -267,7 +276,7 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
     """
     path = stage_path(config.folder, round_number, "config")
     if path.exists():
-        saved = load_config(json.loads(path.read_text()), str(path))
+        saved = round_config(config.folder, round_number)
         changed = [c for c in changed_fields(saved, config) if c[0] not in FREE_FIELDS and not _moved_server(c)]
         if changed:
             raise D3POError(
@@ -275,8 +284,11 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
                 "finish it with that, or drop what it has: d3po discard-round"
             )
         return
+    text = json.dumps(config.model_dump(mode="json"), indent=1)
+    with disk_errors(path):
+        record_files(config.folder, round_number, "config", lambda: text)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+        temporary.write_text(text)
 
 
 def _moved_server(change: tuple[str, Any, Any]) -> bool:

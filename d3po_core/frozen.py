@@ -16,6 +16,7 @@ from typing import Any
 from d3po_core.config import CampaignConfig, is_url, resolve_path
 from d3po_core.errors import D3POError
 from d3po_core.integrity import sha256_of
+from d3po_core.model_files import cached_folder
 from d3po_core.tables import atomic_path
 
 FROZEN_FILE = "frozen.json"
@@ -82,6 +83,8 @@ def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
     watched = []
     for what, place in places.items():
         root = resolve_path(place) if place else None
+        if place and root and not root.exists() and what.startswith("model"):
+            root = cached_folder(place, config.model.revision)
         if root is None or not root.exists():
             continue
         files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and _counts(p, root))

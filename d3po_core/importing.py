@@ -17,6 +17,7 @@ from d3po_core.delimited import CUT_OFF, fingerprint, shown
 from d3po_core.errors import D3POError
 from d3po_core.formats import JudgementFile, load_order, read_judgement_file
 from d3po_core.import_report import ImportReport
+from d3po_core.integrity import require_files
 from d3po_core.judgement_checks import check_judgements
 from d3po_core.judgement_rules import Scope
 from d3po_core.tables import connect, disk_errors, exclusive, partition, write_table
@@ -107,6 +108,7 @@ def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -
     if not path.exists():
         known = ", ".join(map(str, sampled_rounds(campaign_folder))) or "none"
         raise D3POError(f"round {round_number} of campaign {campaign_name!r} has no images; rounds that have: {known}")
+    require_files(campaign_folder, [path.relative_to(campaign_folder).as_posix()])
     return pq.ParquetFile(path).read(columns=["sample_id", "group_id", "member", "prompt", "image_path"])
 
 

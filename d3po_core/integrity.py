@@ -1,13 +1,14 @@
 """Digests of what finished stages left on disk: noted before the record that makes a stage count, read by readers.
 
 Beside each stage's record, ``stages/round=<n>/<stage>.json``, lies ``<stage>.files``: names, sizes and SHA-256 of the
-files that the stage added to the round. Rounds of earlier versions have none, and are read as they are.
+files that the stage added to the round, and of the record itself. Rounds of earlier versions have none, and are read as
+they are.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,16 @@ class Damage:
         return f"{self.path} {self.what}; {REMEDIES.get(self.path.partition('/')[0], RESTORE)}"
 
 
-def record_files(campaign: Path, round_number: int, stage: str) -> None:
-    """Flush what a stage added to a round to the disk, and note its digests; the stage's record comes after.
+def record_files(campaign: Path, round_number: int, stage: str, record: Callable[[], str] | None = None) -> str:
+    """Flush what a stage added to a round to the disk, and note its digests; returns the record, which comes after.
 
     Files of earlier stages of the round stay theirs, unless they have other content now.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round.
+        stage: the stage's name.
+        record: makes the text of the stage's record, asked when the files are flushed; none for a stage without one.
     """
     listed: dict[str, tuple[int, str]] = {}
     for path in _lists(campaign, round_number):
@@ -52,14 +59,40 @@ def record_files(campaign: Path, round_number: int, stage: str) -> None:
     for folder in {path.parent for path in paths}:
         _flush(folder)
     found = {path.relative_to(campaign).as_posix(): [path.stat().st_size, digests[path]] for path in paths}
+    text = record() if record else ""
+    if record:
+        content = text.encode()
+        name = f"stages/round={round_number}/{stage}.json"
+        found[name] = [len(content), hashlib.sha256(content).hexdigest()]
     if not found:
-        return
+        return text
     target = campaign / "stages" / f"round={round_number}" / f"{stage}.files"
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(found, indent=0, sort_keys=True))
     _flush(temporary)
     os.replace(temporary, target)
+    return text
+
+
+def was_finished(campaign: Path, round_number: int, stage: str) -> bool:
+    """Whether a stage's record is there, or ought to be: its round is finished, and the record was noted."""
+    folder = campaign / "stages" / f"round={round_number}"
+    row = campaign / "rounds" / f"round={round_number}" / "part.parquet"
+    return (folder / f"{stage}.json").exists() or (row.exists() and (folder / f"{stage}.files").exists())
+
+
+def require_record(campaign: Path, round_number: int, stage: str) -> None:
+    """Make sure that a stage's record is what was written, if it is there and its digest was noted.
+
+    Raises:
+        D3POError: it has other content; one line that names it.
+    """
+    name = f"stages/round={round_number}/{stage}.json"
+    path = (campaign / name).with_suffix(".files")
+    entry = _read_list(path).get(name) if path.exists() else None
+    if entry and (campaign / name).exists():
+        _raise(campaign, [damage for damage in [_damage(campaign, name, *entry)] if damage])
 
 
 def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> list[Damage]:
@@ -79,7 +112,8 @@ def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable
         for name, (size, digest) in _read_list(path).items()
         if wanted is None or name.partition("/")[0] in wanted
     ]
-    return [damage for entry in sorted(entries) if (damage := _damage(campaign, *entry))]
+    found = [damage for entry in sorted(entries) if (damage := _damage(campaign, *entry))]
+    return found + (_lists_gone(campaign) if wanted is None and asked is None else [])
 
 
 def count_files(campaign: Path, rounds: Iterable[int] | None = None) -> int:
@@ -137,13 +171,19 @@ def _damage(campaign: Path, name: str, size: int, digest: str) -> Damage | None:
     path = campaign / name
     try:
         if not path.is_file():
-            return None if _pruned(path) else Damage(name, "is gone")
+            return None if _pruned(path) or _not_begun(campaign, name) else Damage(name, "is gone")
         found = path.stat().st_size
         if found != size:
             return Damage(name, f"has {found} bytes in place of {size}: it is damaged")
         return None if sha256_of(path) == digest else Damage(name, "has other content than was written: it is damaged")
     except OSError as error:
         return Damage(name, f"cannot be read ({error.strerror or error})")
+
+
+def _not_begun(campaign: Path, name: str) -> bool:
+    """Whether a record is missing since its stage was ended before it was written: its round is not finished."""
+    kind, _, inner = name.partition("/")
+    return kind == "stages" and not (campaign / "rounds" / inner.partition("/")[0] / "part.parquet").exists()
 
 
 def _pruned(path: Path) -> bool:
@@ -155,6 +195,15 @@ def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:
     for folder in sorted(campaign.glob(f"*/round={round_number}")):
         if folder.parent.name not in ("stages", "staging", "comparisons"):
             yield from sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _lists_gone(campaign: Path) -> list[Damage]:
+    """Records whose digests are gone, of rounds that were begun when records had some."""
+    begun = sorted(path.parent for path in campaign.glob("stages/round=*/config.files"))
+    return [
+        Damage(record.with_suffix(".files").relative_to(campaign).as_posix(), "is gone")
+        for folder in begun for record in sorted(folder.glob("*.json")) if not record.with_suffix(".files").exists()
+    ]  # fmt: skip
 
 
 def _lists(campaign: Path, round_number: int) -> list[Path]:

@@ -137,6 +137,7 @@ class Journal:
                 self._connection = _connected_to_read(self.path)
                 self._file = os.stat(self.path)
                 return
+            _require_journal(self.path)
             # Autocommit: transactions are begun and ended by hand, so that it is plain where the disk is waited for.
             self._connection = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -370,6 +371,21 @@ def _exported(campaign: Path, sampling: str, table: str, round_number: int) -> i
     name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
     found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
     return max((int(match[2]) for match in found if match), default=0)
+
+
+def _require_journal(path: Path) -> None:
+    """Make sure that a journal whose entries are in the tables is still there.
+
+    A new one would number its entries from 1 again, and those that files hold by number would never be written.
+    """
+    if path.exists():
+        return
+    for table in ("judgements", "comparisons"):
+        for file in sorted(path.parent.glob(f"{table}/round=*/{FILE_PREFIX}*.parquet")):
+            raise D3POError(
+                f"{path}: is gone, although {file.relative_to(path.parent)} was written from it; nothing was kept. Put "
+                "it back, or restore it from a copy"
+            )
 
 
 def _connected_to_read(path: Path) -> sqlite3.Connection:

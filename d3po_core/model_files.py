@@ -25,8 +25,13 @@ def model_folder(config: ModelConfig) -> Path | None:
     folder = resolve_path(described_by)
     if folder.exists():
         return folder
+    return cached_folder(described_by, config.revision)
+
+
+def cached_folder(hub_id: str, revision: str | None) -> Path | None:
+    """The hub's cached copy of a model at a revision, if it is on this machine."""
     try:
-        cached = try_to_load_from_cache(described_by, INDEX, revision=config.revision)
+        cached = try_to_load_from_cache(hub_id, INDEX, revision=revision)
     except ValueError:  # no hub id
         return None
     return Path(cached).parent if isinstance(cached, str) else None

@@ -123,14 +123,19 @@ def check_held_out(training: list[str], held_out: list[str]) -> None:
     """Make sure that no evaluation prompt is trained on.
 
     Raises:
-        D3POError: a prompt is in both lists.
+        D3POError: a prompt is in both lists, or differs in case and spaces only.
     """
-    both = sorted(set(training) & set(held_out))
+    trained = {_plain(prompt) for prompt in training}
+    both = sorted(prompt for prompt in set(held_out) if _plain(prompt) in trained)
     if both:
         raise D3POError(
             f"{len(both)} prompts are in sample.prompts and in evaluate.prompts ({both[0]!r} first); "
             "take them out of one, or the held-out score says nothing"
         )
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 def draw_prompts(prompts: list[str], count: int, seed: int, round_number: int) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from d3po_core.campaign import finished_numbers
 from d3po_core.errors import D3POError
+from d3po_core.integrity import require_whole
 from d3po_core.tables import SCHEMAS, disk_errors
 
 DROPPED = ("trajectories", "staging")
@@ -51,12 +52,13 @@ def plan_prune(campaign: Path, keep_rounds: int = 0) -> PrunePlan:
         keep_rounds: leave this many of the last finished rounds as they are.
 
     Raises:
-        D3POError: ``keep_rounds`` is negative.
+        D3POError: ``keep_rounds`` is negative, or what would stay is damaged.
     """
     if keep_rounds < 0:
         raise D3POError(f"--keep-rounds is {keep_rounds}; expected 0 or more")
     finished = finished_numbers(campaign)
     rounds = finished[: max(0, len(finished) - keep_rounds)]
+    require_whole(campaign, rounds, (*SCHEMAS, "stages", "checkpoints"))  # what stays has to make again what goes
     names = {f"round={number}" for number in rounds}
     sizes = dict(sorted(_sizes(campaign)))
     files = [path for path in sizes if _droppable(path.relative_to(campaign).parts, names)]

@@ -90,3 +90,24 @@ def test_damaged_notes_are_one_line(config: CampaignConfig) -> None:
     (config.folder / FROZEN_FILE).write_text("[]")
     with pytest.raises(D3POError, match=r"frozen\.json: cannot be read"):
         freeze(config, PROMPTS)
+
+
+def test_a_hub_model_whose_snapshot_changed_is_an_error_or_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "snapshots" / "0"
+    shutil.copytree(resolve_path("data/shapes/model"), snapshot)
+
+    def cached(name: str, file: str, revision: str | None) -> str | None:
+        return str(snapshot / file) if name == "some/model" else None
+
+    monkeypatch.setattr("d3po_core.model_files.try_to_load_from_cache", cached)
+    config = config_of(tmp_path, model={"path": "some/model"}, judge={"scorers": ["brightness"]})
+    freeze(config, PROMPTS)
+    snapshot = Path(shutil.copytree(snapshot, tmp_path / "snapshots" / "1"))
+    weights = snapshot / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(D3POError, match=r"unet/diffusion_pytorch_model.safetensors of the model was changed since"):
+        freeze(config, PROMPTS)
+    (change,) = freeze(config.model_copy(update={"accept_changes": True}), PROMPTS)
+    assert "was changed" in change

@@ -171,3 +171,10 @@ def test_what_would_run_on_rubbish_is_one_line(name: str, content: str, message:
     with pytest.raises(D3POError, match=message) as caught:
         load_prompts(str(tmp_path / name), "prompt", "sample.prompts")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["A Red Circle", "a  red   circle", "a red circle"])
+def test_a_held_out_prompt_that_differs_in_case_or_spaces_only_was_trained_on(prompt: str) -> None:
+    with pytest.raises(D3POError, match="1 prompts are in ") as caught:
+        check_held_out([prompt], ["a red circle", "a blue cross"])
+    assert "'a red circle' first" in str(caught.value)

@@ -79,7 +79,10 @@ def test_seconds_and_rates_of_a_resumed_stage_are_those_of_all_attempts(
     stages._log_sample(client, config, 1, "run")
     assert logged["sample/images_per_second"] == pytest.approx(24 / 30)
     assert logged["seconds/sample"] == pytest.approx(30.0)
-    assert sorted(path.name for path in stage_path(config.folder, 1, "sample").parent.iterdir()) == ["sample.json"]
+    assert sorted(path.name for path in stage_path(config.folder, 1, "sample").parent.iterdir()) == [
+        "sample.files",
+        "sample.json",
+    ]
 
 
 def test_pair_steps_per_second_of_a_resumed_round_count_all_its_seconds(
