@@ -119,10 +119,12 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
     """The model of a round's configuration, on as many threads as asked for or recorded."""
     import torch
 
-    from d3po_core.campaign import round_config
+    from d3po_core.campaign import round_config, start_of
+    from d3po_core.integrity import require_whole
     from d3po_core.policy import load_policy
     from d3po_core.regenerate import made_on
 
+    require_whole(folder, {round_number, start_of(folder, round_number)}, ["checkpoints"])
     wanted = threads or (made_on(folder, round_number) or {}).get("threads")
     if wanted:
         torch.set_num_threads(wanted)

@@ -196,6 +196,12 @@ def test_order_within_a_file_is_that_of_judged_at(campaign: CampaignConfig) -> N
     assert votes(campaign) == [("r3-g0-m1", "r3-g0-m0")]
 
 
+@pytest.mark.parametrize("zone", ["+99:99", "-16:00", "+02:60"])
+def test_a_zone_that_no_place_has_is_no_time(zone: str, campaign: CampaignConfig) -> None:
+    (line,) = bring(campaign, HEADER, choice("first", when=f"2024-05-01T12:00:00{zone}")).problem_lines()
+    assert "is no time" in line
+
+
 def test_repeats_at_one_time_are_refused_since_nobody_knows_which_is_later(campaign: CampaignConfig) -> None:
     again = "r3-g0-m1,r3-g0-m0"
     report = bring(campaign, HEADER, choice("first"), choice("first", again), choice("tie", "r3-g1-m0,r3-g1-m1"))

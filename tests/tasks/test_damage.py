@@ -186,3 +186,14 @@ def test_a_journal_that_is_gone_is_not_begun_anew(campaign: Path) -> None:
     with pytest.raises(D3POError, match=r"labels\.sqlite: is gone, although judgements/round=2/page-"):
         Journal(campaign)
     assert not (campaign / "labels.sqlite").exists()
+
+
+@pytest.mark.parametrize("words", [["replay", "tiny", "--round", "2"], ["regenerate", "r2-e0", "--campaign", "tiny"]])
+@pytest.mark.parametrize("file", ["checkpoint.json", "pytorch_lora_weights.safetensors"])
+def test_a_damaged_checkpoint_is_not_drawn_or_trained_from(
+    file: str, words: list[str], run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    path = campaign / "checkpoints/round=2" / file
+    path.write_bytes(path.read_bytes()[:100])
+    code, message = run(words)
+    assert (code, f"checkpoints/round=2/{file} has 100 bytes" in message) == (2, True), message
