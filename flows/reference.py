@@ -1,0 +1,122 @@
+"""The reference pages of the site, made from the code: configuration, commands, tables and views."""
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from d3po_core.columns import MEANINGS, Entry, meaning
+from d3po_core.config import CampaignConfig
+from d3po_core.tables import SCHEMAS
+from d3po_core.views import VIEWS, connect_views
+from flows.command_line import app
+
+
+def _sections(model: type[BaseModel] = CampaignConfig, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path, model
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _sections(field.annotation, f"{path}.{name}".lstrip("."))
+
+
+def fields() -> list[Entry]:
+    """Every field of the configuration with its default and description."""
+    found = []
+    for path, model in _sections():
+        for name, field in model.model_fields.items():
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+                takes = _type_name(field.annotation)
+                default = "required" if field.default is PydanticUndefined else _plain(field.default)
+                found.append(Entry(path, f"{path}.{name}".lstrip("."), (takes, default), field.description or ""))
+    return found
+
+
+def parameters() -> list[Entry]:
+    """Every parameter of every command with its default and help; and each command itself, with an empty name."""
+    found = []
+    for command, parsed in typer.main.get_group(app).commands.items():
+        found.append(Entry(command, "", (), parsed.help or ""))
+        for option in parsed.params:
+            is_argument = option.param_type_name == "argument"
+            name = option.name.upper() if is_argument else ", ".join([*option.opts, *option.secondary_opts])
+            default = "required" if option.required else _plain(option.default)
+            found.append(Entry(command, name, (default,), getattr(option, "help", None) or ""))
+    return found
+
+
+def columns() -> list[Entry]:
+    """Every column of every table and view with its type and meaning."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, connect_views(Path(folder)) as connection:
+        for table in [*SCHEMAS, *VIEWS]:
+            rows = connection.execute(f"DESCRIBE {table}").fetchall()
+            found += [Entry(table, name, (kind.lower(),), meaning(table, name)) for name, kind, *_ in rows]
+    return found
+
+
+def undocumented() -> list[str]:
+    """Fields, commands, options, tables and columns without a description."""
+    missing = [f"{e.section} {e.name}".strip() for e in [*fields(), *parameters(), *columns()] if not e.text.strip()]
+    missing += [name for name in [*SCHEMAS, *VIEWS] if not MEANINGS.get(name, ("",))[0]]
+    return missing + [path or "config" for path, model in _sections() if not inspect.getdoc(model)]
+
+
+def configuration_page() -> str:
+    """The page of the configuration, in Markdown."""
+    entries, parts = fields(), ["# Configuration", "Set a field with `--set FIELD=VALUE`, or in `prefect.yaml`."]
+    for path, model in _sections():
+        own = [e for e in entries if e.section == path]
+        parts += [f"## {path or 'Campaign'}", inspect.getdoc(model) or "", _table(("field", "takes", "default"), own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def commands_page() -> str:
+    """The page of the commands, in Markdown."""
+    entries, parts = parameters(), ["# Commands", "`d3po COMMAND --help` says the same in the terminal."]
+    for command in [e for e in entries if not e.name]:
+        options = [e for e in entries if e.section == command.section and e.name]
+        parts += [f"## d3po {command.section}", inspect.cleandoc(command.text)]
+        parts += [_table(("option", "default"), options)] if options else []
+    return "\n\n".join(parts) + "\n"
+
+
+def tables_page() -> str:
+    """The page of the tables and views, in Markdown."""
+    entries, parts = columns(), ["# Tables and views", "Ask them with `d3po query`: [questions](../questions.md)."]
+    for name in [*SCHEMAS, *VIEWS]:
+        kind = "Table" if name in SCHEMAS else "View"
+        own = [e for e in entries if e.section == name]
+        parts += [f"## {name}", f"{kind}; each row is {MEANINGS[name][0]}.", _table(("column", "type"), own)]
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration": configuration_page, "commands": commands_page, "tables": tables_page,
+}  # fmt: skip
+
+
+def _table(heads: tuple[str, ...], entries: list[Entry]) -> str:
+    rows = [(*heads, "meaning"), ("---",) * (len(heads) + 1)]
+    rows += [(f"`{e.name}`", *(f"`{_cell(c)}`" if c else "" for c in e.cells), _cell(e.text)) for e in entries]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("NoneType", "None").replace("Literal", "one of ")
+
+
+def _plain(value: Any) -> str:
+    if callable(value):
+        return ""
+    return "" if value is None else str(list(value) if isinstance(value, tuple) else value)
