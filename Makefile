@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ROUNDS ?= 12
-.PHONY: demo test lint bench bench-gpu bench-gpus up down chromium
+.PHONY: demo test lint docs bench bench-gpu bench-gpus up down chromium
 
 # The whole pinned install; made again when the pins change.
 .venv/ready: constraints.txt pyproject.toml
@@ -29,6 +29,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# The site of docs/, in site/: open site/index.html. The variable silences a notice: mkdocs-material ends in May 2027.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/ready
 	$(BIN)/python tests/benchmarks/speed.py

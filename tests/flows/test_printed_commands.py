@@ -14,7 +14,7 @@ from flows.command_line import app
 from flows.presets import presets
 
 DOCUMENTS = [
-    *PROJECT_ROOT.glob("*.md"), *(PROJECT_ROOT / "docs").glob("*.md"), PROJECT_ROOT / "tests/benchmarks/README.md",
+    *PROJECT_ROOT.glob("*.md"), *(PROJECT_ROOT / "docs").rglob("*.md"), PROJECT_ROOT / "tests/benchmarks/README.md",
     *(PROJECT_ROOT / "d3po_core").rglob("*.html"),
 ]  # fmt: skip
 SOURCES = [path for folder in ("flows", "tasks", "d3po_core") for path in (PROJECT_ROOT / folder).rglob("*.py")]
@@ -81,13 +81,30 @@ def parsed(line: str) -> None:
 
 def test_there_are_commands_to_look_at() -> None:
     places = {place for place, _ in printed()}
-    assert {"README.md", "questions.md", "judgements.md", "waiting.py", "report_commands.py", "template.html"} <= places
+    assert {
+        "README.md",
+        "resume.md",
+        "questions.md",
+        "judgements.md",
+        "waiting.py",
+        "report_commands.py",
+        "template.html",
+    } <= places
     assert len(printed()) > 60
 
 
 @pytest.mark.parametrize(("place", "line"), printed())
 def test_a_printed_command_is_taken(place: str, line: str) -> None:
     parsed(line)
+
+
+def test_make_and_deployments_that_documents_name_exist() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    makefile = (PROJECT_ROOT / "Makefile").read_text()
+    named = set(re.findall(r"^make ([\w./-]+)", text, re.M)) | set(re.findall(r"`make ([\w./-]+)`", text))
+    assert {"demo", "docs", "up"} <= named
+    assert [name for name in named if not re.search(rf"^{re.escape(name)}:", makefile, re.M)] == []
+    assert set(re.findall(r"prefect deployment run d3po/([\w-]+)", text)) <= set(presets())
 
 
 WRONG = ("d3po prune --dryrun", "d3po export-sheet --campaign c", "d3po nothing", "d3po run nowhere")
