@@ -51,6 +51,8 @@ def clean(cells: pa.ChunkedArray) -> pa.ChunkedArray:
     """Undo ``neutralise``, strip white space, make empty cells null."""
     if pc.any(pc.starts_with(cells, "'")).as_py():
         cells = pc.replace_substring_regex(cells, f"^'('*[{FORMULA_START}])", r"\1")
+    if pc.any(pc.starts_with(cells, '="')).as_py():  # a spreadsheet's way to write text
+        cells = pc.replace_substring_regex(cells, r'^="(.*)"$', r"\1")
     cells = pc.utf8_trim_whitespace(cells)
     return pc.if_else(pc.equal(cells, ""), pa.scalar(None, pa.string()), cells)
 
@@ -108,7 +110,7 @@ def utf8(content: bytes, name: str) -> bytes:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = len(re.findall(rb"\r\n|\r|\n", content[: error.start])) + 1
         raise D3POError(
             f"{name} line {line}: byte {content[error.start]:#04x} is not {encoding.removesuffix('-sig').upper()}; "
             "save the file as 'CSV UTF-8'"
@@ -133,6 +135,9 @@ def read_cells(content: bytes, name: str, known: frozenset[str]) -> Cells:
     assert start is not None
     skipped = len(re.findall(rb"\r\n|\r|\n", start[0]))
     content = content[start.end() :]
+    title = _title(content, known)
+    skipped += len(re.findall(rb"\r\n|\r|\n", content[:title]))
+    content = content[title:]
     delimiter, header = _header(content, name, known)
     ragged: list[tuple[int | None, int, str]] = []
 
@@ -170,6 +175,22 @@ def _ragged(count: int, expected: int) -> str:
     return f"has {count} cells; expected {expected} as in the header (quote cells that hold the delimiter)"
 
 
+def column_name(text: str) -> str:
+    """A column's name in lower case with underscores, as headers are read."""
+    return re.sub(r"[\s-]+", "_", text.strip().lower())
+
+
+def _title(content: bytes, known: frozenset[str]) -> int:
+    """Bytes of the lines above the header: a sheet's title or ``Table 1``; 0 when the first line is the header."""
+    lines = re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)", content[: 1 << 16])[:4]
+    counts = [
+        max(len(known & {column_name(cell.strip('"')) for cell in text.split(delimiter)}) for delimiter in ",;\t|")
+        for text in (line.decode("utf-8", "ignore") for line in lines)
+    ]
+    header = next((index for index, count in enumerate(counts) if count >= 2), 0)
+    return sum(map(len, lines[:header])) if not any(counts[:header]) else 0
+
+
 def _header(content: bytes, name: str, known: frozenset[str]) -> tuple[str, list[str]]:
     """The delimiter that finds most known columns, and the columns' names in lower case with underscores."""
     text = content[: 1 << 16].decode("utf-8", "ignore")
@@ -179,7 +200,7 @@ def _header(content: bytes, name: str, known: frozenset[str]) -> tuple[str, list
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         except csv.Error:
             continue
-        names = [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in cells]
+        names = [column_name(cell) for cell in cells]
         found.append((len(known & set(names)), len(names), delimiter, names))
     if not found:
         raise D3POError(f"{name}: the first line is no header; expected column names")

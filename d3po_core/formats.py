@@ -7,9 +7,8 @@ they are right is checked in ``judgement_checks``.
 import hashlib
 import json
 import re
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d3po_core import delimited, label_studio
+from d3po_core import delimited, label_studio, preference_tables
 from d3po_core.delimited import PROBLEMS, Cells, ascii_safe, shown
 from d3po_core.errors import D3POError
+from d3po_core.image_names import SAMPLE_ID, sample_ids
+from d3po_core.rater_names import composed
 
 # What a judgement file says of each row, as text; ``said`` is the choice, the rating or the rank.
 COLUMNS = ("sample_id", "other_id", "said", "rater", "judged_at", "seconds", "position", "group_id", "prompt",
-           "campaign", "round")  # fmt: skip
-OPTIONAL = ("rater", "judged_at", "seconds", "position", "prompt", "campaign", "round")
+           "campaign", "campaign_id", "round")  # fmt: skip
+OPTIONAL = ("rater", "judged_at", "seconds", "position", "prompt", "campaign", "campaign_id", "round")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,38 @@ FORMATS = {
     "Diffusion-KTO": Format(
         "rating", {"file_path": "sample_id", "caption": "prompt", "label": "said"}, {name: name for name in OPTIONAL}
     ),
+    "Diffusion-KTO's trainer": Format(
+        "rating", {"file_name": "sample_id", "caption": "prompt", "split": "said"}, {name: name for name in OPTIONAL}
+    ),
 }
-_KNOWN = frozenset(name for f in FORMATS.values() for name in (*f.needed, *f.optional)) | label_studio.OWN
+_KNOWN = (
+    frozenset(name for f in FORMATS.values() for name in (*f.needed, *f.optional))
+    | label_studio.OWN
+    | frozenset(name for names in preference_tables.WINNERS for name in names)
+    | frozenset(preference_tables.PICK_A_PIC)
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user says of a file that it does not say itself.
+
+    Attributes:
+        order: the sample of each position of the published D3PO code's list, a list per group.
+        columns: the file's name of each column, by ours: ``{"winner": "better", "loser": "worse"}``.
+        control: which control of Label Studio counts.
+        left: which column of Label Studio's tasks stood on the left.
+        scale: words of an ordered scale of ratings, the worst first.
+    """
+
+    order: Sequence[Sequence[str]] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    control: str | None = None
+    left: str | None = None
+    scale: Sequence[str] = ()
+
+
+NOTHING_SAID = Reading()
 
 
 @dataclass(frozen=True)
@@ -66,6 +97,7 @@ class JudgementFile:
         decimal_comma: whether 1,5 is a number.
         sha256: digest of the file's bytes.
         fingerprint: what ``delimited.fingerprint`` said when it was read.
+        notes: what was taken for what, for the report.
     """
 
     name: str
@@ -78,14 +110,15 @@ class JudgementFile:
     decimal_comma: bool = False
     sha256: str = ""
     fingerprint: tuple[int, int, int] = (0, 0, 0)
+    notes: tuple[str, ...] = ()
 
 
-def read_judgement_file(path: Path, order: Sequence[Sequence[str]] | None = None) -> JudgementFile:
+def read_judgement_file(path: Path, reading: Reading = NOTHING_SAID) -> JudgementFile:
     """Recognise a file and read its rows as text.
 
     Args:
         path: CSV (, ; tab or | between cells; UTF-8, UTF-16 or UTF-32), or JSON: records, lines, or lists of numbers.
-        order: for the published D3PO code's positional list: the sample of each position, a list a group.
+        reading: what the user says of the file.
 
     Raises:
         D3POError: the file as a whole cannot be read: the message says why and what to do.
@@ -95,28 +128,32 @@ def read_judgement_file(path: Path, order: Sequence[Sequence[str]] | None = None
     text = delimited.utf8(content, path.name)
     del content
     first = text.lstrip()[:1]
-    found = _read_json(text, path.name, order) if first in (b"[", b"{") else _read_table(text, path.name)
+    found = _read_json(text, path.name, reading) if first in (b"[", b"{") else _read_table(text, path.name, reading)
     return replace(found, sha256=digest, fingerprint=before)
 
 
-def _read_table(text: bytes, name: str) -> JudgementFile:
-    cells = delimited.read_cells(text, name, _KNOWN)
-    found = _canonical(cells, name, "row")
+def _read_table(text: bytes, name: str, reading: Reading) -> JudgementFile:
+    cells = delimited.read_cells(text, name, _KNOWN | frozenset(map(delimited.column_name, reading.columns.values())))
+    found = _canonical(cells, name, "row", reading)
     return replace(found, decimal_comma=cells.delimiter != ",")
 
 
-def _read_json(text: bytes, name: str, order: Sequence[Sequence[str]] | None) -> JudgementFile:
+def _read_json(text: bytes, name: str, reading: Reading) -> JudgementFile:
     items = load_json(text, name)
     if isinstance(items, dict):
         hint = " (a sheet's manifest goes to --order)" if "order" in items else ""
-        items = [items] if _KNOWN & items.keys() or "annotations" in items else hint
+        one = _KNOWN | preference_tables.LIST_KEYS | {"annotations", "result"} | set(reading.columns.values())
+        items = [items] if one & items.keys() else hint
     if isinstance(items, str) or not items:
         raise D3POError(f"{name}: holds no list of judgements{items or ''}; expected a list of objects or of lists")
     if all(isinstance(item, list) for item in items) or not any(isinstance(item, dict) for item in items):
-        return _positional(items, name, order)
+        return _positional(items, name, reading.order)
     if label_studio.is_raw(items):
-        items = label_studio.flatten(items, name)
-    return _canonical(_cells_of(items), name, "item")
+        return _label_studio(list(label_studio.of_tasks(items)), PROBLEMS.empty_table(), name, "item", reading)
+    chosen = preference_tables.list_format(items)
+    if chosen:
+        return _lists(items, chosen, name)
+    return _canonical(_cells_of(items), name, "item", reading)
 
 
 def load_json(text: bytes, name: str) -> Any:
@@ -172,17 +209,91 @@ def _cells_of(items: list[Any]) -> Cells:
     return Cells(columns, rows, pa.Table.from_pylist(bad, schema=PROBLEMS))
 
 
-def _canonical(cells: Cells, name: str, noun: str) -> JudgementFile:
+def _canonical(cells: Cells, name: str, noun: str, reading: Reading) -> JudgementFile:
+    cells = _renamed(cells, name, reading.columns)
     if label_studio.is_export(cells.columns):
-        kind, columns, labels = label_studio.read(cells.columns, name)
-        return _file(name, f"Label Studio {kind}", kind, noun, columns, labels, cells)
+        texts = {key: delimited.clean(column).to_pylist() for key, column in cells.columns.items()}
+        found = label_studio.of_columns(texts, cells.rows.tolist(), reading.control, reading.scale)
+        return _label_studio(list(found), cells.problems, name, noun, reading)
+    if pair := preference_tables.winner_columns(set(cells.columns)):
+        return _winners(cells, name, noun, pair)
+    if set(preference_tables.PICK_A_PIC) <= cells.columns.keys():
+        return _pick_a_pic(cells, name, noun)
     chosen = _recognise(set(cells.columns), name)
     wanted = FORMATS[chosen].needed | FORMATS[chosen].optional
     columns = {own: delimited.clean(cells.columns[theirs]) for theirs, own in wanted.items() if theirs in cells.columns}
     labels = {own: theirs for theirs, own in wanted.items() if theirs in cells.columns}
-    if chosen == "Diffusion-KTO":
-        columns["sample_id"] = label_studio.sample_ids(columns["sample_id"])
     return _file(name, chosen, FORMATS[chosen].kind, noun, columns, labels, cells)
+
+
+def _renamed(cells: Cells, name: str, columns: Mapping[str, str]) -> Cells:
+    """The cells under our names where the user said which column is which."""
+    found = dict(cells.columns)
+    known = _KNOWN - label_studio.OWN
+    for ours, said in columns.items():
+        theirs = said if said in found else delimited.column_name(said)
+        if ours not in known or theirs not in found:
+            wrong, listed = (ours, known) if ours not in known else (said, set(cells.columns))
+            raise D3POError(
+                f"{name}: --columns {ours}={said}: unknown column {shown(wrong)}; known: {', '.join(sorted(listed)[:40])}"
+            )
+        found[ours] = cells.columns[theirs]
+        if theirs not in columns:
+            found.pop(theirs, None)
+    return replace(cells, columns=found)
+
+
+def _label_studio(
+    found: list[label_studio.Annotation | int], problems: pa.Table, name: str, noun: str, reading: Reading
+) -> JudgementFile:
+    said = label_studio.judgements(
+        [one for one in found if not isinstance(one, int)], name, reading.control, reading.left, reading.scale
+    )
+    wrong = [(one, "is no task with its data and annotations") for one in found if isinstance(one, int)]
+    rows, columns = _of_records(said.rows)
+    cells = Cells({}, rows, pa.concat_tables([problems, _problems(wrong)]))
+    chosen = f"Label Studio {said.kind}"
+    return replace(_file(name, chosen, said.kind, noun, columns, said.labels, cells), notes=tuple(said.notes))
+
+
+def _lists(items: list[Any], chosen: str, name: str) -> JudgementFile:
+    found = list(preference_tables.rows_of_lists(items, chosen))
+    rows, columns = _of_records([(row, one) for row, one in found if not isinstance(one, str)])
+    cells = Cells({}, rows, _problems([(row, one) for row, one in found if isinstance(one, str)]))
+    kind = "choice" if "other_id" in columns else "rank"
+    if kind == "rank":
+        groups = pc.replace_substring_regex(sample_ids(columns["sample_id"]), r"-m[0-9]+$", "")
+        columns["group_id"] = groups
+    return _file(name, chosen, kind, "item", columns, {}, cells)
+
+
+def _of_records(records: list[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, dict[str, pa.ChunkedArray]]:
+    """Numbers and text columns of canonical records."""
+    names = dict.fromkeys(name for _, record in records for name in record)
+    columns = {n: delimited.clean(text_array([text_of(record.get(n)) for _, record in records])) for n in names}
+    return np.array([row for row, _ in records], dtype=np.int64), columns
+
+
+def _problems(found: list[tuple[int, str]]) -> pa.Table:
+    listed = [{"row": row, "column": "", "value": "", "message": message} for row, message in found]
+    return pa.Table.from_pylist(listed, schema=PROBLEMS)
+
+
+def _winners(cells: Cells, name: str, noun: str, pair: tuple[str, str]) -> JudgementFile:
+    labels = {"sample_id": pair[0], "other_id": pair[1]} | {n: n for n in (*OPTIONAL, "group_id") if n in cells.columns}
+    columns = {own: delimited.clean(cells.columns[theirs]) for own, theirs in labels.items()}
+    filled = pc.or_(pc.is_valid(columns["sample_id"]), pc.is_valid(columns["other_id"]))
+    columns["said"] = pc.if_else(filled, pa.scalar("first"), pa.scalar(None, pa.string()))
+    return _file(name, f"{pair[0]} and {pair[1]}", "choice", noun, columns, labels | {"said": pair[0]}, cells)
+
+
+def _pick_a_pic(cells: Cells, name: str, noun: str) -> JudgementFile:
+    others = {own: theirs for theirs, own in preference_tables.PICK_A_PIC_OTHERS.items() if theirs in cells.columns}
+    others |= {own: own for own in ("rater", "campaign", "campaign_id") if own in cells.columns}
+    labels = {"sample_id": "image_0_uid", "other_id": "image_1_uid"} | others
+    columns = {own: delimited.clean(cells.columns[theirs]) for own, theirs in labels.items()}
+    columns["said"] = text_array(preference_tables.pick_a_pic_choices(cells.columns))
+    return _file(name, "Pick-a-Pic", "choice", noun, columns, labels | {"said": "label_0 and label_1"}, cells)
 
 
 def _recognise(found: set[str], name: str) -> str:
@@ -200,7 +311,10 @@ def _recognise(found: set[str], name: str) -> str:
             f"{name}: missing column {missing} of format {near} ({', '.join(needed)}); the header has {have}"
         )
     expected = "; ".join(f"{f}: {', '.join(FORMATS[f].needed)}" for f in FORMATS)
-    raise D3POError(f"{name}: no known format; the header has {have}; expected {expected}; or Label Studio's export")
+    raise D3POError(
+        f"{name}: no known format; the header has {have}; expected {expected}; winner, loser; Pick-a-Pic's; or Label "
+        "Studio's export; say which column is which: --columns winner=...,loser=..."
+    )
 
 
 def _file(
@@ -210,8 +324,9 @@ def _file(
     empty = pa.nulls(len(cells.rows), pa.string())
     if "rater" in columns:  # the same name typed on another system is the same rater
         names = columns["rater"].unique()
-        composed = pa.array([name and unicodedata.normalize("NFC", name) for name in names.to_pylist()], pa.string())
-        columns["rater"] = composed.take(pc.index_in(columns["rater"], names))
+        same = pa.array([name and composed(name) for name in names.to_pylist()], pa.string())
+        columns["rater"] = same.take(pc.index_in(columns["rater"], names))
+    columns |= {own: sample_ids(columns[own]) for own in ("sample_id", "other_id") if own in columns}
     table = pa.table({"row": pa.array(cells.rows, pa.int64())} | {c: columns.get(c, empty) for c in COLUMNS})
     return JudgementFile(name, chosen, kind, noun, table, labels, cells.problems)
 
@@ -255,6 +370,6 @@ def load_order(path: Path) -> list[list[str]]:
     order = found.get("order") if isinstance(found, dict) else found
     groups: list[Any] = order if isinstance(order, list) else []
     ids = [sample for group in groups if isinstance(group, list) for sample in group]
-    if not ids or not all(isinstance(i, str) and re.fullmatch(label_studio.SAMPLE_ID, i) for i in ids):
+    if not ids or not all(isinstance(i, str) and re.fullmatch(SAMPLE_ID, i) for i in ids):
         raise D3POError(f"{path.name}: is no order; expected lists of sample ids, such as [['r3-g0-m0', 'r3-g0-m1']]")
     return [group if isinstance(group, list) else [] for group in groups]

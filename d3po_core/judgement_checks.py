@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d3po_core.formats import JudgementFile
-from d3po_core.judgement_rules import Scope, checks_of, macros, value_sql
+from d3po_core.judgement_rules import Scope, checks_of, macros, skipped_sql, value_sql
 from d3po_core.tables import SCHEMAS
 
 CHUNK = 1 << 17  # rows that are checked at once: bounds the memory
@@ -16,12 +16,14 @@ CHUNK = 1 << 17  # rows that are checked at once: bounds the memory
 
 @dataclass(frozen=True)
 class Checked:
-    """Good rows (columns of ``judgements``), problems (row, column, value, message), and how many rows say nothing."""
+    """Good rows (columns of ``judgements``), problems (row, column, value, message), how many rows say nothing or what
+    another row says already."""
 
     rows: pa.Table
     problems: pa.Table
     num_bad: int
     num_empty: int
+    num_repeated: int = 0
 
 
 def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
@@ -46,7 +48,7 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
             for name, column in _of_samples(samples, own.slice(start, CHUNK), other.slice(start, CHUNK)).items():
                 rows = rows.append_column(name, column)
             connection.register("file", rows)
-            connection.execute(_SAID.format(value=value_sql(file.kind, scope.scale)), {"rater": scope.rater})
+            connection.execute(_SAID.format(value=value_sql(file.kind, scope.scale), skipped=skipped_sql()), {"rater": scope.rater})
             # One pass over good rows; messages are only made for what is found.
             found = connection.sql(
                 f"SELECT {', '.join(f'bool_or({check[1]})' for check in checks)} FROM said"
@@ -61,10 +63,12 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
             good.append(connection.sql(_GOOD).to_arrow_table())
             num_said += connection.table("said").count("*").fetchall()[0][0]
         right = pa.concat_tables(good)
+        before = len(right)
         right = _without_repeats(connection, right, file.labels.get("said", "said"))
         problems = connection.sql('SELECT * FROM problems ORDER BY row, "column"').to_arrow_table()
         bad = connection.table("problems").aggregate("count(DISTINCT row)").fetchall()[0][0]
-    return Checked(_judgements(right, file.kind, scope, source), problems, bad, len(file.table) - num_said)
+        repeated = before - len(right) - connection.sql(_NUM_DIFFERENT).fetchall()[0][0] if before > len(right) else 0
+    return Checked(_judgements(right, file.kind, scope, source), problems, bad, len(file.table) - num_said, repeated)
 
 
 def _with_group_size(samples: pa.Table) -> pa.Table:
@@ -80,14 +84,16 @@ def _of_samples(samples: pa.Table, own: pa.ChunkedArray, other: pa.ChunkedArray)
 
 
 def _without_repeats(connection: duckdb.DuckDBPyConnection, good: pa.Table, label: str) -> pa.Table:
-    """Report rows that say of one thing at one time what another row says; nobody knows which is the later."""
+    """Report rows that say different things of one thing at one time; of rows that say the same the first is kept."""
     things, counts = np.unique(good["thing"].to_numpy(), return_counts=True)
     if not (counts > 1).any():
         return good
     connection.register("candidates", good.filter(pc.is_in(good["thing"], pa.array(things[counts > 1]))))
     connection.execute(_REPEATS, {"label": label})
-    repeated = connection.sql("SELECT row FROM problems").to_arrow_table()["row"]
-    return good.filter(pc.invert(pc.is_in(good["row"], repeated.combine_chunks())))
+    dropped = connection.sql(_DROPPED).to_arrow_table()
+    keep = good.append_column("at", pa.array(np.arange(len(good))))
+    same = keep.join(dropped, ["row", "low", "high"], join_type="left semi") if len(dropped) else keep.slice(0, 0)
+    return good.filter(pc.invert(pc.is_in(keep["at"], same["at"].combine_chunks())))
 
 
 def _judgements(good: pa.Table, kind: str, scope: Scope, source: str) -> pa.Table:
@@ -102,7 +108,7 @@ def _judgements(good: pa.Table, kind: str, scope: Scope, source: str) -> pa.Tabl
 _SAID = """
 CREATE OR REPLACE TEMP TABLE said AS
     SELECT * EXCLUDE (rater), coalesce(rater, $rater) AS rater,
-           {value}::DOUBLE AS value, lower(said) = 'skip' AS skipped, utc(judged_at) AS moment
+           {value}::DOUBLE AS value, {skipped} AS skipped, utc(judged_at) AS moment
     FROM file WHERE said IS NOT NULL;
 """
 

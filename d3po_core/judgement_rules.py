@@ -12,11 +12,9 @@ import pyarrow.compute as pc
 
 from d3po_core.errors import D3POError
 from d3po_core.formats import JudgementFile
+from d3po_core.judgement_words import BAD, BETWEEN, CHOICES, GOOD, SKIPS
+from d3po_core.rater_names import name_problem, other_spellings
 
-CHOICES = {"first": 1, "left": 1, "second": -1, "right": -1, "tie": 0, "equal": 0}
-GOOD, BAD = ("good", "yes", "true", "win", "exclusive_win"), ("bad", "no", "false", "lose", "exclusive_lose")
-SKIP = "skip"
-MAX_RATER = 100
 
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 # As far as zones go: -12:00 to +14:00, and what databases allow beyond.
@@ -41,6 +39,8 @@ class Scope:
         raters: rater and rater_kind of everybody who judged the round before.
         now: naive UTC; when rows without a time count as judged.
         scale: words of an ordered scale, the worst first; empty for numbers and good or bad.
+        names: names of everybody who judged the campaign before.
+        campaign_id: the campaign's own id, which tells it from another one of the same name.
     """
 
     campaign: str
@@ -51,6 +51,8 @@ class Scope:
     raters: pa.Table
     now: datetime
     scale: Sequence[str] = ()
+    names: Sequence[str] = ()
+    campaign_id: str = ""
 
 
 def macros(decimal_comma: bool) -> str:
@@ -73,21 +75,28 @@ def macros(decimal_comma: bool) -> str:
 
 def value_sql(kind: str, scale: Sequence[str]) -> str:
     """SQL for the number that a cell says; null where it says none."""
-    words: dict[str, int] = {}
+    words: dict[str, float] = {}
     if kind == "choice":
         words = dict(CHOICES)
     elif kind == "rating" and scale:
         words = {word.strip().lower(): index for index, word in enumerate(scale)}
-        if len(words) < 2 or len(words) < len(scale) or SKIP in words or "" in words:
+        if len(words) < 2 or len(words) < len(scale) or set(SKIPS) & set(words) or "" in words:
             raise D3POError(
                 f"scale {', '.join(scale)!r}: expected at least two different words, the worst first, none of them "
-                f"{SKIP!r}; such as --scale poor,fair,good"
+                f"{SKIPS[0]!r}; such as --scale poor,fair,good"
             )
     elif kind == "rating":
-        words = dict.fromkeys(GOOD, 1) | dict.fromkeys(BAD, 0)
+        words = dict.fromkeys(GOOD, 1) | dict.fromkeys(BAD, 0) | dict.fromkeys(BETWEEN, 0.5)
     cases = " ".join(f"WHEN {_quoted(word)} THEN {number}" for word, number in words.items())
     numbers = "NULL" if kind == "choice" or scale else "number(said)"
+    if kind == "choice":  # the chosen image's own id is no guess either
+        numbers = "CASE WHEN said = sample_id THEN 1 WHEN said = other_id THEN -1 END"
     return f"CASE lower(said) {cases} ELSE {numbers} END" if cases else numbers
+
+
+def skipped_sql() -> str:
+    """SQL for whether a cell says that the rater has no opinion."""
+    return f"lower(said) IN ({', '.join(map(_quoted, SKIPS))})"
 
 
 def _quoted(text: str) -> str:
@@ -110,10 +119,7 @@ def checks_of(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str
     others = scope.raters.filter(pc.not_equal(scope.raters["rater_kind"], scope.rater_kind))["rater"].to_pylist()
     taken = ", ".join(["NULL", *map(_quoted, others)])
     yield "rater", "rater IS NULL", "'is empty; fill it in, or say who judged: --rater NAME'"
-    yield (
-        "rater", f"length(rater) > {MAX_RATER} OR regexp_matches(rater, '[[:cntrl:]]')",
-        f"'is no name; expected up to {MAX_RATER} characters on one line'",
-    )  # fmt: skip
+    yield from _name_checks(file, scope)
     yield (
         "rater", f"rater IN ({taken})",
         f"'judged {here} as another kind of rater; give {scope.rater_kind} judgements another name: --rater NAME'",
@@ -133,7 +139,7 @@ def checks_of(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str
     )  # fmt: skip
     yield "group_id", "group_id != group_of", "'is not the group of ' || sample_id || ', which is ' || group_of"
     yield (
-        "prompt", "prompt != prompt_of AND one_space(prompt) != one_space(prompt_of)",
+        "prompt", "prompt != prompt_of AND lower(one_space(prompt)) != lower(one_space(prompt_of))",
         f"'is not the prompt of ' || sample_id || ' in {here}; is the file of another campaign?'",
     )  # fmt: skip
     yield (
@@ -141,9 +147,26 @@ def checks_of(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str
         f"'is not the campaign {_quoted(scope.campaign)[1:-1]}; import it with its own --campaign'",
     )  # fmt: skip
     yield (
+        "campaign_id", f"campaign_id IS NOT NULL AND campaign_id != {_quoted(scope.campaign_id)}",
+        f"'is the id of another campaign than {_quoted(scope.campaign)[1:-1]}, started at another time; import it there'",
+    )  # fmt: skip
+    yield (
         "round", f"round IS NOT NULL AND coalesce(number(round) != {scope.round_number}, true)",
         f"'is not round {scope.round_number}; import it with its own --round'",
     )  # fmt: skip
+
+
+def _name_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str]]:
+    names = [name for name in pc.unique(file.table["rater"]).to_pylist() if name is not None]
+    names += [scope.rater] if scope.rater else []
+    bad = {name: problem for name in names if (problem := name_problem(name))}
+    for name, problem in bad.items():
+        yield "rater", f"rater = {_quoted(name)}", _quoted(f"is no name of a rater; {problem}")
+    for name, known in other_spellings(names, scope.names).items():
+        yield (
+            "rater", f"rater = {_quoted(name)}",
+            _quoted(f"differs from rater {known!r} only in capitals; write {known!r}, or a name of its own"),
+        )  # fmt: skip
 
 
 def _sample_checks(column: str, group: str, scope: Scope) -> Iterator[tuple[str, str, str]]:
@@ -154,7 +177,8 @@ def _sample_checks(column: str, group: str, scope: Scope) -> Iterator[tuple[str,
     yield column, f"{column} IS NULL", "'is empty; expected the id of an image'"
     yield (
         column, f"{column} IS NOT NULL AND {group} IS NULL",
-        f"""CASE WHEN {named} = '' THEN 'is no sample id; expected one like r{scope.round_number}-g0-m1'
+        f"""CASE WHEN {named} = '' THEN 'is no sample id; expected one like r{scope.round_number}-g0-m1: '
+                 || 'only images that this campaign sampled can be judged'
             WHEN {its_round} != '{scope.round_number}' THEN 'is of round ' || {its_round} || ', not of {here}; '
                  || 'import the file of each round by itself, with its --round'
             WHEN {named} IN (SELECT group_id FROM samples) THEN 'is not in {here} (group ' || {named} || ' has members '
@@ -189,7 +213,7 @@ def _said_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, 
         words = pc.is_in(pc.utf8_lower(file.table["said"]), pa.array([*GOOD, *BAD]))
         if not scope.scale and pc.any(words).as_py():
             yield (
-                "said", "as_real(said) IS NOT NULL AND value NOT IN (0, 1)",
+                "said", "as_real(said) IS NOT NULL AND value NOT IN (0, 0.5, 1)",
                 "'is a number beside good and bad in one file; expected 1, 0, good or bad'",
             )  # fmt: skip
 

@@ -1,0 +1,14 @@
+"""The words that every format of judgements knows, in lower case, and what they mean."""
+
+CHOICES = {
+    **dict.fromkeys(("first", "left"), 1),
+    **dict.fromkeys(("second", "right"), -1),
+    **dict.fromkeys(
+        ("tie", "equal", "draw", "same", "neither", "both", "both bad", "both good", "both are equal", "tie (bothbad)"), 0
+    ),
+}
+GOOD = ("good", "yes", "true", "win", "exclusive_win", "accept", "wahr", "vrai")
+BAD = ("bad", "no", "false", "lose", "exclusive_lose", "reject", "falsch", "faux")
+# Diffusion-KTO's images that won some comparisons and lost others: between good and bad.
+BETWEEN = ("intersections", "win_lose", "tie")
+SKIPS = ("skip", "not sure", "unsure", "don't know", "no opinion")
