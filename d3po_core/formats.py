@@ -235,7 +235,8 @@ def _renamed(cells: Cells, name: str, columns: Mapping[str, str]) -> Cells:
         if ours not in known or theirs not in found:
             wrong, listed = (ours, known) if ours not in known else (said, set(cells.columns))
             raise D3POError(
-                f"{name}: --columns {ours}={said}: unknown column {shown(wrong)}; known: {', '.join(sorted(listed)[:40])}"
+                f"{name}: --columns {ours}={said}: unknown column {shown(wrong)}; known: "
+                f"{', '.join(sorted(listed)[:40])}"
             )
         found[ours] = cells.columns[theirs]
         if theirs not in columns:

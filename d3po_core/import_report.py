@@ -1,7 +1,7 @@
 """What an import of judgements found and did, and how it is told."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +32,10 @@ class ImportReport:
         already: the same file was imported before; nothing changed.
         late: the round's preferences were derived before; its training does not change any more.
         accepted: the file is right, or its good rows were asked for; false when it must be corrected.
+        num_repeated: rows that say at the same time what another row of the file says; kept once.
+        num_known: rows that an earlier import or the page put on record already.
+        elsewhere: rows of other rounds by round; they are left out.
+        notes: what was taken for what, and what follows.
     """
 
     file: str
@@ -49,6 +53,10 @@ class ImportReport:
     already: bool
     late: bool
     accepted: bool
+    num_repeated: int = 0
+    num_known: int = 0
+    elsewhere: dict[int, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def problem_lines(self) -> Iterator[str]:
         """A line for everything that is wrong: file, row, column, value, and what to do."""
@@ -67,11 +75,18 @@ class ImportReport:
         parts = [f"{_count(self.num_good, 'judgement')} by {_count(len(self.raters), 'rater')}"]
         parts += [f"{_count(self.num_bad, self.noun)} wrong"] if self.num_bad else []
         parts += [f"{_count(self.num_empty, self.noun)} not filled in, left out"] if self.num_empty else []
+        parts += [f"{_count(self.num_repeated, self.noun)} repeated, kept once"] if self.num_repeated else []
+        parts += [f"{_count(self.num_known, 'judgement')} on record already, left out"] if self.num_known else []
         lines.append(f"{self.file} ({self.format}), {place}: {'; '.join(parts)}")
+        lines += [f"  {note}" for note in self.notes]
+        if self.elsewhere:
+            rounds = ", ".join(f"{count:,} of round {number}" for number, count in sorted(self.elsewhere.items()))
+            lines.append(f"  left out: rows of other rounds ({rounds}); import them with their own --round")
         if self.already:
             lines.append("the same file was imported before; nothing changed")
         elif self.written is None:
-            lines.append("nothing was written")
+            everything = self.num_known and self.num_known == self.num_good
+            lines.append("all of it is on record already; nothing changed" if everything else "nothing was written")
         else:
             left_out = f"; left out: {_count(self.num_bad, 'wrong ' + self.noun)}" if self.num_bad else ""
             lines.append(f"written to {self.written}{left_out}")

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,11 +14,13 @@ import pyarrow.parquet as pq
 from d3po_core.campaign import CAMPAIGN_FILE, campaign_id, stage_path
 from d3po_core.delimited import CUT_OFF, fingerprint, shown
 from d3po_core.errors import D3POError
-from d3po_core.formats import JudgementFile, load_order, read_judgement_file
+from d3po_core.formats import JudgementFile, Reading, load_order, read_judgement_file
+from d3po_core.import_outcome import outcome
 from d3po_core.import_report import ImportReport
 from d3po_core.integrity import require_files
 from d3po_core.judgement_checks import check_judgements
 from d3po_core.judgement_rules import Scope
+from d3po_core.rater_names import composed, name_problem
 from d3po_core.tables import connect, disk_errors, exclusive, partition, write_table
 
 MANIFEST = "manifest.json"
@@ -38,6 +39,9 @@ def import_file(
     late: bool = False,
     order: str | None = None,
     scale: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    control: str | None = None,
+    left: str | None = None,
 ) -> ImportReport:
     """Check a file of judgements and, when all of it is right, add it to a round. Needs no lock: it only adds a file.
 
@@ -53,14 +57,18 @@ def import_file(
         late: keep judgements of a round whose preferences were derived before.
         order: of a positional list: a manifest's path, or ``sampled`` for groups and members as they were sampled.
         scale: words of an ordered scale of ratings, the worst first.
+        columns: the file's name of each column, by ours, such as ``{"winner": "better"}``.
+        control: which control of Label Studio counts.
+        left: which column of Label Studio's tasks stood on the left.
 
     Raises:
         D3POError: the file as a whole, the campaign or the round do not fit; nothing is written then.
     """
     positions = _order(campaign_folder, campaign_name, path, round_number, order)
-    file = read_judgement_file(path, positions)
+    file = read_judgement_file(path, Reading(positions, columns or {}, control, left, scale))
     _check_manifest(campaign_folder, campaign_name, path)
     number = _round_of(campaign_folder, campaign_name, file, round_number)
+    file, elsewhere = _of_round(campaign_folder, file, number)
     derived = _check_not_derived(campaign_folder, campaign_name, number, late)
     rater = _rater(file, rater, gold)
     identity = json.dumps([file.sha256, rater, gold, positions, list(scale)])
@@ -69,18 +77,19 @@ def import_file(
     checked = check_judgements(file, _scope(campaign_folder, campaign_name, number, rater, gold, scale), source)
     if fingerprint(path) != file.fingerprint:
         raise D3POError(f"{path.name}: changed while it was checked; {CUT_OFF}")
+    rows, num_known = _not_on_record(campaign_folder, number, checked.rows, file)
     if not len(checked.rows) and not checked.num_bad:
         raise D3POError(f"{path.name}: holds no judgement; fill in {file.labels.get('said', 'it')} and import it again")
     already = target.exists()
     written = None
     accepted = len(checked.rows) > 0 and (accept_valid or not checked.num_bad)
-    if accepted and not dry_run and not already:
+    if accepted and not dry_run and not already and len(rows):
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(target.parent):  # or two imports of the same file could both find it missing
             already = target.exists()
             if not already:
-                written = write_table(campaign_folder, "judgements", number, checked.rows, name=source)
+                written = write_table(campaign_folder, "judgements", number, rows, name=source)
     counts = pc.value_counts(checked.rows["rater"].combine_chunks()) if len(checked.rows) else []
     return ImportReport(
         file=path.name, campaign=campaign_name, round_number=number, format=file.format, noun=file.noun,
@@ -88,8 +97,23 @@ def import_file(
         num_empty=checked.num_empty, raters={str(c["values"]): c["counts"].as_py() for c in counts},
         problems=checked.problems, written=written, already=already,
         late=derived or stage_path(campaign_folder, number, "derive").exists(),
-        accepted=accepted,
+        accepted=accepted, num_repeated=checked.num_repeated, num_known=0 if already else num_known,
+        elsewhere=elsewhere,
+        notes=(*file.notes, *outcome(checked.rows, file), *_whose(path, file)),
     )  # fmt: skip
+
+
+def renaming(said: str | None) -> dict[str, str]:
+    """The file's name of each column by ours, of a text such as ``winner=better,loser=worse``.
+
+    Raises:
+        D3POError: a part has no ``=``.
+    """
+    parts = [part.partition("=") for part in said.split(",")] if said else []
+    wrong = next((ours for ours, sign, theirs in parts if not (ours.strip() and sign and theirs.strip())), None)
+    if wrong is not None:
+        raise D3POError(f"--columns {shown(wrong)}: expected ours=theirs, such as winner=better,loser=worse")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in parts}
 
 
 def sampled_rounds(campaign_folder: Path) -> list[int]:
@@ -167,6 +191,49 @@ def _round_of(folder: Path, campaign: str, file: JudgementFile, asked: int | Non
     return number
 
 
+def _of_round(folder: Path, file: JudgementFile, number: int) -> tuple[JudgementFile, dict[int, int]]:
+    """The file without the rows of other rounds of the campaign, and how many those are by round."""
+    pattern = r"^r(?P<n>[0-9]{1,9})-g[0-9]+-m[0-9]+$"
+    own, other = (
+        pc.cast(pc.struct_field(pc.extract_regex(file.table[name], pattern), "n"), pa.int64())
+        for name in ("sample_id", "other_id")
+    )
+    of_one = pc.or_kleene(pc.is_null(file.table["other_id"]), pc.equal(own, other))
+    rounds = pc.if_else(pc.fill_null(of_one, False), pc.fill_null(own, number), pa.scalar(number))  # else an error
+    others = [other for other in sampled_rounds(folder) if other != number]
+    away = pc.is_in(rounds, pa.array(others, pa.int64()))
+    if pc.all(away).as_py() or not pc.any(away).as_py():  # all of it: the checks say so
+        return file, {}
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(rounds.filter(away)).to_pylist()}
+    return replace(file, table=file.table.filter(pc.invert(away))), counts
+
+
+def _not_on_record(folder: Path, number: int, rows: pa.Table, file: JudgementFile) -> tuple[pa.Table, int]:
+    """The rows that nobody's import said before with the same time, and the number of the others."""
+    if not len(rows) or file.table["judged_at"].null_count == len(file.table):
+        return rows, 0
+    numbered = rows.append_column("place", pa.array(range(len(rows)), pa.int64()))
+    with connect(folder) as connection:
+        connection.register("read_rows", numbered)
+        fresh = connection.sql(
+            """SELECT place FROM read_rows n WHERE NOT EXISTS (
+                   FROM judgements j WHERE j.round = $round AND j.rater = n.rater AND j.sample_id = n.sample_id
+                   AND j.other_id IS NOT DISTINCT FROM n.other_id AND j.judged_at = n.judged_at
+                   AND j.value IS NOT DISTINCT FROM n.value AND j.kind = n.kind) ORDER BY place""",
+            params={"round": number},
+        ).to_arrow_table()["place"]
+    return rows.take(fresh.combine_chunks()), len(rows) - len(fresh)
+
+
+def _whose(path: Path, file: JudgementFile) -> list[str]:
+    """A warning when nothing tells which campaign the file is of."""
+    told = any(file.table[name].null_count < len(file.table) for name in ("campaign", "campaign_id", "prompt"))
+    if told or _manifest(path.parent / MANIFEST):
+        return []
+    return ["nothing in the file says which campaign it is of (no column campaign or prompt), and images of another "
+            "one may have the same names"]  # fmt: skip
+
+
 def _check_not_derived(folder: Path, campaign: str, number: int, late: bool) -> bool:
     derived = stage_path(folder, number, "derive").exists()
     if derived and not late:
@@ -182,9 +249,11 @@ def _scope(folder: Path, campaign: str, number: int, rater: str | None, gold: bo
         raters = connection.sql(
             "SELECT DISTINCT rater, rater_kind FROM judgements WHERE round = $round", params={"round": number}
         ).to_arrow_table()
+        names = connection.sql("SELECT DISTINCT rater FROM judgements").to_arrow_table()["rater"].to_pylist()
+    own_id = campaign_id(folder) if (folder / CAMPAIGN_FILE).exists() else ""
     return Scope(
         campaign, number, read_samples(folder, campaign, number), rater, "gold" if gold else "human", raters,
-        datetime.now(UTC).replace(tzinfo=None), scale,
+        datetime.now(UTC).replace(tzinfo=None), scale, sorted(names), own_id,
     )  # fmt: skip
 
 
@@ -193,7 +262,9 @@ def _rater(file: JudgementFile, rater: str | None, gold: bool) -> str | None:
         if not gold and len(file.table) and file.table["rater"].null_count == len(file.table):
             raise D3POError(f"{file.name}: does not say who judged; add a column rater, or --rater NAME")
         return GOLD_RATER if gold else None
-    name = unicodedata.normalize("NFC", re.sub(r"\s+", " ", rater).strip())
+    name = composed(rater)
     if not name:
         raise D3POError("--rater is empty; expected a name")
+    if problem := name_problem(name):
+        raise D3POError(f"--rater {shown(name)}: is no name; {problem}")
     return name

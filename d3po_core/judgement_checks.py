@@ -16,8 +16,10 @@ CHUNK = 1 << 17  # rows that are checked at once: bounds the memory
 
 @dataclass(frozen=True)
 class Checked:
-    """Good rows (columns of ``judgements``), problems (row, column, value, message), how many rows say nothing or what
-    another row says already."""
+    """Good rows (columns of ``judgements``), problems (row, column, value, message), and how many rows say nothing.
+
+    ``num_repeated`` rows say what another row says already.
+    """
 
     rows: pa.Table
     problems: pa.Table
@@ -48,7 +50,9 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
             for name, column in _of_samples(samples, own.slice(start, CHUNK), other.slice(start, CHUNK)).items():
                 rows = rows.append_column(name, column)
             connection.register("file", rows)
-            connection.execute(_SAID.format(value=value_sql(file.kind, scope.scale), skipped=skipped_sql()), {"rater": scope.rater})
+            connection.execute(
+                _SAID.format(value=value_sql(file.kind, scope.scale), skipped=skipped_sql()), {"rater": scope.rater}
+            )
             # One pass over good rows; messages are only made for what is found.
             found = connection.sql(
                 f"SELECT {', '.join(f'bool_or({check[1]})' for check in checks)} FROM said"
@@ -63,12 +67,11 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
             good.append(connection.sql(_GOOD).to_arrow_table())
             num_said += connection.table("said").count("*").fetchall()[0][0]
         right = pa.concat_tables(good)
-        before = len(right)
-        right = _without_repeats(connection, right, file.labels.get("said", "said"))
+        right, num_repeated = _without_repeats(connection, right, file.labels.get("said", "said"))
         problems = connection.sql('SELECT * FROM problems ORDER BY row, "column"').to_arrow_table()
         bad = connection.table("problems").aggregate("count(DISTINCT row)").fetchall()[0][0]
-        repeated = before - len(right) - connection.sql(_NUM_DIFFERENT).fetchall()[0][0] if before > len(right) else 0
-    return Checked(_judgements(right, file.kind, scope, source), problems, bad, len(file.table) - num_said, repeated)
+    num_empty = len(file.table) - num_said
+    return Checked(_judgements(right, file.kind, scope, source), problems, bad, num_empty, num_repeated)
 
 
 def _with_group_size(samples: pa.Table) -> pa.Table:
@@ -83,17 +86,17 @@ def _of_samples(samples: pa.Table, own: pa.ChunkedArray, other: pa.ChunkedArray)
     return {name: samples[column].take(index) for name, (column, index) in taken.items()}
 
 
-def _without_repeats(connection: duckdb.DuckDBPyConnection, good: pa.Table, label: str) -> pa.Table:
+def _without_repeats(connection: duckdb.DuckDBPyConnection, good: pa.Table, label: str) -> tuple[pa.Table, int]:
     """Report rows that say different things of one thing at one time; of rows that say the same the first is kept."""
     things, counts = np.unique(good["thing"].to_numpy(), return_counts=True)
     if not (counts > 1).any():
-        return good
+        return good, 0
+    good = good.append_column("place", pa.array(np.arange(len(good))))
     connection.register("candidates", good.filter(pc.is_in(good["thing"], pa.array(things[counts > 1]))))
     connection.execute(_REPEATS, {"label": label})
-    dropped = connection.sql(_DROPPED).to_arrow_table()
-    keep = good.append_column("at", pa.array(np.arange(len(good))))
-    same = keep.join(dropped, ["row", "low", "high"], join_type="left semi") if len(dropped) else keep.slice(0, 0)
-    return good.filter(pc.invert(pc.is_in(keep["at"], same["at"].combine_chunks())))
+    dropped = connection.sql("SELECT place, same FROM dropped").to_arrow_table()
+    kept = good.filter(pc.invert(pc.is_in(good["place"], dropped["place"].combine_chunks())))
+    return kept.drop_columns(["place"]), pc.sum(dropped["same"].cast("int64")).as_py() or 0
 
 
 def _judgements(good: pa.Table, kind: str, scope: Scope, source: str) -> pa.Table:
@@ -122,18 +125,23 @@ FROM said ANTI JOIN problems USING (row) ORDER BY row
 # Equal hashes of different things are told apart here.
 _REPEATS = """
 CREATE TEMP TABLE things AS
-    SELECT row, rater, least(sample_id, coalesce(other_id, sample_id)) AS low,
+    SELECT place, row, rater, least(sample_id, coalesce(other_id, sample_id)) AS low,
            greatest(sample_id, coalesce(other_id, sample_id)) AS high, moment, said,
            if(other_id < sample_id, -value, value) AS value
     FROM candidates;
 CREATE TEMP TABLE repeats AS
-    SELECT rater, low, high, moment, min(row) AS first_row, max(row) AS last_row,
+    SELECT rater, low, high, moment, min(row) AS first_row, max(row) AS last_row, min(place) AS first_place,
            count(DISTINCT value) + (count(*) > count(value))::INTEGER > 1 AS differ
     FROM things GROUP BY rater, low, high, moment HAVING count(*) > 1;
-INSERT INTO problems
-    SELECT row, $label, said, 'is said by ' || r.rater || ' in row ' || if(row = first_row, last_row, first_row)
-           || ' too' || if(differ, ', differently', '') || '; keep one of them, or give each its own judged_at'
+CREATE TEMP TABLE dropped AS
+    SELECT place, NOT differ AS same
     FROM things t JOIN repeats r
         ON r.rater = t.rater AND r.low = t.low AND r.high = t.high AND r.moment IS NOT DISTINCT FROM t.moment
-    WHERE differ OR row > first_row;
+    WHERE differ OR place > first_place;
+INSERT INTO problems
+    SELECT row, $label, said, 'is said by ' || r.rater || ' in row ' || if(row = first_row, last_row, first_row)
+           || ' too, differently; keep one of them, or give each its own judged_at'
+    FROM things t JOIN repeats r
+        ON r.rater = t.rater AND r.low = t.low AND r.high = t.high AND r.moment IS NOT DISTINCT FROM t.moment
+    WHERE differ;
 """

@@ -15,7 +15,6 @@ from d3po_core.formats import JudgementFile
 from d3po_core.judgement_words import BAD, BETWEEN, CHOICES, GOOD, SKIPS
 from d3po_core.rater_names import name_problem, other_spellings
 
-
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 # As far as zones go: -12:00 to +14:00, and what databases allow beyond.
 _OFFSET = r"[+-](0[0-9]|1[0-5])(:?[0-5][0-9])?"
@@ -148,7 +147,7 @@ def checks_of(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str
     )  # fmt: skip
     yield (
         "campaign_id", f"campaign_id IS NOT NULL AND campaign_id != {_quoted(scope.campaign_id)}",
-        f"'is the id of another campaign than {_quoted(scope.campaign)[1:-1]}, started at another time; import it there'",
+        f"'is the id of another campaign than {_quoted(scope.campaign)[1:-1]}, begun at another time; import it there'",
     )  # fmt: skip
     yield (
         "round", f"round IS NOT NULL AND coalesce(number(round) != {scope.round_number}, true)",

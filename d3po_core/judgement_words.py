@@ -4,7 +4,8 @@ CHOICES = {
     **dict.fromkeys(("first", "left"), 1),
     **dict.fromkeys(("second", "right"), -1),
     **dict.fromkeys(
-        ("tie", "equal", "draw", "same", "neither", "both", "both bad", "both good", "both are equal", "tie (bothbad)"), 0
+        ("tie", "equal", "draw", "same", "neither", "both", "both bad", "both good", "both are equal", "tie (bothbad)"),
+        0,
     ),
 }
 GOOD = ("good", "yes", "true", "win", "exclusive_win", "accept", "wahr", "vrai")

@@ -61,7 +61,9 @@ def is_export(columns: dict[str, Any]) -> bool:
 
 def is_raw(items: list[Any]) -> bool:
     """Whether a JSON list holds tasks with their annotations, or annotations with their task (target storage)."""
-    return any(isinstance(item, dict) and (isinstance(item.get("annotations"), list) or _stored(item)) for item in items)
+    return any(
+        isinstance(item, dict) and (isinstance(item.get("annotations"), list) or _stored(item)) for item in items
+    )
 
 
 def _stored(item: dict[str, Any]) -> bool:
@@ -214,11 +216,14 @@ def _chosen(
     types = {result.control: result.type for a in annotations for result in a.results}
     judging = [key for key, kind in types.items() if kind in TYPES and control in (None, key)]
     if not judging or (len(judging) > 1 and {types[key] for key in judging} != {"rating"}):
-        held = "; ".join(f"{shown(key)} ({types[key]}: {_sample(annotations, key)})" for key in sorted(judging or types))
+        held = "; ".join(
+            f"{shown(key)} ({types[key]}: {_sample(annotations, key)})" for key in sorted(judging or types)
+        )
         data = ", ".join(sorted({shown(str(key)) for a in annotations for key in a.data}))
         do = "say which one counts: --control NAME" if judging else "name the one that judges: --control NAME"
         raise D3POError(
-            f"{name}: found {held or 'no column'} as controls that judge; expected one; {do} (columns of the tasks: {data})"
+            f"{name}: found {held or 'no column'} as controls that judge; expected one; {do} "
+            f"(columns of the tasks: {data})"
         )
     kind = {"pairwise": "choice", "rating": "rating", "ranker": "rank"}.get(types[judging[0]])
     return judging, kind or _kind_of_words(annotations, judging, scale)
@@ -252,8 +257,8 @@ def _ratings(annotations: list[Annotation], chosen: list[str], columns: list[str
         same = [column for column in columns if column == tag] or [c for c in columns if _end(c) == _end(tag)]
         if len(same) != 1 or same[0] in of_tag.values():
             raise D3POError(
-                f"{name}: which of the columns {', '.join(map(shown, columns))} the ratings at {shown(tag)} are of cannot "
-                "be told; name the image tags in the labelling interface as the columns are named"
+                f"{name}: which of the columns {', '.join(map(shown, columns))} the ratings at {shown(tag)} are "
+                "of cannot be told; name the image tags in the labelling interface as the columns are named"
             )
         of_tag[tag] = same[0]
     rows = []

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-MAX_NAME = 64
+MAX_NAME = 100
 
 
 def composed(name: str) -> str:
@@ -15,12 +15,11 @@ def composed(name: str) -> str:
 def name_problem(name: str) -> str | None:
     """Why a text is no rater's name; None when it is one.
 
-    A name has up to ``MAX_NAME`` characters, begins with a letter or digit of any alphabet, and has no control
-    characters, quotes of any program's code, slashes or angle brackets.
+    A name has up to ``MAX_NAME`` printable characters of any alphabet, single spaces among them, no slashes.
     """
-    if 0 < len(name) <= MAX_NAME and name[0].isalnum() and name.isprintable() and not set(name) & set('<>"\\/;`'):
+    if 0 < len(name) <= MAX_NAME and name.isprintable() and name == composed(name) and not set(name) & set("/\\"):
         return None
-    return f"expected up to {MAX_NAME} letters, digits, spaces and signs such as . - _ @, beginning with a letter or digit"
+    return f"expected up to {MAX_NAME} characters on one line, without slashes and spaces around them"
 
 
 def other_spellings(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

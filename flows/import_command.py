@@ -34,18 +34,24 @@ def import_judgements(
     scale: Annotated[
         str | None, typer.Option(help="Words of an ordered scale of ratings, the worst first: poor,fair,good")
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Which column is which, ours=theirs: winner=better,loser=worse,rater=who")
+    ] = None,
+    control: Annotated[str | None, typer.Option(help="Which control of Label Studio counts")] = None,
+    left: Annotated[str | None, typer.Option(help="Which column of Label Studio's tasks stood on the left")] = None,
     report: Annotated[Path | None, typer.Option(help="Write all problems to this file")] = None,
 ) -> None:
     """Import people's judgements from a file; nothing of a file with a wrong row is written."""
     from d3po_core.campaign import campaign_named
     from d3po_core.import_report import MAX_LINES, write_problems
-    from d3po_core.importing import import_file
+    from d3po_core.importing import import_file, renaming
 
     config = campaign_named(campaign)
     words = tuple(scale.split(",")) if scale else ()
     found = import_file(
-        config.folder, config.campaign, file, round_number, rater, dry_run, accept_valid, gold, late, order, words
-    )
+        config.folder, config.campaign, file, round_number, rater, dry_run, accept_valid, gold, late, order, words,
+        renaming(columns), control, left,
+    )  # fmt: skip
     print("\n".join(found.summary()))
     if report is None and len(found.problems) > MAX_LINES and not dry_run:
         report = file.with_name(f"{file.name}.problems.txt")

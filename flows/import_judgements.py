@@ -7,6 +7,7 @@ from prefect.states import Completed, Failed, State
 
 from d3po_core.campaign import campaign_named
 from d3po_core.errors import D3POError
+from d3po_core.importing import renaming
 from tasks.importing import import_judgement_file
 
 
@@ -23,6 +24,9 @@ def import_judgements(
     late: bool = False,
     order: str | None = None,
     scale: str | None = None,
+    columns: str | None = None,
+    control: str | None = None,
+    left: str | None = None,
 ) -> State:
     """Check a file of people's judgements and add it to a round of a campaign.
 
@@ -38,14 +42,18 @@ def import_judgements(
         late: keep judgements of a round whose preferences were derived before.
         order: of a list without ids: path of a sheet's manifest.json, or sampled.
         scale: words of an ordered scale of ratings, the worst first: poor,fair,good.
+        columns: which column is which, ours=theirs: winner=better,loser=worse.
+        control: which control of Label Studio counts.
+        left: which column of Label Studio's tasks stood on the left.
     """
     logger = get_run_logger()
     try:
         config = campaign_named(campaign)
         words = tuple(scale.split(",")) if scale else ()
         report = import_judgement_file(
-            config.folder, config.campaign, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words
-        )
+            config.folder, config.campaign, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words,
+            renaming(columns), control, left,
+        )  # fmt: skip
         for line in report.summary():
             logger.info("%s", line)
         if not report.accepted:

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import os
-import re
 import secrets
 import threading
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d3po_core.errors import D3POError
+from d3po_core.rater_names import name_problem
 from d3po_core.tables import disk_errors, exclusive
 
 RATERS_FILE = "raters.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 
 # A secret too short to be one would let anybody in, an empty one even those without a cookie.
 _Secret = Annotated[str, Field(min_length=32, max_length=256, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -51,11 +50,8 @@ class Raters:
         Raises:
             D3POError: the name has characters it may not have, or the file cannot be written.
         """
-        if not NAME.fullmatch(rater):
-            raise D3POError(
-                f"rater {rater!r}: expected up to 64 letters, digits, '_', '-', '.' or '@', starting with a letter or "
-                "digit; give --rater such a name"
-            )
+        if problem := name_problem(rater):
+            raise D3POError(f"rater {rater!r}: {problem}; give --rater such a name")
         with exclusive(self.path.with_name(f".{self.path.name}.lock"), mode=0o600):
             values = self._read()
             if rater not in values.raters:

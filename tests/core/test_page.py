@@ -604,9 +604,9 @@ def test_a_rater_who_is_added_while_the_page_runs_can_enter(tmp_path: Path) -> N
         assert enter("zoe").state == "question"
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", "a b", "x" * 65, "é"])
-def test_names_of_raters_are_plain(tmp_path: Path, name: str) -> None:
-    with pytest.raises(D3POError, match="expected up to 64"):
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a  b", " a", "a\nb", "x" * 101])
+def test_a_name_with_slashes_or_odd_spaces_is_no_raters(tmp_path: Path, name: str) -> None:
+    with pytest.raises(D3POError, match="expected up to 100"):
         Raters(tmp_path).token(name)
 
 
