@@ -23,7 +23,7 @@ from d3po_core.integrity import require_files
 
 Mode = Literal["pair", "mark_bad", "best", "rank"]
 CSV_FILE, PAGE_FILE, IMAGES = "judgements.csv", "sheet.html", "images"
-COMMON = ("rater", "judged_at", "position", "prompt", "campaign", "round")
+COMMON = ("rater", "judged_at", "position", "prompt", "campaign", "campaign_id", "round")
 HEADERS = {
     "pair": ("first_id", "second_id", "choice", *COMMON),
     "mark_bad": ("group_id", "sample_id", "rating", *COMMON),
@@ -118,7 +118,8 @@ def export_sheet(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise D3POError(f"{folder} holds something already, perhaps a filled-in sheet; give another --output")
     rows, parts = _pairs(chosen, generator) if mode == "pair" else _groups(chosen)
-    fixed = {"rater": rater or "", "judged_at": "", "campaign": config.campaign, "round": number}
+    fixed = {"rater": rater or "", "judged_at": "", "campaign": config.campaign, "round": number,
+             "campaign_id": campaign_id(config.folder)}  # fmt: skip
     lines = [{**fixed, **row} for row in rows]
     page = _PAGE.render(
         campaign=config.campaign, round=number, guideline=people.guideline, how=HOW[mode], csv=CSV_FILE,
