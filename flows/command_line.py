@@ -190,12 +190,15 @@ def show_campaign(config: CampaignConfig) -> None:
     first, last = records[0], records[-1]
     folder = short(config.folder)
     name = str(config.folder) if config.runs_dir else config.campaign  # how the commands find it
+    from flows.server_processes import known_ports
+
+    mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
     lines = (
         f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",
         f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
-        f"MLflow      {short(data_folder())}/mlflow  (make up opens it on http://127.0.0.1:5000)",
+        f"MLflow      {short(data_folder())}/mlflow  (make up opens it on {mlflow})",
         "",
         "next:",
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",

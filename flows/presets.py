@@ -40,15 +40,21 @@ def deployment_config(deployment: str, campaign: str | None, settings: list[str]
         name, separator, text = setting.partition("=")
         if not separator or not name:
             raise D3POError(f"--set {setting!r}: expected field=value, such as train.learning_rate=1e-3")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise D3POError(f"--set {setting!r}: the value is not YAML; quote it") from None
-        value = _typed_here(name, value)
+        value = _typed_here(name, _value(setting, text))
         values = merge(values, _nested(name, value))
     if campaign:
         values = merge(values, {"campaign": campaign})
     return load_config(values, f"deployment {deployment!r}")
+
+
+def _value(setting: str, text: str) -> Any:
+    try:
+        # An alias could multiply into more than the memory holds.
+        if not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise D3POError(f"--set {setting[:100]!r}: the value is not YAML; quote it") from None
+    raise D3POError(f"--set {setting[:100]!r}: has a YAML alias (*name); write the value out, or quote it")
 
 
 def _nested(field: str, value: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from d3po_core.integrity import record_files
 from d3po_core.optimizers import check_beta, optimizer_class
 from d3po_core.policy import check_model
 from d3po_core.prompt_length import check_length
+from d3po_core.prompt_notes import prompt_notes, prompts_shown
 from d3po_core.prompts import check_held_out, load_prompts
 from d3po_core.ranks import check_processes
 from d3po_core.records import (
@@ -61,7 +62,8 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     check_held_out(training, held_out)
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
-    return check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
+    notes = [*prompt_notes(training, "sample.prompts"), *prompt_notes(held_out, "evaluate.prompts")]
+    return notes + check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
 
 
 def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
@@ -71,6 +73,8 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
         D3POError: the configuration does not fit the campaign.
     """
     open_campaign(config)
+    training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
+    get_run_logger().info("%s", prompts_shown(training, "sample.prompts"))
     for change in freeze(config, _held_out(config), _evaluated(config)):
         get_run_logger().warning("accepted: %s", change)
     numbers = rounds_to_do(config.folder, rounds, run_id)

@@ -1,6 +1,7 @@
 """Prompts from text, CSV and Parquet files, what may be wrong with them, and the draw of a round."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d3po_core.errors import D3POError
+from d3po_core.prompt_notes import prompt_notes, prompts_shown
 from d3po_core.prompts import check_held_out, draw_prompts, load_prompts
 
 EXPECTED = ["a red fox", "zwölf Boxkämpfer", 'a sign, saying "stop"']
@@ -178,3 +180,35 @@ def test_a_held_out_prompt_that_differs_in_case_or_spaces_only_was_trained_on(pr
     with pytest.raises(D3POError, match="1 prompts are in ") as caught:
         check_held_out([prompt], ["a red circle", "a blue cross"])
     assert "'a red circle' first" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["# animals", "cat"], r"1 of 2 prompts begin with # or //.*'# animals' first"),
+        (["cat", "// things"], "begin with # or //"),
+        (["a cat\tanimals"], "control character"),
+        (["a cat\x00"], "control character"),
+        (["a\u2028b"], "control character"),
+        (["a {red|blue} cat"], "wildcards"),
+        (["__animal__ in a hat"], "wildcards"),
+        (["<lora:x:1> a cat"], "LoRA tags"),
+        (["1. a cat", "2. a dog"], "2 of 2 prompts begin with a number"),
+        (['"a cat"', '"a dog"'], "between quotes"),
+    ],
+)
+def test_what_looks_like_something_else_than_a_prompt_is_pointed_out(prompts: list[str], said: str) -> None:
+    (note,) = prompt_notes(prompts, "sample.prompts")
+    assert re.search(said, note)
+    assert note.startswith("sample.prompts: ")
+
+
+@pytest.mark.parametrize(
+    "prompts", [["a cat", "an owl (8k:1.2)"], ["3. a cat", "a dog"], ['"a"', "b"], ["tag #1, {prompt}"], ["1984"]]
+)
+def test_plain_prompts_are_not_remarked_on(prompts: list[str]) -> None:
+    assert prompt_notes(prompts, "sample.prompts") == []
+
+
+def test_number_and_first_prompts_are_shown() -> None:
+    assert prompts_shown(list("abcd"), "sample.prompts") == "sample.prompts: 4 prompts: 'a', 'b', 'c', ..."

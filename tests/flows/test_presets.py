@@ -90,3 +90,16 @@ def test_what_a_run_is_given_is_merged_over_its_deployment(monkeypatch: pytest.M
     assert changed == {"sample.group_size": 3, "judge.people.mode": "pair"}
     assert merged.judge.labeller == "human"
     assert over_deployment(CampaignConfig()) == deployment_config("human", None, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 5000, "is not YAML"),
+        ("[&a [x, x], &b [*a, *a], &c [*b, *b]]", "has a YAML alias"),
+        ("2001-99-99", "is not YAML"),
+    ],
+)
+def test_yaml_that_is_too_deep_or_multiplies_is_one_line(text: str, said: str) -> None:
+    with pytest.raises(D3POError, match=said):
+        deployment_config("round", None, [f"judge.scorers={text}"])
