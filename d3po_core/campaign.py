@@ -26,10 +26,12 @@ from d3po_core.config import (
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.integrity import record_files, require_record, was_finished
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
+from d3po_core.sealed import read_sealed, sealed
 from d3po_core.tables import SCHEMAS, atomic_path, disk_errors, exclusive, partition, read_rows
 from d3po_core.urls import masked
 
 CAMPAIGN_FILE = "campaign.json"
+CAMPAIGN_REMEDY = "restore it from a copy, or start a new campaign"
 TARGET_FILE = "target.json"
 LOCK_FILE = ".lock"
 
@@ -180,24 +182,28 @@ def campaign_named(name: str) -> CampaignConfig:
     """
     if os.sep in name:
         folder = Path(name).expanduser().resolve()
-        if not (folder / CAMPAIGN_FILE).exists():
-            raise D3POError(f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder")
+        problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
     else:
         folder = load_config({"campaign": name}, "--campaign").folder
-    if not (folder / CAMPAIGN_FILE).exists():
         known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
-        raise D3POError(
+        problem = (
             f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}; "
             "of one that lies elsewhere give the folder"
         )
+    if not (folder / CAMPAIGN_FILE).exists() and not (folder / "stages").exists():
+        raise D3POError(problem)
     return _lying_in(_saved_config(folder / CAMPAIGN_FILE), folder)
 
 
 def _saved_config(path: Path) -> CampaignConfig:
-    try:
-        return load_config(json.loads(path.read_text())["config"], str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise D3POError(f"{path}: cannot be read ({error!r}); restore it or start a new campaign") from None
+    return load_config(_identity(path)["config"], str(path))
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    found = read_sealed(path, CAMPAIGN_REMEDY)
+    if not {"id", "config"} <= found.keys():
+        raise D3POError(f"{path}: cannot be read (it lacks id or config); {CAMPAIGN_REMEDY}")
+    return found
 
 
 def round_config(campaign: Path, round_number: int) -> CampaignConfig:
@@ -238,7 +244,7 @@ def _lying_in(config: CampaignConfig, folder: Path) -> CampaignConfig:
 
 def campaign_id(campaign: Path) -> str:
     """The identity of a campaign: a new one each time a campaign is started, also under an old name."""
-    return str(json.loads((campaign / CAMPAIGN_FILE).read_text())["id"])
+    return str(_identity(campaign / CAMPAIGN_FILE)["id"])
 
 
 def open_campaign(config: CampaignConfig) -> None:
@@ -263,9 +269,11 @@ def open_campaign(config: CampaignConfig) -> None:
             raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
                             "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
         return
+    if (config.folder / "stages").exists():
+        raise D3POError(f"{path}: is gone, and the campaign has begun; {CAMPAIGN_REMEDY} (--campaign NAME)")
     identity = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json")}
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1))
+        temporary.write_text(sealed(identity))
 
 
 def begin_round(config: CampaignConfig, round_number: int) -> None:
@@ -377,16 +385,23 @@ def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
         yield
 
 
+# What commands write that take no lock: imports, reports, pictures and comparisons of any round.
+_UNLOCKED = (".*.tmp", "report/.*.tmp", "judgements/*/.*.tmp", "comparisons/.*.tmp", "comparisons/*/.*.tmp")
+
+
 def sweep_leftovers(campaign: Path, round_number: int) -> None:
-    """Remove the half-written files that a killed run left in a round; the caller holds the campaign's lock."""
-    for pattern in (".*.tmp", f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp", "report/.*.tmp"):
-        for path in campaign.glob(pattern):
-            # A report or a picture may be written by a command that runs now: those need no lock.
-            if path.parent.parent.name in ("judgements", "comparisons") or (
-                path.parent in (campaign, campaign / "report") and _in_hands(path)
-            ):
-                continue  # maybe of an import or an export that is running now, which need no lock
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove the half-written files that a killed run or command left; the caller holds the campaign's lock.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round in which the run wrote.
+    """
+    unlocked = {path for pattern in _UNLOCKED for path in campaign.glob(pattern)}
+    locked = {
+        path for pattern in (f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp") for path in campaign.glob(pattern)
+    }
+    for path in (locked - unlocked) | {path for path in unlocked if not _in_hands(path)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _in_hands(path: Path) -> bool:

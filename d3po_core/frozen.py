@@ -7,7 +7,6 @@ the module of a scorer that is a function of one's own the digests are kept. A c
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig, is_url, resolve_path
 from d3po_core.errors import D3POError
-from d3po_core.integrity import sha256_of
+from d3po_core.integrity import RESTORE, sha256_of
 from d3po_core.model_files import cached_folder
+from d3po_core.sealed import read_sealed, sealed
 from d3po_core.tables import atomic_path
 
 FROZEN_FILE = "frozen.json"
@@ -35,7 +35,7 @@ def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str]
         D3POError: something changed; one line that names it.
     """
     path = config.folder / FROZEN_FILE
-    known = _read(path)
+    known = read_sealed(path, RESTORE) if path.exists() else {}
     prompts = known.get("held_out") or list(dict.fromkeys(evaluated)) or held_out
     _require_prompts(config, prompts, held_out)
     files = digests_of(config, known.get("files") or {})
@@ -51,7 +51,7 @@ def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str]
     found = {"held_out": prompts, "files": files, "accepted": accepted}
     if found != known:
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+            temporary.write_text(sealed(found))
     return changes
 
 
@@ -136,15 +136,3 @@ def _require_prompts(config: CampaignConfig, frozen: list[str], held_out: list[s
 
 def _more(changes: list[str]) -> str:
     return f" (and {len(changes) - 1} more files)" if len(changes) > 1 else ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("no mapping")
-        return content
-    except (OSError, ValueError) as error:
-        raise D3POError(f"{path}: cannot be read ({error}); restore it from a copy") from None

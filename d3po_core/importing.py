@@ -17,13 +17,14 @@ from d3po_core.errors import D3POError
 from d3po_core.formats import JudgementFile, Reading, load_order, read_judgement_file
 from d3po_core.import_outcome import outcome
 from d3po_core.import_report import ImportReport
-from d3po_core.integrity import require_files
+from d3po_core.integrity import noted_names, require_files
 from d3po_core.judgement_checks import check_judgements
 from d3po_core.judgement_rules import Scope
 from d3po_core.rater_names import composed, name_problem
 from d3po_core.tables import connect, disk_errors, exclusive, partition, write_table
 
 MANIFEST = "manifest.json"
+_SAMPLES = "samples/round="
 GOLD_RATER = "gold"
 
 
@@ -117,9 +118,10 @@ def renaming(said: str | None) -> dict[str, str]:
 
 
 def sampled_rounds(campaign_folder: Path) -> list[int]:
-    """Rounds whose images are all there, in order."""
-    files = (campaign_folder / "samples").glob("round=*/part.parquet")
-    return sorted(int(file.parent.name.removeprefix("round=")) for file in files)
+    """Rounds whose images were all sampled, in order; one whose table is gone since is not left out."""
+    files = {path.relative_to(campaign_folder).as_posix() for path in campaign_folder.glob(f"{_SAMPLES}*/part.parquet")}
+    files |= {name for name in noted_names(campaign_folder) if name.startswith(_SAMPLES)}
+    return sorted(int(name.removeprefix(_SAMPLES).partition("/")[0]) for name in files)
 
 
 def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -> pa.Table:
@@ -129,7 +131,7 @@ def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -
         D3POError: the round has no samples.
     """
     path = partition(campaign_folder, "samples", round_number) / "part.parquet"
-    if not path.exists():
+    if round_number not in sampled_rounds(campaign_folder):
         known = ", ".join(map(str, sampled_rounds(campaign_folder))) or "none"
         raise D3POError(f"round {round_number} of campaign {campaign_name!r} has no images; rounds that have: {known}")
     require_files(campaign_folder, [path.relative_to(campaign_folder).as_posix()])

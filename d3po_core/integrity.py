@@ -198,12 +198,16 @@ def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:
 
 
 def _lists_gone(campaign: Path) -> list[Damage]:
-    """Records whose digests are gone, of rounds that were begun when records had some."""
-    begun = sorted(path.parent for path in campaign.glob("stages/round=*/config.files"))
-    return [
-        Damage(record.with_suffix(".files").relative_to(campaign).as_posix(), "is gone")
-        for folder in begun for record in sorted(folder.glob("*.json")) if not record.with_suffix(".files").exists()
-    ]  # fmt: skip
+    """Lists that are gone: of records and rows that lie beside others that have one, of rounds that were begun so."""
+    begun = {path.parent for path in campaign.glob("stages/round=*/*.files")}
+    begun = {folder for folder in begun if any(name.endswith(".json") for path in folder.glob("*.files")
+                                               for name in _read_list(path))}  # fmt: skip
+    owed = [record.with_suffix(".files") for folder in begun for record in folder.glob("*.json")]
+    rows = {path.parent.name for path in campaign.glob("rounds/round=*/part.parquet")}
+    # Of the last row a run may not have noted the digest yet.
+    last = max(rows, key=lambda name: int(name.removeprefix("round=")), default="")
+    owed += [folder / "publish.files" for folder in begun if folder.name in rows - {last}]
+    return [Damage(p.relative_to(campaign).as_posix(), "is gone") for p in sorted(owed) if not p.exists()]
 
 
 def _lists(campaign: Path, round_number: int) -> list[Path]:

@@ -45,6 +45,9 @@ def compare(
     if "champion" in [name.rpartition(":")[2] for name in names]:
         print("a champion is the best of many looks at these images, and a little lucky: d3po report judges it on "
               "prompts that did not choose it")  # fmt: skip
+    gone = [path for paths in held_out.image_paths for path in paths if not path.is_file()]
+    if gone:
+        print(f"{len(gone)} image(s) are gone and left out of diversity and picture; first: {short(gone[0])}")
     print_preferred(chosen, labels)
     if output is None:
         words = "-".join(

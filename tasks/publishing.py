@@ -82,6 +82,8 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     for number in {done, *numbers[:1]}:  # a kill may fall between a round's row and what MLflow is told of it
         sweep_leftovers(config.folder, number)
     last = partition(config.folder, "rounds", done) / "part.parquet"
+    if last.exists():
+        note_published(config.folder, done)
     report = config.folder / REPORT_FILE
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
         _report(config)  # its run was killed before it was written

@@ -92,6 +92,16 @@ def test_damaged_notes_are_one_line(config: CampaignConfig) -> None:
         freeze(config, PROMPTS)
 
 
+def test_a_digit_of_the_notes_that_changed_is_noticed(config: CampaignConfig) -> None:
+    freeze(config, PROMPTS)
+    path = config.folder / FROZEN_FILE
+    content = json.loads(path.read_text())
+    content["held_out"][0] += "s"
+    path.write_text(json.dumps(content))
+    with pytest.raises(D3POError, match=r"frozen\.json: has other content than was written"):
+        freeze(config, [content["held_out"][0], *PROMPTS[1:]])
+
+
 def test_a_hub_model_whose_snapshot_changed_is_an_error_or_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

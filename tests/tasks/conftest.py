@@ -17,6 +17,7 @@ from d3po_core.tables import SCHEMAS, table_from_rows, write_table
 from d3po_core.weights import weights_sha256
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
+from tasks.publishing import note_published
 from tasks.sampling import _sample
 from tasks.training import _train
 
@@ -62,6 +63,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
             config.folder, number, "evaluate", EvaluateRecord, lambda number=number: _evaluate(config, number)
         )
         write_table(config.folder, "rounds", number, table_from_rows("rounds", [round_row(config, number, record)]))
+        if number < 2:  # the last one is as a kill, or an earlier version, left it
+            note_published(config.folder, number)
     for name in ("train", "held_out"):
         (folder / f"{name}.txt").unlink()
     return config

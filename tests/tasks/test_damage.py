@@ -197,3 +197,56 @@ def test_a_damaged_checkpoint_is_not_drawn_or_trained_from(
     path.write_bytes(path.read_bytes()[:100])
     code, message = run(words)
     assert (code, f"checkpoints/round=2/{file} has 100 bytes" in message) == (2, True), message
+
+
+@pytest.mark.parametrize("name", ["config.files", "evaluate.files", "publish.files"])
+def test_a_list_of_digests_that_is_gone_is_missed(
+    name: str, run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    number = 1 if name == "publish.files" else 2
+    (campaign / f"stages/round={number}" / name).unlink()
+    code, output = run(["check", "--campaign", "tiny"])
+    assert code == 1
+    assert f"stages/round={number}/{name} is gone" in output
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_identity_is_named_by_every_command(
+    how: str, run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    DAMAGES[how](campaign / "campaign.json")
+    for words in READERS.values():
+        code, message = run(words)
+        assert code == 2
+        assert "campaign.json: " in message
+        assert "\n" not in message
+
+
+def test_one_digit_of_the_campaigns_seed_is_noticed(
+    run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    path = campaign / "campaign.json"
+    text = path.read_text()
+    assert text.count('"seed": 5') == 1
+    path.write_text(text.replace('"seed": 5', '"seed": 6'))
+    code, message = run(["rounds", "--campaign", "tiny"])
+    assert code == 2
+    assert "campaign.json: has other content than was written" in message
+
+
+def test_a_table_of_samples_that_is_gone_is_not_a_round_without_images(
+    run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    (campaign / "samples/round=2/part.parquet").unlink()
+    for words in (["export-sheet", "out", "--round", "2"], ["import", "said.csv", "--dry-run", "--late"]):
+        (Path.cwd() / "said.csv").write_text("sample_id,rating,rater\nr2-g0-m0,good,ann\n")
+        code, message = run([*words, "--campaign", "tiny"])
+        assert code == 2
+        assert "samples/round=2/part.parquet is gone" in message
+
+
+def test_compare_says_which_image_it_draws_without(run: Callable[[list[str]], tuple[int, str]], campaign: Path) -> None:
+    (campaign / "images/round=2/r2-e0.png").unlink()
+    code, output = run(["compare", "base", "2", "--campaign", "tiny"])
+    assert code == 0
+    assert "1 image(s) are gone" in output.replace("\n", " ")
