@@ -2,7 +2,7 @@
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 
 from d3po_core.campaign import begin_round, campaign_lock, end_run
 from d3po_core.config import CampaignConfig
@@ -13,6 +13,7 @@ from tasks.alive import counts_as_running
 from tasks.evaluating import evaluate_checkpoint
 from tasks.guarding import guard_round, require_trust
 from tasks.judging import derive_pairs, judge_images
+from tasks.nights import later_night
 from tasks.publishing import check_campaign, plan_rounds, publish_round
 from tasks.ranks import ranks_end_here
 from tasks.sampling import sample_images
@@ -31,6 +32,8 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
         rounds: how many rounds to add.
     """
     logger = get_run_logger()
+    if stands_in := later_night():
+        return Cancelled(message=f"missed; a later scheduled run stands for it: {stands_in}")
     try:
         config = with_model_defaults(over_deployment(config))
         for warning in check_campaign(config):

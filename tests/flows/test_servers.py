@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from d3po_core.campaign import finished_rounds
 from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
@@ -25,6 +26,7 @@ from flows import servers
 from flows.left_runs import keep_one_late_run
 from flows.server_processes import family, leader
 from flows.server_programs import NAMES
+from tasks.nights import later_night
 from tests.flows.real_servers import (
     DATA,
     active_profile,
@@ -302,6 +304,16 @@ def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], hom
     assert get(ports, "/deployments/name/d3po/published")["parameters"] == deployment_parameters("published")
 
 
+def night_instead_of(run_id: str, ports: dict[str, int], home: Path) -> str | None:
+    """What the flow is told when it begins this run."""
+    url = f"http://127.0.0.1:{ports['prefect']}/api"
+    here = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: ":".join(login(home))}
+    with temporary_settings(here), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", run_id)
+        patch.setenv("NO_PROXY", "127.0.0.1")  # as the servers set it for the runs
+        return later_night()
+
+
 def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> None:
     worker = leader("worker")
     assert worker
@@ -323,6 +335,12 @@ def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> N
 
     assert eventually(lambda: len(missed()) >= 3)
     before = missed()
+    # A machine that slept: the worker lives, and takes them one after the other.
+    first, *_, last = sorted(before, key=lambda run: run["expected_start_time"])
+    stands_in = night_instead_of(first["id"], ports, home)
+    times = {run["name"]: run["expected_start_time"] for run in missed()}
+    assert times[stands_in or "none"] >= last["expected_start_time"]
+    assert night_instead_of(asked_for, ports, home) is None
     (line,) = keep_one_late_run(ports)
     found = re.fullmatch(r"deployment published: (\d+) scheduled runs were missed, one runs now \((.+)\)", line)
     assert found
