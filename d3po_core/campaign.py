@@ -18,6 +18,7 @@ from d3po_core.config import (
     FIXED_FIELDS,
     FREE_FIELDS,
     CampaignConfig,
+    absolute,
     changed_fields,
     data_folder,
     is_url,
@@ -181,7 +182,7 @@ def campaign_named(name: str) -> CampaignConfig:
         D3POError: there is none of that name; says which there are.
     """
     if os.sep in name:
-        folder = Path(name).expanduser().resolve()
+        folder = absolute(name, Path.cwd(), "--campaign")
         problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
     else:
         folder = load_config({"campaign": name}, "--campaign").folder

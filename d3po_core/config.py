@@ -22,19 +22,29 @@ def data_folder() -> Path:
     Raises:
         D3POError: ``D3PO_DATA`` names no path, such as the home of a user who does not exist.
     """
-    named = os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data")
-    try:
-        return Path(named).expanduser().resolve()
-    except (RuntimeError, OSError) as error:
-        raise D3POError(f"D3PO_DATA is {named!r}, which is no path ({error}); set it to a folder") from None
+    return absolute(os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data"), Path.cwd(), "D3PO_DATA")
 
 
 def resolve_path(path: str) -> Path:
     """An absolute path: relative ones are taken from the project's root, whatever the working directory."""
+    return absolute(path, PROJECT_ROOT, "path")
+
+
+def absolute(path: str, root: Path, what: str) -> Path:
+    """An absolute path without links.
+
+    Args:
+        path: as it was given.
+        root: what a relative one is taken from.
+        what: what it is of, for the message.
+
+    Raises:
+        D3POError: it cannot be one: it holds a NUL, is in nobody's home, or leads into a ring of links.
+    """
     try:
-        return (PROJECT_ROOT / Path(path).expanduser()).resolve()
-    except (ValueError, RuntimeError, OSError) as error:  # a NUL, nobody's home, links in a ring
-        raise D3POError(f"path {path!r}: cannot be one ({error}); give another") from None
+        return (root / Path(path).expanduser()).resolve()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise D3POError(f"{what} {path!r}: cannot be a path ({error}); give another") from None
 
 
 def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], what: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -252,10 +252,17 @@ def _scope(folder: Path, campaign: str, number: int, rater: str | None, gold: bo
             "SELECT DISTINCT rater, rater_kind FROM judgements WHERE round = $round", params={"round": number}
         ).to_arrow_table()
         names = connection.sql("SELECT DISTINCT rater FROM judgements").to_arrow_table()["rater"].to_pylist()
+        ((last,),) = connection.execute(
+            "SELECT max(judged_at)::TIMESTAMP FROM judgements WHERE round = $round AND rater_kind != 'proxy'",
+            {"round": number},
+        ).fetchall()
+    # What is imported later was said later, also when the clock was set back in between.
+    now = datetime.now(UTC).replace(tzinfo=None)
+    now = max(now, last + timedelta(microseconds=1)) if last else now
     own_id = campaign_id(folder) if (folder / CAMPAIGN_FILE).exists() else ""
     return Scope(
         campaign, number, read_samples(folder, campaign, number), rater, "gold" if gold else "human", raters,
-        datetime.now(UTC).replace(tzinfo=None), scale, sorted(names), own_id,
+        now, scale, sorted(names), own_id,
     )  # fmt: skip
 
 

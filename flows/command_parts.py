@@ -47,8 +47,9 @@ def outside_campaigns(output: Path | None) -> None:
         D3POError: it is.
     """
     from d3po_core.campaign import CAMPAIGN_FILE
+    from d3po_core.config import absolute
 
-    for folder in output.resolve().parents if output else ():
+    for folder in absolute(str(output), Path.cwd(), "--output").parents if output else ():
         if (folder / CAMPAIGN_FILE).exists():
             raise D3POError(f"--output {output}: lies in the campaign's own folder; name a file or folder elsewhere")
 

@@ -202,9 +202,9 @@ def judged(kind: str, told: str, right: str, file: str) -> str:
         return kind
     if told == right:
         return "right"
-    if kind == "done":
-        return "silently other"
     named = file in told or Path(file).name in told or str(Path(file).parent) in told
+    if kind == "done" and not named:
+        return "silently other"
     return "named" if named else "another line"
 
 

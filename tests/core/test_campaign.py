@@ -33,6 +33,7 @@ from d3po_core.campaign import (
     read_record,
     rounds_to_do,
     stage_path,
+    sweep_leftovers,
 )
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
 from d3po_core.errors import CampaignBusyError, D3POError
@@ -431,3 +432,17 @@ def test_saved_configuration_is_the_resolved_one(tmp_path: Path) -> None:
     open_campaign(config)
     saved = json.loads((tmp_path / "c" / "campaign.json").read_text())["config"]
     assert load_config(saved, "saved") == config
+
+
+def test_what_a_killed_command_left_is_swept_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    places = ("", "report/", "judgements/round=1/", "judgements/round=3/", "comparisons/", "comparisons/round=2/")
+    for pid in (gone.pid, os.getppid()):
+        for place in places:
+            path = tmp_path / place / f".a.{pid}.tmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    sweep_leftovers(tmp_path, 3)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*.tmp")}
+    assert left == {f"{place}.a.{os.getppid()}.tmp" for place in places}

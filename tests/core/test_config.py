@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d3po_core.campaign import campaign_named
 from d3po_core.config import (
     PROJECT_ROOT,
     PUBLISHED,
@@ -270,5 +272,13 @@ def test_home_is_expanded_in_the_data_folder_and_nobodys_is_one_line(
     monkeypatch.setenv("D3PO_DATA", "~/d3po data")
     assert data_folder() == tmp_path.resolve() / "d3po data"
     monkeypatch.setenv("D3PO_DATA", "~nobody-of-this-name/data")
-    with pytest.raises(D3POError, match=r"D3PO_DATA is '~nobody-of-this-name/data', which is no path \(.*home"):
+    with pytest.raises(D3POError, match=r"D3PO_DATA '~nobody-of-this-name/data': cannot be a path \(.*home"):
         data_folder()
+
+
+def test_what_cannot_be_a_path_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to(tmp_path / "gnir")
+    (tmp_path / "gnir").symlink_to(tmp_path / "ring")
+    for name in (f"{tmp_path}/ring/x", f"{tmp_path}/a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(D3POError, match=r"^--campaign '.*': cannot be a path \(.*\); give another$"):
+            campaign_named(name)

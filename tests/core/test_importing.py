@@ -188,6 +188,21 @@ def test_later_judgement_replaces_the_earlier_and_both_stay(campaign: CampaignCo
         assert connection.sql("SELECT count(*) FROM judgements").fetchall() == [(4,)]
 
 
+def test_what_is_imported_after_the_clock_was_set_back_is_the_later_word(
+    campaign: CampaignConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring(campaign, HEADER, choice("first"))
+
+    class AnHourAgo(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr(importing, "datetime", AnHourAgo)
+    bring(campaign, HEADER, choice("first", "r3-g0-m1,r3-g0-m0"))
+    assert votes(campaign) == [("r3-g0-m1", "r3-g0-m0")]
+
+
 def test_order_within_a_file_is_that_of_judged_at(campaign: CampaignConfig) -> None:
     report = bring(
         campaign, HEADER, choice("second", when="2024-05-02T00:00:00+02:00"), choice("first", when="2024-05-01T21:59Z")

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from d3po_core.blind import begin_comparison
 from d3po_core.errors import D3POError
 from flows import report_commands
+from flows.command_parts import outside_campaigns
 from tests.core.compared import say
 from tests.core.little_campaign import LittleCampaign
 
@@ -102,3 +103,11 @@ def test_report_says_where_it_is(runs: Path) -> None:
     assert (runs / "one" / "report.html").stat().st_size > 10_000
     assert invoke("report", "--campaign", "one", "--output", str(runs / "r.html"))
     assert (runs / "r.html").exists()
+
+
+def test_an_output_that_cannot_be_a_path_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to(tmp_path / "gnir")
+    (tmp_path / "gnir").symlink_to(tmp_path / "ring")
+    for name in (tmp_path / "ring" / "x", Path("a\0b"), Path("~nobody-of-this-name/x")):
+        with pytest.raises(D3POError, match=r"^--output '.*': cannot be a path \(.*\); give another$"):
+            outside_campaigns(name)
