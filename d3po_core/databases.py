@@ -21,6 +21,8 @@ def sqlite_url(file: Path, driver: str = "sqlite") -> str:
     if not set("?#%") & set(str(file)):
         return f"{driver}:///{file}"
     # SQLAlchemy would take what follows "?" for options, and others "#" for a fragment: SQLite decodes its own form.
+    # With the driver's name, since MLflow makes the folder of a plain sqlite address, taking "file:" for one.
+    driver = "sqlite+pysqlite" if driver == "sqlite" else driver
     return f"{driver}:///file:{quote(str(file))}?uri=true"
 
 

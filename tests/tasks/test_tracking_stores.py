@@ -226,3 +226,22 @@ def registered(config: CampaignConfig, number: int) -> str:
 
 def tracking_misses(config: CampaignConfig) -> list[Path]:
     return [p for p in config.folder.glob("stages/*/evaluate.json") if not p.with_suffix(".delivered").exists()]
+
+
+def test_a_data_folder_with_an_odd_name_gets_no_folder_beside_it(
+    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, here = tmp_path / "da?ta #1 50%", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("D3PO_DATA", str(odd))
+    (odd / "mlflow").mkdir(parents=True)
+    shutil.copy(new_store, odd / "mlflow")
+    client = mlflow_client()
+    client.create_registered_model("seen here")
+    assert client.create_experiment("seen here") != "0"
+    assert list(here.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([odd.name, "here"])
+    with sqlite3.connect(odd / "mlflow" / "mlflow.db") as database:
+        assert ("seen here",) in database.execute("SELECT name FROM registered_models").fetchall()
