@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from d3po_core.campaign import checkpoint_path, round_config
 from d3po_core.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round
 from d3po_core.errors import D3POError, NonFiniteLossError
+from d3po_core.integrity import require_files
 from d3po_core.optimizers import make_optimizer
 from d3po_core.policy import Policy
 from d3po_core.regenerate import checkpoint_round, largest_difference, made_on, redraw, training_batches
@@ -148,6 +149,7 @@ class _Resampled:
 
     def load_shard(self, path: str) -> Shard:
         if (self.campaign / path).exists():
+            require_files(self.campaign, [path])
             return load_file(self.campaign / path)
         batch = training_batches(self.campaign, self.round_number)[path]
         trajectories, images = redraw(self.campaign, batch, self.policy)

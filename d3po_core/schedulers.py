@@ -94,6 +94,10 @@ def _refusals(name: str, config: Mapping[str, Any]) -> list[str]:
     for field, kind in (("num_train_timesteps", int), ("steps_offset", int), ("clip_sample", bool)):
         if field in config and type(config[field]) is not kind:
             wrong.append(f"{field} is {config[field]!r}; expected {kind.__name__}")
+    betas, trained = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if betas is not None and not (isinstance(betas, list) and len(betas) == trained):
+        found = f"{len(betas)} numbers" if isinstance(betas, list) else repr(betas)
+        wrong.append(f"trained_betas holds {found}; expected one for each of {trained} timesteps")
     return wrong
 
 

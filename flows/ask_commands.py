@@ -74,7 +74,7 @@ def show(
 
 def check(campaign: CampaignOption = "shapes") -> None:
     """Verify every file that finished stages wrote, by its digest; name those that are damaged or gone."""
-    from d3po_core.campaign import campaign_named, finished_numbers
+    from d3po_core.campaign import campaign_named, finished_numbers, last_finished_round, stage_path
     from d3po_core.integrity import count_files, damages
 
     folder = campaign_named(campaign).folder
@@ -83,6 +83,10 @@ def check(campaign: CampaignOption = "shapes") -> None:
         print(shown(damage))
     noted, unnoted = count_files(folder), [n for n in finished_numbers(folder) if not count_files(folder, [n])]
     older = f"; {len(unnoted)} rounds of an earlier version have no digests" if unnoted else ""
+    if (last := last_finished_round(folder)) >= 0 and not stage_path(folder, last, "publish").with_suffix(
+        ".files"
+    ).exists():
+        older += f"; the row of round {last} has no digest (publish.files) until the next run"
     print(f"campaign {folder.name}: {noted} files, {len(found)} damaged or gone{older}")
     if found:
         raise typer.Exit(1)

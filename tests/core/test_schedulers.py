@@ -78,6 +78,13 @@ def test_what_the_chain_cannot_follow_is_refused(name: str, options: dict[str, A
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("betas", [[0.01], [0.01] * 999, "0.01", 0.01])
+def test_betas_that_are_not_one_for_each_timestep_are_refused(betas: Any) -> None:
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "trained_betas": betas}
+    with pytest.raises(D3POError, match=r"trained_betas holds .*; expected one for each of 1000 timesteps"):
+        chain_of(config)
+
+
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_a_folder_with_another_scheduler_draws_as_well_as_the_shipped_one(name: str, tmp_path: Path) -> None:
     """With DDIM's own defaults filled in (clipping) the base drew 0.08 of the images right in place of 0.52."""

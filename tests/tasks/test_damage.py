@@ -250,3 +250,15 @@ def test_compare_says_which_image_it_draws_without(run: Callable[[list[str]], tu
     code, output = run(["compare", "base", "2", "--campaign", "tiny"])
     assert code == 0
     assert "1 image(s) are gone" in output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "deleted"])
+def test_a_replay_names_a_damaged_trajectory(
+    how: str, run: Callable[[list[str]], tuple[int, str]], campaign: Path
+) -> None:
+    path = sorted((campaign / "trajectories/round=2").glob("*.safetensors"))[-1]
+    DAMAGES[how](path)
+    code, message = run(["replay", "tiny", "--round", "2"])
+    assert code == 2
+    assert path.relative_to(campaign).as_posix() in message
+    assert "\n" not in message
