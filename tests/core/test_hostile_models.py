@@ -191,7 +191,7 @@ def test_settings_that_could_only_fail_late_are_refused_at_once(field: str, valu
 
 @pytest.mark.parametrize("path", ["a\0b/c", "~nobody-of-that-name/model"])
 def test_a_path_that_cannot_be_one_is_one_line(path: str) -> None:
-    with pytest.raises(D3POError, match="cannot be one"):
+    with pytest.raises(D3POError, match="cannot be a path"):
         check_model(ModelConfig(path=path, device="cpu"))
 
 

@@ -84,6 +84,13 @@ def round_row(config: CampaignConfig, number: int, record: EvaluateRecord) -> di
     }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow sets the variable itself, in the middle of a test: monkeypatch knows it here, and takes it away."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+
 @pytest.fixture
 def campaign(config: CampaignConfig, tmp_path: Path) -> Path:
     """A copy that a test may change; it lies elsewhere than its configuration says."""

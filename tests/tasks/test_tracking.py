@@ -179,7 +179,6 @@ def test_a_server_with_a_login_is_told_with_mlflows_variables(
 
 
 def test_local_store_that_a_kill_left_half_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("D3PO_DATA", str(tmp_path / "what?now"))
     file = tmp_path / "what?now" / "mlflow" / "mlflow.db"
     file.parent.mkdir(parents=True)

@@ -44,7 +44,6 @@ def own(
     (tmp_path / "data" / "mlflow").mkdir(parents=True)
     shutil.copy(new_store, tmp_path / "data" / "mlflow")
     shutil.copy(new_store, tmp_path / "other.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(tracking, "_left_alone_until", {})
     return config.model_copy(update={"runs_dir": str(campaign.parent)})
@@ -234,14 +233,12 @@ def test_a_data_folder_with_an_odd_name_gets_no_folder_beside_it(
     odd, here = tmp_path / "da?ta #1 50%", tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("D3PO_DATA", str(odd))
     (odd / "mlflow").mkdir(parents=True)
     shutil.copy(new_store, odd / "mlflow")
     client = mlflow_client()
-    client.create_registered_model("seen here")
     assert client.create_experiment("seen here") != "0"
     assert list(here.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([odd.name, "here"])
     with sqlite3.connect(odd / "mlflow" / "mlflow.db") as database:
-        assert ("seen here",) in database.execute("SELECT name FROM registered_models").fetchall()
+        assert ("seen here",) in database.execute("SELECT name FROM experiments").fetchall()
