@@ -137,7 +137,7 @@ def experiment(client: Client) -> str:
             )  # fmt: skip
         return str(existing.experiment_id)
     # With a local store the artifacts' place must be absolute, or it follows the working directory.
-    local = tracking_uri().startswith("sqlite:///")
+    local = tracking_uri().startswith("sqlite")
     location = (data_folder() / "mlflow" / "artifacts").as_uri() if local else None
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))

@@ -19,6 +19,7 @@ from d3po_core.config import CampaignConfig
 from tasks import tracking
 from tasks.tracking.store import (
     campaign_run_id,
+    experiment,
     log_checkpoint,
     mlflow_client,
     register_version,
@@ -237,8 +238,9 @@ def test_a_data_folder_with_an_odd_name_gets_no_folder_beside_it(
     (odd / "mlflow").mkdir(parents=True)
     shutil.copy(new_store, odd / "mlflow")
     client = mlflow_client()
-    assert client.create_experiment("seen here") != "0"
+    found = client.get_experiment(experiment(client))
+    assert found.artifact_location == (odd / "mlflow" / "artifacts").as_uri()
     assert list(here.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([odd.name, "here"])
     with sqlite3.connect(odd / "mlflow" / "mlflow.db") as database:
-        assert ("seen here",) in database.execute("SELECT name FROM experiments").fetchall()
+        assert ("d3po",) in database.execute("SELECT name FROM experiments").fetchall()
