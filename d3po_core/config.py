@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from d3po_core.errors import D3POError
 from d3po_core.urls import schema_pattern
+from d3po_core.ways import Mode
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +94,7 @@ class ModelConfig(_Section):
     )
     compile: bool = Field(False, description="Compile the network's blocks: a slower start, faster passes on a GPU")
     processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one a GPU")
+    launcher: str = Field("local", description="What starts several processes: local, on this machine")
 
 
 class SampleConfig(_Section):
@@ -122,7 +124,7 @@ class SampleConfig(_Section):
 class PeopleConfig(_Section):
     """How people judge a round, and what it does until they have."""
 
-    mode: Literal["pair", "mark_bad", "best", "rank"] = Field(
+    mode: Mode = Field(
         "mark_bad", description="What a rater does with a group: compare two images, mark the bad, pick the best, rank"
     )
     guideline: str = Field(
@@ -219,6 +221,7 @@ PAPERS_BETA = 0.1
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
+    objective: str = Field("d3po", description="What is minimised over the round's pairs: d3po, the loss of Eq. 14")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW; or with its moments in 8 bits, a quarter of their memory (extra adam8bit)"
     )

@@ -1,6 +1,7 @@
 """Seeds derived from what an image is, so that it depends on nothing else: not on batch size, not on sharding."""
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 
@@ -41,3 +42,39 @@ class GaussianSteps:
 def permutation(seed: int, size: int) -> list[int]:
     """A random order of ``range(size)``."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@dataclass(frozen=True)
+class ImageSeed:
+    """What one image is made from: its prompt, the seed of x_T, and the seed of the noise of its T steps."""
+
+    prompt: str
+    initial_seed: int
+    noise_seed: int
+
+
+def member_seed(
+    campaign_seed: int, round_number: int, prompt: str, occurrence: int, member: int, share_initial_latent: bool
+) -> ImageSeed:
+    """What a member of a round's group is made from.
+
+    Args:
+        campaign_seed: the campaign's seed.
+        round_number: the round.
+        prompt: the group's prompt.
+        occurrence: how many earlier groups of the round have this prompt.
+        member: the image's place in its group.
+        share_initial_latent: whether all members start from one x_T.
+    """
+    key = (campaign_seed, round_number, prompt, occurrence)
+    initial = () if share_initial_latent else (member,)
+    return ImageSeed(prompt, derive_seed(*key, "x_T", *initial), derive_seed(*key, "noise", member))
+
+
+def evaluation_seeds(prompts: list[str], images_per_prompt: int, campaign_seed: int) -> list[ImageSeed]:
+    """What the held-out images are made from; the same in every round, and never shared with training."""
+    return [
+        ImageSeed(prompt, *(derive_seed(campaign_seed, "evaluate", prompt, k, what) for what in ("x_T", "noise")))
+        for prompt in prompts
+        for k in range(images_per_prompt)
+    ]

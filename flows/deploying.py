@@ -8,7 +8,7 @@ import yaml
 
 from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
-from d3po_core.tables import atomic_path
+from d3po_core.store.files import atomic_path
 from flows.prefect_api import ask
 from flows.programs import run_program
 from flows.server_files import SET_DATA, Ports, server_file

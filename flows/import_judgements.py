@@ -5,9 +5,9 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
 
-from d3po_core.campaign import campaign_named
 from d3po_core.errors import D3POError
-from d3po_core.importing import renaming
+from d3po_core.judgement_files.importing import renaming
+from d3po_core.store.campaign import campaign_named
 from tasks.importing import import_judgement_file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from d3po_core.config import data_folder
 from d3po_core.errors import D3POError
-from d3po_core.tables import atomic_path, disk_errors, exclusive
+from d3po_core.store.files import atomic_path, disk_errors, exclusive
 
 SET_DATA = "or set D3PO_DATA to another folder"
 STATE, LOGIN_FILE = "servers.json", "prefect-login"

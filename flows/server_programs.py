@@ -5,7 +5,7 @@ import secrets
 import sys
 
 from d3po_core.config import PROJECT_ROOT, data_folder
-from d3po_core.databases import sqlite_url
+from d3po_core.store.databases import sqlite_url
 from flows.loopback import HOST, without_proxy
 from flows.server_files import SERVER_LOGIN, Ports
 
@@ -93,7 +93,7 @@ def server_command(name: str, ports: Ports) -> list[str]:
     if name == "prefect":
         return [sys.executable, "-m", "flows.prefect_server", str(ports[name])]
     if name == "label":
-        return [sys.executable, "-c", "from flows.command_line import main; main()", "label", *address]
+        return [sys.executable, "-c", "from flows.commands.line import main; main()", "label", *address]
     folder, origins = data_folder() / "mlflow", own_addresses(ports["mlflow"])
     stores = [
         "--backend-store-uri", sqlite_url(folder / "mlflow.db"),

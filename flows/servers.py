@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 
 from d3po_core.config import data_folder
-from d3po_core.databases import is_whole
 from d3po_core.errors import D3POError
-from d3po_core.tables import disk_errors
+from d3po_core.store.databases import is_whole
+from d3po_core.store.files import disk_errors
 from flows.deploying import create_pool, deploy
 from flows.left_runs import crash_lost_runs, keep_one_late_run
 from flows.loopback import is_proxied, without_proxy

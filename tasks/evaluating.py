@@ -5,17 +5,18 @@ from typing import Any
 import numpy as np
 from prefect import task
 
-from d3po_core.campaign import checkpoint_path, finish_stage
-from d3po_core.comparison import diversity
 from d3po_core.config import CampaignConfig
-from d3po_core.images import load_pngs, sheet
+from d3po_core.evaluation.job import draw_held_out, held_out_path, held_out_seeds
 from d3po_core.intervals import score_intervals
-from d3po_core.jobs.evaluating import draw_held_out, held_out_path, held_out_seeds
+from d3po_core.processes.pool import run_job
 from d3po_core.records import EvaluateRecord
-from d3po_core.tables import atomic_path, table_from_rows, write_table
-from tasks import tracking
-from tasks.ranks import run_job
-from tasks.stage import STAGE_OPTIONS, load_scorers, model_turn, progress, scoring_turn
+from d3po_core.scorers.finding import load_scorers
+from d3po_core.store.files import atomic_path
+from d3po_core.store.images import diversity, load_pngs, sheet
+from d3po_core.store.stages import checkpoint_path, finish_stage
+from d3po_core.store.tables import table_from_rows, write_table
+from tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
+from tasks.tracking import delivery
 
 GRID_COLUMNS = 8
 
@@ -26,7 +27,7 @@ def evaluate_checkpoint(config: CampaignConfig, round_number: int) -> EvaluateRe
     record = finish_stage(
         config.folder, round_number, "evaluate", EvaluateRecord, lambda: _evaluate(config, round_number)
     )
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from prefect import get_run_logger, task
 
-from d3po_core.campaign import finish_stage, read_record, stage_path, start_of
-from d3po_core.comparison import (
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+from d3po_core.evaluation.comparison import (
     Comparison,
     champions,
     compare_scores,
@@ -14,12 +15,11 @@ from d3po_core.comparison import (
     read_held_out,
     round_named,
 )
-from d3po_core.config import CampaignConfig
-from d3po_core.errors import D3POError
-from d3po_core.guard import findings_of
+from d3po_core.evaluation.guard import findings_of
 from d3po_core.records import DeriveRecord, EvaluateRecord, GuardRecord, TrainRecord
-from tasks import tracking
+from d3po_core.store.stages import finish_stage, read_record, stage_path, start_of
 from tasks.stage import STAGE_OPTIONS
+from tasks.tracking import delivery
 
 VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
@@ -30,7 +30,7 @@ def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
     record = finish_stage(config.folder, round_number, "guard", GuardRecord, lambda: _guard(config, round_number))
     if record.findings:
         get_run_logger().warning("round %d %s: %s", round_number, record.verdict, "; ".join(record.findings))
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

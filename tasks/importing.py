@@ -2,6 +2,6 @@
 
 from prefect import task
 
-from d3po_core.importing import import_file
+from d3po_core.judgement_files.importing import import_file
 
 import_judgement_file = task(name="import judgements", persist_result=False)(import_file)

@@ -7,23 +7,23 @@ import numpy as np
 import pyarrow.parquet as pq
 from prefect import task
 
-from d3po_core.agreement import earlier_gold
-from d3po_core.campaign import finish_stage, read_record
 from d3po_core.config import CampaignConfig
-from d3po_core.preferences import derive_preferences
-from d3po_core.raters import decide
+from d3po_core.people.raters import earlier_gold
+from d3po_core.preferences.deciding import decide
+from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
-from d3po_core.tables import connect, partition, table_from_rows, write_table
-from tasks import tracking
+from d3po_core.store.stages import finish_stage, read_record
+from d3po_core.store.tables import connect, partition, table_from_rows, write_table
 from tasks.scoring import score_round, scored_early
 from tasks.stage import STAGE_OPTIONS, progress
+from tasks.tracking import delivery
 
 
 @task(name="judge", **STAGE_OPTIONS)
 def judge_images(config: CampaignConfig, round_number: int) -> JudgeRecord:
     """Score every image of the round with the configured proxy scorers."""
     record = finish_stage(config.folder, round_number, "judge", JudgeRecord, lambda: _judge(config, round_number))
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 
@@ -31,7 +31,7 @@ def judge_images(config: CampaignConfig, round_number: int) -> JudgeRecord:
 def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
     """Turn the round's judgements into preferences."""
     record = finish_stage(config.folder, round_number, "derive", DeriveRecord, lambda: _derive(config, round_number))
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

@@ -8,27 +8,13 @@ from typing import Any
 
 from prefect import get_run_logger, task
 
-from d3po_core.campaign import (
-    checkpoint_path,
-    finish_stage,
-    last_finished_round,
-    open_campaign,
-    round_record,
-    rounds_to_do,
-    stage_path,
-    start_of,
-    sweep_leftovers,
-)
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.devices import check_processes
 from d3po_core.errors import D3POError
-from d3po_core.frozen import freeze
-from d3po_core.integrity import record_files
-from d3po_core.optimizers import check_beta, optimizer_class
-from d3po_core.policy import check_model
-from d3po_core.prompt_length import check_length
-from d3po_core.prompt_notes import prompt_notes, prompts_shown
-from d3po_core.prompts import check_held_out, load_prompts
-from d3po_core.ranks import check_processes
+from d3po_core.models.loading import check_model
+from d3po_core.models.prompt_length import check_length
+from d3po_core.models.space import check_space
+from d3po_core.processes.pool import check_launcher
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -39,12 +25,29 @@ from d3po_core.records import (
     SampleRecord,
     TrainRecord,
 )  # fmt: skip
-from d3po_core.report import REPORT_FILE, write_report
-from d3po_core.space import check_space
-from d3po_core.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
-from tasks import tracking
+from d3po_core.report.write import REPORT_FILE, write_report
+from d3po_core.reproducing.frozen import freeze
+from d3po_core.sampling.prompt_notes import prompt_notes, prompts_shown
+from d3po_core.sampling.prompts import check_held_out, load_prompts
+from d3po_core.scorers.finding import load_scorers
+from d3po_core.store.campaign import open_campaign
+from d3po_core.store.goals import rounds_to_do
+from d3po_core.store.integrity import record_files
+from d3po_core.store.leftovers import sweep_leftovers
+from d3po_core.store.stages import (
+    checkpoint_path,
+    finish_stage,
+    last_finished_round,
+    round_record,
+    stage_path,
+    start_of,
+)
+from d3po_core.store.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
+from d3po_core.training.objectives import check_objective
+from d3po_core.training.optimizer import check_beta, optimizer_class
 from tasks.showing import show_rounds
-from tasks.stage import STAGE_OPTIONS, load_scorers
+from tasks.stage import STAGE_OPTIONS
+from tasks.tracking import delivery
 
 
 def check_campaign(config: CampaignConfig) -> list[str]:
@@ -55,7 +58,9 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     """
     check_model(config.model)
     optimizer_class(config.train)
+    check_objective(config.train)
     check_beta(config.train)
+    check_launcher(config.model)
     check_processes(config.model)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
@@ -87,7 +92,7 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     report = config.folder / REPORT_FILE
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
         _report(config)  # its run was killed before it was written
-    tracking.deliver(config)
+    delivery.deliver(config)
     show_rounds(config)
     return numbers
 
@@ -111,7 +116,7 @@ def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
     note_published(config.folder, round_number)
     _report(config)
-    tracking.deliver(config)
+    delivery.deliver(config)
     show_rounds(config)
     return round_record(round_number, read_rows(path)[0])
 
@@ -177,7 +182,7 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
         "eval_score_low": evaluated.scores[scorer].ends[0],
         "eval_score_high": evaluated.scores[scorer].ends[1],
         "evaluate_seconds": evaluated.seconds,
-        "mlflow_run_id": tracking.known_run_id(config, round_number),
+        "mlflow_run_id": delivery.known_run_id(config, round_number),
         "config_sha256": config.sha256(),
         "git_commit": _git_commit(),
         "publish_seconds": time.perf_counter() - started,

@@ -4,18 +4,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
-from d3po_core.campaign import checkpoint_path, finish_stage, start_of
 from d3po_core.config import CampaignConfig
-from d3po_core.frozen import prompts_sha256
-from d3po_core.images import load_pngs, sheet
-from d3po_core.jobs.sampling import round_shards, sample_shards
-from d3po_core.prompts import load_prompts
+from d3po_core.processes.pool import run_job
 from d3po_core.records import SampleRecord
-from d3po_core.tables import atomic_path, write_table
-from tasks import tracking
-from tasks.ranks import run_job
+from d3po_core.reproducing.frozen import prompts_sha256
+from d3po_core.sampling.job import round_shards, sample_shards
+from d3po_core.sampling.prompts import load_prompts
+from d3po_core.store.files import atomic_path
+from d3po_core.store.images import load_pngs, sheet
+from d3po_core.store.stages import checkpoint_path, finish_stage, start_of
+from d3po_core.store.tables import write_table
 from tasks.scoring import scored_meanwhile
 from tasks.stage import STAGE_OPTIONS, model_turn, progress
+from tasks.tracking import delivery
 
 SHEET_IMAGES = 64
 
@@ -24,7 +25,7 @@ SHEET_IMAGES = 64
 def sample_images(config: CampaignConfig, round_number: int) -> SampleRecord:
     """Sample the round's groups with the checkpoint of the round before."""
     record = finish_stage(config.folder, round_number, "sample", SampleRecord, lambda: _sample(config, round_number))
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

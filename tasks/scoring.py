@@ -10,66 +10,24 @@ import contextvars
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from d3po_core.config import CampaignConfig, is_url
+from d3po_core.config import CampaignConfig
+from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
-from d3po_core.images import at_once, beside_a_gpu, load_pngs
-from d3po_core.information import dissimilarity
-from d3po_core.jobs import Tell
-from d3po_core.jobs.sampling import Shard, round_shards
-from d3po_core.scorers import BUILT_IN
-from d3po_core.scorers.models import device_type
+from d3po_core.processes.job import Tell
+from d3po_core.sampling.job import Shard, round_shards
+from d3po_core.scorers.finding import load_scorers
+from d3po_core.scorers.shards import ShardScores, score_shard, shard_scorers
+from d3po_core.store.images import beside_a_gpu, load_pngs
 from tasks.logs import run_logger
-from tasks.stage import load_scorers, scoring_turn
+from tasks.stage import scoring_turn
 
 LOOK_EVERY_SECONDS = 0.2
 SCORE_BATCH = 256
-
-
-@dataclass(frozen=True)
-class ShardScores:
-    """What the scorers that can be asked early say of a shard's images.
-
-    Attributes:
-        scores: scorer -> a score of every image.
-        dissimilarities: how different the images of each group look.
-    """
-
-    scores: dict[str, list[float]]
-    dissimilarities: list[float]
-
-
-def shard_scorers(config: CampaignConfig) -> list[str]:
-    """The judge's scorers that can be asked while the model samples; asked about a shard at once, whenever that is."""
-    beside_gpu = device_type(config.model.device) == "cuda"
-    return [
-        name
-        for name in dict.fromkeys(config.judge.scorers)
-        if (beside_gpu if name in BUILT_IN else is_url(config.scoring.models.get(name, "")))
-    ]
-
-
-def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardScores:
-    """Ask the early scorers about a shard.
-
-    Args:
-        config: the campaign's configuration.
-        samples: the shard's rows of ``samples``, group after group.
-
-    Raises:
-        D3POError: a scorer failed.
-    """
-    images = load_pngs([config.folder / sample["image_path"] for sample in samples])
-    prompts = [sample["prompt"] for sample in samples]
-    scorers = load_scorers(config, shard_scorers(config))
-    scores = {name: scorer(images, prompts).tolist() for name, scorer in scorers.items()}
-    groups = images.reshape(-1, config.sample.group_size, *images.shape[1:])
-    return ShardScores(scores, at_once(dissimilarity, groups))
 
 
 def score_round(

@@ -23,11 +23,12 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 
-from d3po_core.campaign import campaign_id, finished_numbers, finished_rounds, read_record, stage_path
 from d3po_core.config import CampaignConfig
 from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
-from d3po_core.report import REPORT_FILE
-from tasks import tracking
+from d3po_core.report.write import REPORT_FILE
+from d3po_core.store.campaign import campaign_id
+from d3po_core.store.stages import finished_numbers, finished_rounds, read_record, stage_path
+from tasks.tracking import delivery
 
 EVENT = "d3po.round.completed"
 # A stage that takes less is over before anybody looks; a call takes a busy server some 50 ms.
@@ -143,7 +144,7 @@ def _tell_rounds(config: CampaignConfig) -> None:
 
 def _where(config: CampaignConfig) -> str:
     """Where the report is: on disk, and as a link when MLflow has a page."""
-    links = [f"[{what}]({url})" for what, url in tracking.pages(config).items()]
+    links = [f"[{what}]({url})" for what, url in delivery.pages(config).items()]
     return " · ".join([*links, f"report: `{config.folder / REPORT_FILE}`"])
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from prefect.concurrency.sync import concurrency
 from tqdm import tqdm
 
-from d3po_core.campaign import note_seconds, seconds_spent
 from d3po_core.config import CampaignConfig
+from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
-from d3po_core.scorers import Scorer, load_scorer, use_device
-from d3po_core.scorers.models import device_type
+from d3po_core.scorers.finding import use_device
+from d3po_core.store.stages import note_seconds, seconds_spent
 from tasks.showing import StageProgress
 
 GPU_LIMIT = "gpu"
@@ -48,16 +48,6 @@ def gpu_turn(device_type: str) -> Iterator[None]:
         return
     with concurrency(GPU_LIMIT, occupy=1, lease_duration=GPU_LEASE_SECONDS, strict=False):
         yield
-
-
-def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scorer]:
-    """The campaign's scorers by name, each once.
-
-    Raises:
-        D3POError: one of them is not there.
-    """
-    model = config.model
-    return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}
 
 
 @contextlib.contextmanager

@@ -2,14 +2,14 @@
 
 from prefect import get_run_logger, task
 
-from d3po_core.campaign import checkpoint_path, finish_stage
 from d3po_core.config import CampaignConfig
-from d3po_core.jobs.training import count_updates, train_checkpoint
-from d3po_core.optimizers import drowned_warning
+from d3po_core.processes.pool import run_job
 from d3po_core.records import TrainRecord
-from tasks import tracking
-from tasks.ranks import run_job
+from d3po_core.store.stages import checkpoint_path, finish_stage
+from d3po_core.training.job import count_updates, train_checkpoint
+from d3po_core.training.optimizer import drowned_warning
 from tasks.stage import STAGE_OPTIONS, model_turn, progress
+from tasks.tracking import delivery
 
 
 @task(name="train", **STAGE_OPTIONS)
@@ -19,7 +19,7 @@ def train_policy(config: CampaignConfig, round_number: int) -> TrainRecord:
     warning = drowned_warning(record.drowned, config.train)
     if warning:
         get_run_logger().warning("round %d: %s", round_number, warning)
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

@@ -25,18 +25,19 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import State
 from pydantic import Field
 
-from d3po_core.campaign import finish_stage, round_config, stage_path
 from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.errors import D3POError
-from d3po_core.journal import export_judgements
-from d3po_core.questions import label_progress
+from d3po_core.people.journal import export_judgements
+from d3po_core.people.questions import label_progress
+from d3po_core.people.tally import Progress
 from d3po_core.records import LabelRecord
-from d3po_core.tables import atomic_path
-from d3po_core.tally import Progress
-from tasks import tracking
+from d3po_core.store.campaign import round_config
+from d3po_core.store.files import atomic_path
+from d3po_core.store.stages import finish_stage, stage_path
 from tasks.alive import revive
 from tasks.showing import artifact_key
 from tasks.stage import STAGE_OPTIONS
+from tasks.tracking import delivery
 
 WAKE = "wake/deadline"
 FALLING_ASLEEP_SECONDS = 20  # from the last look at what is missing until Prefect says that the run is suspended
@@ -103,7 +104,7 @@ def collect_judgements(config: CampaignConfig, round_number: int, ended: str) ->
         )
 
     record = finish_stage(config.folder, round_number, "label", LabelRecord, collect)
-    tracking.deliver(config)
+    delivery.deliver(config)
     return record
 
 

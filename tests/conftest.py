@@ -9,8 +9,9 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import settings
 
 from d3po_core.config import ModelConfig, resolve_path
-from d3po_core.policy import Policy, load_policy
-from tests.core.drawing import stir_lora
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from tests.core.sampling.drawing import stir_lora
 
 # Two test files run at a time, on two cores. Also for processes that tests start; those that show that two threads
 # compute the same again ask for two.
@@ -40,11 +41,11 @@ def loaded_policy() -> Policy:
 @pytest.fixture
 def policy(loaded_policy: Policy) -> Iterator[Policy]:
     """The embedded model on the CPU with a fresh LoRA of rank 4; loaded once, put back before and after each test."""
-    loaded_policy.reset_weights()
-    for _, parameter in loaded_policy.trainable_parameters():
+    loaded_policy.reset()
+    for _, parameter in loaded_policy.weights.parameters():
         parameter.grad = None
     yield loaded_policy
-    loaded_policy.reset_weights()
+    loaded_policy.reset()
 
 
 @pytest.fixture

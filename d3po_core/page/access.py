@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d3po_core.errors import D3POError
-from d3po_core.rater_names import name_problem
-from d3po_core.tables import disk_errors, exclusive
+from d3po_core.people.rater_names import name_problem
+from d3po_core.store.files import disk_errors, exclusive
 
 RATERS_FILE = "raters.json"
 

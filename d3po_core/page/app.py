@@ -24,14 +24,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_core.errors import D3POError
-from d3po_core.journal import ConflictError
 from d3po_core.page.access import AccessError, Raters
 from d3po_core.page.comparing import ComparisonDesk
 from d3po_core.page.completion import OnComplete
 from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, View
 from d3po_core.page.desks import Desks, MakeDesk
-from d3po_core.page.guard import LOCAL_HOSTS, Guard, Pace
-from d3po_core.tally import Deck
+from d3po_core.page.gate import LOCAL_HOSTS, Guard, Pace
+from d3po_core.people.journal import ConflictError
+from d3po_core.people.tally import Deck
+from d3po_core.ways import WAYS
 
 COOKIE = "d3po_label"
 COOKIE_SECONDS = 60 * 60 * 24 * 90
@@ -78,6 +79,7 @@ class _Page:
         loader = jinja2.FileSystemLoader(HERE / "templates")
         self._templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
         self._templates.filters["shown"] = self.shown
+        self._templates.globals["ways"] = WAYS
         self.static = {path.name: path.read_bytes() for path in sorted((HERE / "static").iterdir())}
 
     def html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from d3po_core.blind import FOLDER, Comparison, comparison_deck, comparisons_of, title_of
 from d3po_core.errors import D3POError
-from d3po_core.journal import Journal
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.desk import Desk, GoneError, described
-from d3po_core.tally import Deck
+from d3po_core.people.blind import FOLDER, Comparison, comparison_deck, comparisons_of, title_of
+from d3po_core.people.journal import Journal
+from d3po_core.people.tally import Deck
 
 
 def desk_name(campaign: Path, comparison: Comparison) -> str:

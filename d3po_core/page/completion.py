@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from d3po_core.journal import Journal
-from d3po_core.tables import exclusive
+from d3po_core.people.journal import Journal
+from d3po_core.store.files import exclusive
 
 OnComplete = Callable[[str, int], None]
 NOTE = "told"

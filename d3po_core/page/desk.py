@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from d3po_core.campaign import round_config
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.journal import FILE_PREFIX, Journal, Submission, sampling_of
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.queue import Queue, shown_order
-from d3po_core.questions import MODES, load_deck, waiting_round
-from d3po_core.tables import partition
-from d3po_core.tally import SKIPPED, Deck, Progress, Question, Tally, answer_problem
+from d3po_core.people.journal import FILE_PREFIX, Journal, Submission, sampling_of
+from d3po_core.people.questions import load_deck, waiting_round
+from d3po_core.people.tally import SKIPPED, Deck, Progress, Question, Tally, answer_problem
+from d3po_core.store.campaign import round_config
+from d3po_core.store.tables import partition
+from d3po_core.ways import WAYS
 
 # What shows how a round stands is looked up on disk at most this often.
 LOOK_SECONDS = 0.5
@@ -315,7 +316,7 @@ class Desk:
 
     def _earlier(self, number: int, sampling: str, mode: str) -> Deck:
         """The deck of a page that was opened before the round went on, or before the mode was changed."""
-        if mode not in MODES or sampling_of(self.campaign, number) != sampling:
+        if mode not in WAYS or sampling_of(self.campaign, number) != sampling:
             raise GoneError(GONE)
         with self._lock:
             self._journal = self._journal or Journal(self.campaign)

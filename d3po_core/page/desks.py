@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
 
-from d3po_core.blind import comparisons_of
-from d3po_core.campaign import CAMPAIGN_FILE
 from d3po_core.config import load_config
 from d3po_core.errors import D3POError
 from d3po_core.page.comparing import desk_name
 from d3po_core.page.desk import Desk, described
-from d3po_core.tally import Deck
+from d3po_core.people.blind import comparisons_of
+from d3po_core.people.tally import Deck
+from d3po_core.store.campaign import CAMPAIGN_FILE
 
 MakeDesk = Callable[[Path, str | None], Desk]
 

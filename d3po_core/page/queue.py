@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from d3po_core.tally import SKIPPED, UNSEEN, Deck, Question, Tally
+from d3po_core.people.tally import SKIPPED, UNSEEN, Deck, Question, Tally
 
 # How many questions are set aside for a rater: the one that is shown, and those whose images are fetched meanwhile.
 AHEAD = 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from d3po_core.comparison import (
+from d3po_core.evaluation.comparison import (
     BETTER,
     UNCLEAR,
     WORSE,
@@ -15,7 +15,7 @@ from d3po_core.comparison import (
     fitted_champion,
 )
 from d3po_core.intervals import score_intervals
-from d3po_core.preferred import HumanWinRate
+from d3po_core.people.human_win_rate import HumanWinRate
 from d3po_core.records import DROWNED, ScoreSummary
 from d3po_core.report.gather import Facts, Row
 from d3po_core.report.pictures import RoundPictures

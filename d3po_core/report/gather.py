@@ -7,13 +7,14 @@ from typing import Any
 
 import duckdb
 
-from d3po_core.campaign import CAMPAIGN_FILE, rules_of, stage_path
-from d3po_core.comparison import HeldOut, champions, read_held_out
-from d3po_core.counting import questions
 from d3po_core.errors import D3POError
-from d3po_core.preferences import collect_votes
-from d3po_core.preferred import HumanWinRate, human_win_rate, human_win_rates
-from d3po_core.tables import SCHEMAS, connect
+from d3po_core.evaluation.comparison import HeldOut, champions, read_held_out
+from d3po_core.people.human_win_rate import HumanWinRate, human_win_rate, human_win_rates
+from d3po_core.preferences.counting import questions
+from d3po_core.preferences.deriving import collect_votes
+from d3po_core.store.campaign import CAMPAIGN_FILE, rules_of
+from d3po_core.store.stages import stage_path
+from d3po_core.store.tables import SCHEMAS, connect
 from d3po_core.urls import masked
 
 STAGES = ("sample", "judge", "derive", "train", "evaluate", "publish")

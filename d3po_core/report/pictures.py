@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from d3po_core.comparison import HeldOut, diversity_by_prompt
 from d3po_core.errors import D3POError
-from d3po_core.tables import atomic_path
+from d3po_core.evaluation.comparison import HeldOut
+from d3po_core.store.files import atomic_path
+from d3po_core.store.images import diversity_by_prompt
 
 SHEET_PROMPTS, SHEET_SEEDS = 6, 6
 # Fifty sheets, in base64, leave a megabyte of five for the rest of the page.

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
+from d3po_core.models.weights import expect_finite
 from d3po_core.scorers.sources import Source
-from d3po_core.weights import expect_finite
 
 if TYPE_CHECKING:
     import torch
@@ -27,30 +28,42 @@ class Model:
         default: hub id or folder of the weights when the configuration names none; empty if there is none to name.
         rest: hub id of what the place of the weights may lack.
         files: which those are, besides the weights.
+        read: makes the model of them: gives scores ``[B]`` of images and prompts, on the CPU in a type.
     """
 
     default: str
     rest: str
     files: tuple[str, ...]
+    read: "Callable[[Source, torch.dtype], torch.nn.Module]"
+
+
+def _clip(name: str, **options: Any) -> "Callable[[Source, torch.dtype], torch.nn.Module]":
+    """A reader out of ``clip.py``, whose libraries take seconds to import."""
+
+    def read(source: Source, dtype: "torch.dtype") -> "torch.nn.Module":
+        from d3po_core.scorers import clip
+
+        return getattr(clip, name)(source, dtype, **options)
+
+    return read
+
+
+def _image_reward(source: Source, dtype: "torch.dtype") -> "torch.nn.Module":
+    from d3po_core.scorers.image_reward import ImageReward
+
+    return ImageReward(source, dtype)
 
 
 _CLIP_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 _CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-MODELS = {
-    "aesthetic": Model("ttj/sac-logos-ava1-l14-linearMSE", _CLIP_L, ("preprocessor_config.json",)),
-    "clip_score": Model(_CLIP_L, _CLIP_L, _CLIP_FILES),
-    "pickscore": Model("yuvalkirstain/PickScore_v1", _CLIP_H, _CLIP_FILES),
-    "hpsv2": Model("adams-story/HPSv2-hf", _CLIP_H, _CLIP_FILES),
-    "image_reward": Model("", "google-bert/bert-base-uncased", ("tokenizer_config.json",)),
+MODELS: dict[str, Model] = {
+    "aesthetic": Model("ttj/sac-logos-ava1-l14-linearMSE", _CLIP_L, ("preprocessor_config.json",), _clip("Aesthetic")),
+    "clip_score": Model(_CLIP_L, _CLIP_L, _CLIP_FILES, _clip("Similarity", scale=100.0)),
+    "pickscore": Model("yuvalkirstain/PickScore_v1", _CLIP_H, _CLIP_FILES, _clip("Similarity", scale=None)),
+    "hpsv2": Model("adams-story/HPSv2-hf", _CLIP_H, _CLIP_FILES, _clip("Similarity", scale=1.0)),
+    "image_reward": Model("", "google-bert/bert-base-uncased", ("tokenizer_config.json",), _image_reward),
 }
-
-
-def device_type(device: str) -> str:
-    """``cuda`` or ``cpu``: what a device of the configuration is on this machine."""
-    import torch
-
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class ModelScorer:
@@ -60,7 +73,7 @@ class ModelScorer:
     """
 
     def __init__(self, name: str, where: str, device: str, batch_size: int, leaves_device: bool) -> None:
-        from d3po_core.row_limit import RowLimit
+        from d3po_core.speed.row_limit import RowLimit
 
         self.name, self._batch_size = name, batch_size
         model = MODELS[name]
@@ -109,18 +122,9 @@ def _read(name: str, source: Source, half_precision: bool) -> "torch.nn.Module":
     import torch
     from transformers.utils import logging
 
-    from d3po_core.scorers import clip, image_reward
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    readers: dict[str, Callable[[Source, torch.dtype], torch.nn.Module]] = {
-        "aesthetic": clip.Aesthetic,
-        "clip_score": partial(clip.Similarity, scale=100.0),
-        "pickscore": partial(clip.Similarity, scale=None),
-        "hpsv2": partial(clip.Similarity, scale=1.0),
-        "image_reward": image_reward.ImageReward,
-    }
     with source.explained():
-        judge = readers[name](source, torch.float16 if half_precision else torch.float32)
+        judge = MODELS[name].read(source, torch.float16 if half_precision else torch.float32)
     expect_finite(judge, f"scorer {name!r}: {source.where}")
     return judge

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from d3po_core.errors import D3POError
-from d3po_core.images import at_once
+from d3po_core.store.images import at_once
 
 JPEG_QUALITY = 95
 
@@ -28,10 +28,10 @@ def brightness(images: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """1 where an image of the shapes world shows what its prompt says, else 0: d3po_core.shapes.drawn_right."""
+    """1 where an image of the shapes world shows what its prompt says, else 0: d3po_core.scorers.shapes.drawn_right."""
     import torch
 
-    from d3po_core import shapes
+    from d3po_core.scorers import shapes
 
     try:
         right = shapes.drawn_right(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, prompts)

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from d3po_core import shapes
+from d3po_core.scorers import shapes
 
 MAX_TOKENS = 10
 MISLABELLED = 0.25

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from d3po_core.campaign import stage_path
-from d3po_core.tables import atomic_path
+from d3po_core.store.files import atomic_path
+from d3po_core.store.stages import stage_path
 
 # Stands in a mark of an earlier version that was not this store's: delivering twice changes nothing.
 ELSEWHERE = "another store"

@@ -8,10 +8,10 @@ from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
 
-from d3po_core.agreement import round_metrics
-from d3po_core.campaign import campaign_id, read_record, round_record, stage_path, start_of
 from d3po_core.config import CampaignConfig
-from d3po_core.preferred import HumanWinRate
+from d3po_core.models.weights import LORA_FILE, loading_line, weights_file
+from d3po_core.people.human_win_rate import HumanWinRate
+from d3po_core.people.raters import round_metrics
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -21,10 +21,11 @@ from d3po_core.records import (
     SampleRecord,
     TrainRecord,
 )
-from d3po_core.report import REPORT_FILE
-from d3po_core.tables import connect, partition, read_rows
+from d3po_core.report.write import REPORT_FILE
+from d3po_core.store.campaign import campaign_id
+from d3po_core.store.stages import read_record, round_record, stage_path, start_of
+from d3po_core.store.tables import connect, partition, read_rows
 from d3po_core.urls import masked
-from d3po_core.weights import LORA_FILE, loading_line, weights_file
 from tasks.tracking.store import (
     Client,
     campaign_run_id,

@@ -17,9 +17,10 @@ from typing import Any
 import matplotlib
 from common import RESULTS, clean_environment
 
-from d3po_core.campaign import last_finished_round
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.tables import atomic_path, connect
+from d3po_core.store.files import atomic_path
+from d3po_core.store.stages import last_finished_round
+from d3po_core.store.tables import connect
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

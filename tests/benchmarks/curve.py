@@ -19,12 +19,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from common import RESULTS, clean_environment
-from d3po_core.evaluate import summarize
 from PIL import Image
 
-from d3po_core.campaign import last_finished_round
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.tables import atomic_path, connect
+from d3po_core.intervals import score_intervals
+from d3po_core.store.files import atomic_path
+from d3po_core.store.stages import last_finished_round
+from d3po_core.store.tables import connect
 from flows.presets import deployment_config
 
 matplotlib.use("Agg")
@@ -104,7 +105,8 @@ def campaign_rows(arguments: argparse.Namespace, variant: str, seed: int) -> lis
     with connect(folder) as connection:
         found = connection.execute(
             """
-            SELECT r.images, list(e.score ORDER BY e.sample_id) FROM evaluations e JOIN (
+            SELECT r.images, list(e.score ORDER BY e.sample_id), list(e.prompt ORDER BY e.sample_id)
+            FROM evaluations e JOIN (
                 SELECT round, eval_scorer, sum(num_samples) OVER (ORDER BY round) AS images FROM rounds
             ) r ON e.round = r.round AND e.scorer = r.eval_scorer
             WHERE e.round <= $rounds GROUP BY ALL ORDER BY r.images
@@ -112,8 +114,8 @@ def campaign_rows(arguments: argparse.Namespace, variant: str, seed: int) -> lis
             {"rounds": arguments.rounds},
         ).fetchall()
     rows = []
-    for images, scores in found:
-        score = summarize(np.array(scores))
+    for images, scores, prompts in found:
+        (score,) = score_intervals(np.array([scores]), prompts)
         numbers = {"mean": score.mean, "low": score.low, "high": score.high, "num_evaluated": len(scores)}
         rows.append({"images": int(images), **numbers, "variant": variant, "seed": seed})
     return rows

@@ -109,9 +109,9 @@ def make_campaign(place: Path) -> Path:
             return folder
 
     config = small.config.__wrapped__(Factory())  # type: ignore[attr-defined]
-    from d3po_core.frozen import freeze
-    from d3po_core.journal import Journal, Submission, export_judgements, sampling_of
-    from d3po_core.report import write_report
+    from d3po_core.people.journal import Journal, Submission, export_judgements, sampling_of
+    from d3po_core.report.write import write_report
+    from d3po_core.reproducing.frozen import freeze
     from tasks.publishing import note_published
 
     folder = config.folder
@@ -148,7 +148,7 @@ def ending_of(words: list[str], campaign: Path) -> tuple[str, str]:
     from typer.testing import CliRunner
 
     from d3po_core.errors import D3POError
-    from flows.command_line import app
+    from flows.commands.line import app
 
     for output in Path().glob("out*"):
         shutil.rmtree(output) if output.is_dir() else output.unlink()
@@ -170,10 +170,11 @@ def ending_of(words: list[str], campaign: Path) -> tuple[str, str]:
 
 def ending_of_a_round(campaign: Path) -> tuple[str, str]:
     """How one more round ends: with the digest of its checkpoint, or an error."""
-    from d3po_core.campaign import begin_round, campaign_named, finished_numbers, open_campaign
     from d3po_core.errors import D3POError
-    from d3po_core.frozen import freeze
-    from d3po_core.weights import weights_sha256
+    from d3po_core.models.weights import weights_sha256
+    from d3po_core.reproducing.frozen import freeze
+    from d3po_core.store.campaign import begin_round, campaign_named, open_campaign
+    from d3po_core.store.stages import finished_numbers
     from tasks.evaluating import _evaluate
     from tasks.judging import _derive, _judge
     from tasks.sampling import _sample

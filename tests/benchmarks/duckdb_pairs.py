@@ -23,8 +23,8 @@ from common import RESULTS, machine, show, spread, write_json
 from rich.console import Console
 from rich.table import Table
 
-from d3po_core.preferences import derive_preferences
-from d3po_core.tables import SCHEMAS, connect, write_table
+from d3po_core.preferences.deriving import derive_preferences
+from d3po_core.store.tables import SCHEMAS, connect, write_table
 
 ROUND = 1
 GROUP_SIZE = 4

@@ -11,8 +11,8 @@ import argparse
 import numpy as np
 from scipy.stats import norm, t
 
-from d3po_core.comparison import BETTER, champions, compare_scores, fitted_champion
-from d3po_core.guard import ALARM
+from d3po_core.evaluation.comparison import BETTER, champions, compare_scores, fitted_champion
+from d3po_core.evaluation.guard import ALARM
 from d3po_core.intervals import unit_means
 
 

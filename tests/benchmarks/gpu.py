@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
-from d3po_core.families import FAMILIES
-from d3po_core.lesson import TrainingSet
-from d3po_core.loading import DTYPES
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy
-from d3po_core.rollout import FirstOutputs, ImageSeed, draw_images, replay_log_probs, start_drawing
-from d3po_core.seeds import derive_seed
-from d3po_core.trainer import train_updates
+from d3po_core.models.families import FAMILIES
+from d3po_core.models.loading import DTYPES
+from d3po_core.models.policy import Policy
+from d3po_core.sampling.rollout import FirstOutputs, draw_images, replay_log_probs, start_drawing
+from d3po_core.seeds import ImageSeed, derive_seed
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.trainer import train_updates
 
 PARTS = ("ceiling", "ours", "profile", "equality", "published", "memory")
 MODES = ("fast", "balanced", "small")
@@ -140,7 +140,7 @@ def timed(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float
 def stir(policy: Policy) -> None:
     """Give the LoRA weights that matter, the same for every policy."""
     generator = torch.Generator().manual_seed(1)
-    for _, parameter in policy.trainable_parameters():
+    for _, parameter in policy.weights.parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.05
         parameter.data += noise.to(parameter.device)
 
@@ -173,7 +173,7 @@ def _compare_path(
     expected: tuple[torch.Tensor, torch.Tensor],
 ) -> Results:  # fmt: skip
     """One path as it samples and as it trains, each against float32, and the two against each other."""
-    policy.reset_weights()
+    policy.reset()
     stir(policy)
     found = [_replay(policy, seeds, latents_BTCHW, gradient=gradient) for gradient in (False, True)]
     log_probs, gradient_P = expected
@@ -199,9 +199,9 @@ def _gradient(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tenso
     )  # fmt: skip
     policy.network.zero_grad(set_to_none=True)
     sign_B = torch.tensor([1.0, -1.0], device=log_prob_B.device).repeat(len(seeds) // 2)
-    policy.backward((sign_B * log_prob_B).sum())
-    policy.unscale()
-    gradient_P = torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters() if p.grad is not None])
+    policy.loss_scale.backward((sign_B * log_prob_B).sum())
+    policy.loss_scale.unscale()
+    gradient_P = torch.cat([p.grad.flatten() for _, p in policy.weights.parameters() if p.grad is not None])
     policy.network.zero_grad(set_to_none=True)
     return gradient_P
 

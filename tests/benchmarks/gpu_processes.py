@@ -25,13 +25,13 @@ from random_models import random_pipeline
 from rich.console import Console
 from rich.table import Table
 
-from d3po_core.campaign import begin_round, open_campaign
 from d3po_core.config import CampaignConfig, load_config
-from d3po_core.jobs.sampling import round_shards, sample_shards
-from d3po_core.jobs.training import train_checkpoint
-from d3po_core.loading import DTYPES
-from d3po_core.tables import partition, read_rows, table_from_rows, write_table
-from tasks.ranks import RankPool
+from d3po_core.models.loading import DTYPES
+from d3po_core.processes.pool import RankPool
+from d3po_core.sampling.job import round_shards, sample_shards
+from d3po_core.store.campaign import begin_round, open_campaign
+from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.training.job import train_checkpoint
 
 GOALS = {2: {"sampling": 1.9, "training": 1.8}, 4: {"sampling": 3.6, "training": 3.4}}
 GROUP_SIZE, UPDATES = 2, 2

@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from stage_times import STAGES, USAGE_FILE, all_round_times, note_start, start_times
 
-from d3po_core.campaign import finished_rounds, last_finished_round
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.tables import atomic_path
+from d3po_core.store.files import atomic_path
+from d3po_core.store.stages import finished_rounds, last_finished_round
 
 TINY = {
     "sample.groups_per_round": 4, "sample.batch_size": 8, "sample.num_steps": 4, "evaluate.images_per_prompt": 1,

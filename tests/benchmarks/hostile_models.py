@@ -18,10 +18,10 @@ import torch
 
 from d3po_core.config import ModelConfig, SampleConfig
 from d3po_core.errors import D3POError
-from d3po_core.policy import load_policy
-from d3po_core.rollout import draw_images
-from tests.core.drawing import image_seed
-from tests.core.tiny_models import tiny_model
+from d3po_core.models.loaded import load_policy
+from d3po_core.sampling.rollout import draw_images
+from tests.core.models.tiny_models import tiny_model
+from tests.core.sampling.drawing import image_seed
 
 FAMILIES = ("sd", "sdxl", "sd3")
 VALUES: tuple[Any, ...] = (None, "8", -1, 0, 3, 1e300, True, [], [8], {}, {"a": [1]}, "x" * 50)

@@ -72,7 +72,7 @@ def _call(step: str, folder: str, judgements: int) -> dict[str, Any]:
 
 def _make(arguments: argparse.Namespace) -> dict[str, Any]:
     from d3po_core.config import CampaignConfig
-    from d3po_core.tables import SCHEMAS, write_table
+    from d3po_core.store.tables import SCHEMAS, write_table
 
     folder, groups = arguments.folder, arguments.judgements // GROUP_SIZE
     count = groups * GROUP_SIZE
@@ -115,7 +115,7 @@ def _make(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(folder: Path, name: str) -> dict[str, Any]:
     from d3po_core.config import CampaignConfig
-    from d3po_core.importing import import_file
+    from d3po_core.judgement_files.importing import import_file
 
     config = CampaignConfig(campaign="bench", runs_dir=str(folder))
     started, used = time.perf_counter(), time.process_time()

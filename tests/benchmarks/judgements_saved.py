@@ -23,19 +23,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from d3po_core.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.config import ModelConfig, TrainConfig
-from d3po_core.information import FADE, dissimilarity, expected_information
-from d3po_core.lesson import TrainingSet
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prompts import draw_prompts, load_prompts
-from d3po_core.rollout import ImageSeed, evaluation_seeds, sample_trajectories
-from d3po_core.scorers import prompt_alignment
-from d3po_core.seeds import derive_seed
-from d3po_core.tables import atomic_path
-from d3po_core.trainer import train_updates
+from d3po_core.models.checkpoint import load_checkpoint, save_checkpoint
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from d3po_core.people.information import FADE, expected_information
+from d3po_core.sampling.prompts import draw_prompts, load_prompts
+from d3po_core.sampling.rollout import sample_trajectories
+from d3po_core.scorers.finding import prompt_alignment
+from d3po_core.seeds import ImageSeed, derive_seed, evaluation_seeds
+from d3po_core.store.files import atomic_path
+from d3po_core.store.images import dissimilarity
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.trainer import train_updates
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, GUIDANCE, BATCH, WARM_GROUPS = 10, 1.0, 64, 32

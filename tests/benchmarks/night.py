@@ -29,9 +29,9 @@ import psutil
 from common import RESULTS, clean_environment, machine, write_json
 from mlflow import MlflowClient
 
-from d3po_core.campaign import finished_numbers
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.tables import connect
+from d3po_core.store.stages import finished_numbers
+from d3po_core.store.tables import connect
 
 BIN = Path(sys.executable).parent
 CAMPAIGN = "shapes"

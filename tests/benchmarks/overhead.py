@@ -21,9 +21,9 @@ from common import RESULTS, Spread, clean_environment, machine, show, spread, wr
 from rich.console import Console
 from rich.table import Table
 
-from d3po_core.campaign import finished_rounds, stage_path
 from d3po_core.config import PROJECT_ROOT
 from d3po_core.records import RoundRecord
+from d3po_core.store.stages import finished_rounds, stage_path
 
 CAMPAIGN = "overhead"
 STAGES = ("sample", "judge", "derive", "train", "evaluate")

@@ -27,9 +27,9 @@ import numpy as np
 from common import RESULTS, machine, write_json
 
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.journal import read_entries, sampling_of
 from d3po_core.page.access import Raters
-from d3po_core.questions import label_progress
+from d3po_core.people.journal import read_entries, sampling_of
+from d3po_core.people.questions import label_progress
 
 SERVER = """
 import sys, uvicorn
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine()
     sys.path.insert(0, str(PROJECT_ROOT))
-    from tests.core.labelling import waiting_campaign
+    from tests.core.people.labelling import waiting_campaign
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         data = Path(folder)

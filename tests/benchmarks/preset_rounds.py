@@ -25,14 +25,16 @@ from rich.table import Table
 from small_xl import make_small_xl
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config, merge
-from d3po_core.lesson import TrainingSet
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prompts import draw_prompts, load_prompts
-from d3po_core.rollout import ImageSeed, draw_images, evaluation_seeds, member_seed
-from d3po_core.scorers import load_scorer
-from d3po_core.training_set import measure_round, train_round
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from d3po_core.sampling.prompts import draw_prompts, load_prompts
+from d3po_core.sampling.rollout import draw_images
+from d3po_core.scorers.finding import load_scorer
+from d3po_core.seeds import ImageSeed, evaluation_seeds, member_seed
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.training_set import measure_round, train_round
 
 PRESETS = ("former", "sd15", "sd15-human", "sdxl")
 FORMER = {
@@ -97,7 +99,7 @@ def small_config(preset: str, arguments: argparse.Namespace, folder: Path) -> Ca
 
 def campaign(policy: Policy, config: CampaignConfig, preset: str, arguments: argparse.Namespace) -> list[Row]:
     """Rounds of sampling, judging and training; a row for each checkpoint."""
-    policy.reset_weights()
+    policy.reset()
     optimizer = make_optimizer(policy, config.train)
     rows: list[Row] = []
     for number in range(arguments.rounds + 1):

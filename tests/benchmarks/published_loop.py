@@ -10,7 +10,7 @@ which network how often. Nothing of it is copied, and its faults (``published`` 
                one backward a pair and step; one optimizer step a pair of trajectories
 
 What is the same as in ours: the model and its LoRA, T steps, guidance (1: one row an image; above: a second row for the
-empty prompt), the arithmetic of a step (d3po_core.ddim), eager, the libraries. What is left out because it
+empty prompt), the arithmetic of a step (d3po_core.denoising.ddim), eager, the libraries. What is left out because it
 would only make it slower: progress bars, logging, files, the accelerator's wrappers. What ours has and this has not:
 channels-last weights, larger batches, embeddings kept, stored log_probs as the reference.
 
@@ -28,7 +28,7 @@ from peft import LoraConfig
 from transformers.utils import logging as transformers_logging
 
 from d3po_core.config import ModelConfig, resolve_path
-from d3po_core.ddim import Schedule, log_prob, make_schedule, step_mean
+from d3po_core.denoising.ddim import Schedule, log_prob, make_schedule, step_mean
 
 PROMPTS_PER_BATCH = 10
 BETA, CLIP_RANGE = 0.1, 0.1

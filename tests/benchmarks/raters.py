@@ -23,16 +23,17 @@ from scipy import stats
 from simulated_raters import MODES, draw_groups, quality, simulate_votes, true_answers
 
 from d3po_core.config import CampaignConfig, ModelConfig
-from d3po_core.lesson import TrainingSet
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prompts import draw_prompts, load_prompts
-from d3po_core.raters import decide
-from d3po_core.rollout import ImageSeed, Trajectories, evaluation_seeds, sample_trajectories
-from d3po_core.scorers import prompt_alignment
-from d3po_core.seeds import derive_seed
-from d3po_core.trainer import train_updates
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from d3po_core.preferences.deciding import decide
+from d3po_core.sampling.prompts import draw_prompts, load_prompts
+from d3po_core.sampling.rollout import Trajectories, sample_trajectories
+from d3po_core.scorers.finding import prompt_alignment
+from d3po_core.seeds import ImageSeed, derive_seed, evaluation_seeds
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.trainer import train_updates
 
 CONFIG = CampaignConfig()
 GROUP_SIZE = 4
@@ -110,7 +111,7 @@ def speed(arguments: argparse.Namespace) -> list[Row]:
 
 def campaign(policy: Policy, arguments: argparse.Namespace, judge: str, seed: int) -> list[Row]:
     """Rounds of sampling, judging, deciding and training; a row an evaluation."""
-    policy.reset_weights()
+    policy.reset()
     optimizer = make_optimizer(policy, CONFIG.train)
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
     started, rows = time.perf_counter(), []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d3po_core.report import write_report
+from d3po_core.report.write import write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 

@@ -33,7 +33,7 @@ def simulate_votes(
     raters_per_group: int | None = None,
     gold_groups: int = 0,
 ) -> pa.Table:
-    """Votes of raters who are right with a known probability, as ``d3po_core.preferences.collect_votes`` gives them.
+    """Votes of raters who are right with a known probability, as ``collect_votes`` gives them.
 
     ``mark_bad``: a rater marks each image, right with the given accuracy; a pair of equal marks is a tie.
     ``pair``: a rater answers each pair; of an order, the opposite when wrong; of a tie, either side when wrong.

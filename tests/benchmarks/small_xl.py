@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from d3po_core.config import resolve_path
-from d3po_core.shapes import all_scenes
+from d3po_core.scorers.shapes import all_scenes
 
 NUM_TIME_IDS, TIME_ID_WIDTH = 6, 8
 

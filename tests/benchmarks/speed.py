@@ -30,14 +30,15 @@ from rich.console import Console
 from rich.table import Table
 
 from d3po_core.config import CampaignConfig, TrainConfig
-from d3po_core.lesson import TrainingSet
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prompts import load_prompts
-from d3po_core.rollout import ImageSeed, sample_trajectories
-from d3po_core.seeds import derive_seed, permutation
-from d3po_core.trainer import train_updates
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from d3po_core.sampling.prompts import load_prompts
+from d3po_core.sampling.rollout import sample_trajectories
+from d3po_core.seeds import ImageSeed, derive_seed, permutation
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.trainer import train_updates
 
 CONFIG = CampaignConfig()
 GUIDANCE = 1.0
@@ -124,7 +125,7 @@ def rate_sampling_published(published: Published, images: int, group_size: int) 
 
 def rate_training(policy: Policy, data: TrainingSet) -> float:
     """Pair-steps a second of a round's updates, with the configured micro-batch and the stored reference."""
-    policy.reset_weights()
+    policy.reset()
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
     optimizer = make_optimizer(policy, CONFIG.train)
     started = time.perf_counter()
@@ -178,7 +179,7 @@ def gradient_difference(policy: Policy, published: Published, data: TrainingSet)
     group = data.groups[0]
     one_pair = TrainingSet(data.prompts, data.latents_NTCHW, data.log_probs_NT, [group], data.noise_seeds)
     schedule = policy.schedule(CONFIG.sample.num_steps, CONFIG.sample.eta)
-    ours = [parameter for _, parameter in policy.trainable_parameters()]
+    ours = [parameter for _, parameter in policy.weights.parameters()]
     still = torch.optim.SGD(ours, lr=0.0)
     for _ in train_updates(policy, still, schedule, one_pair, config, GUIDANCE, SEED):
         pass

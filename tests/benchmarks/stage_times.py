@@ -12,9 +12,9 @@ from typing import Any
 
 from gpu_usage import Usage, between, read_usage
 
-from d3po_core.campaign import finished_rounds, stage_path
 from d3po_core.records import RoundRecord
-from d3po_core.tables import partition, read_rows
+from d3po_core.store.stages import finished_rounds, stage_path
+from d3po_core.store.tables import partition, read_rows
 
 STAGES = ("sample", "judge", "derive", "train", "evaluate", "guard", "publish")
 STARTS_FILE, USAGE_FILE = "starts.csv", "gpu-usage.csv"

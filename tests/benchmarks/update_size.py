@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from d3po_core.config import ModelConfig, TrainConfig
-from d3po_core.families import FAMILIES
-from d3po_core.lesson import TrainingSet
-from d3po_core.optimizers import make_optimizer
-from d3po_core.packing import PairedGroup
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prompts import load_prompts
-from d3po_core.rollout import member_seed, sample_trajectories
-from d3po_core.trainer import measure_learned, train_updates
+from d3po_core.models.families import FAMILIES
+from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
+from d3po_core.sampling.prompts import load_prompts
+from d3po_core.sampling.rollout import sample_trajectories
+from d3po_core.seeds import member_seed
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.packing import PairedGroup
+from d3po_core.training.trainer import measure_learned, train_updates
 from flows.presets import deployment_config
 
 GROUPS, STEPS = 3, 4
@@ -74,7 +76,7 @@ def _stable_diffusion() -> Policy:
 def measure(policy: Policy, config: TrainConfig) -> dict[str, Any]:
     """KL to the base after the updates, and the share of drowned gradients at the last one."""
     started = time.perf_counter()
-    policy.reset_weights()
+    policy.reset()
     schedule = policy.schedule(STEPS, 1.0)
     prompts = load_prompts("data/prompts/shapes_train.txt", "prompt", "prompts")[:GROUPS]
     seeds = [member_seed(0, 1, prompt, 0, member, True) for prompt in prompts for member in range(2)]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from d3po_core.campaign import CAMPAIGN_FILE, checkpoint_path, stage_path
 from d3po_core.config import CampaignConfig
-from d3po_core.images import save_png
-from d3po_core.tables import SCHEMAS, partition, table_from_rows, write_table
+from d3po_core.store.campaign import CAMPAIGN_FILE
+from d3po_core.store.images import save_png
+from d3po_core.store.stages import checkpoint_path, stage_path
+from d3po_core.store.tables import SCHEMAS, partition, table_from_rows, write_table
 
 NOON = datetime(2026, 5, 1, 12)
 SCORER = "brightness"

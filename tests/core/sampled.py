@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from d3po_core.campaign import CAMPAIGN_FILE, stage_path
 from d3po_core.config import CampaignConfig, load_config
-from d3po_core.images import save_png
-from d3po_core.tables import table_from_rows, write_table
+from d3po_core.store.campaign import CAMPAIGN_FILE
+from d3po_core.store.images import save_png
+from d3po_core.store.stages import stage_path
+from d3po_core.store.tables import table_from_rows, write_table
 
 PROMPTS = ("a red circle on a black background", '=HYPERLINK("http://x")', 'a <b>bold</b> & "quoted" cross', "été 🎈")
 

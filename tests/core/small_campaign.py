@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d3po_core.campaign import begin_round, checkpoint_path, open_campaign, stage_path
 from d3po_core.config import CampaignConfig, load_config
-from d3po_core.preferences import derive_preferences
+from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.records import EvaluateRecord, ScoreSummary
-from d3po_core.tables import SCHEMAS, connect, table_from_rows, write_table
+from d3po_core.store.campaign import begin_round, open_campaign
+from d3po_core.store.stages import checkpoint_path, stage_path
+from d3po_core.store.tables import SCHEMAS, connect, table_from_rows, write_table
 
 ROUNDS = 4
 MORNING = datetime(2024, 5, 1, 8)

@@ -10,7 +10,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3po_core.campaign import campaign_named
 from d3po_core.config import (
     PROJECT_ROOT,
     PUBLISHED,
@@ -22,8 +21,9 @@ from d3po_core.config import (
     resolve_path,
 )
 from d3po_core.errors import D3POError
-from d3po_core.optimizers import check_beta
-from d3po_core.trainer import plan_updates
+from d3po_core.store.campaign import campaign_named
+from d3po_core.training.optimizer import check_beta
+from d3po_core.training.trainer import plan_updates
 
 
 def explain(values: Any) -> str:

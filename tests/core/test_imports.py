@@ -1,6 +1,7 @@
 """The import rule, flows -> tasks -> d3po_core, and what no source file may contain."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from d3po_core.config import PROJECT_ROOT
 
 LAYERS = ("d3po_core", "tasks", "flows")
 FILES = sorted(file for layer in LAYERS for file in (PROJECT_ROOT / layer).rglob("*.py"))
-CORE_LEAVES = ("config", "records", "ddim", "loss", "preferences")
+CORE_LEAVES = ("config", "records", "denoising/ddim", "training/loss", "preferences/deriving")
 
 
 def name_of(file: Path) -> str:
@@ -43,7 +44,7 @@ def packages(file: Path) -> set[str]:
 
 def test_there_is_something_to_check() -> None:
     assert {file.parent.name for file in FILES} >= set(LAYERS)
-    assert "diffusers" in packages(PROJECT_ROOT / "d3po_core" / "loading.py")
+    assert "diffusers" in packages(PROJECT_ROOT / "d3po_core/models/loading.py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -62,7 +63,7 @@ def test_core_knows_neither_prefect_nor_mlflow(file: Path) -> None:
 def test_leaves_of_the_core_import_no_sibling_but_the_lowest(leaf: str) -> None:
     names = {name for name in imported(PROJECT_ROOT / "d3po_core" / f"{leaf}.py") if name.startswith("d3po_core")}
     siblings = {name.split(".")[1] for name in names if "." in name}
-    assert siblings <= {"config", "errors", "urls"}
+    assert siblings <= {"config", "errors", "urls", "ways"}
 
 
 def test_exactly_one_module_imports_mlflow() -> None:
@@ -112,6 +113,16 @@ def test_nothing_is_unpickled_and_no_foreign_code_is_run(file: Path) -> None:
             assert called not in ("eval", "exec"), f"line {node.lineno}"
 
 
+ELSEWHERE = sorted({*(PROJECT_ROOT / "tests").rglob("*.py"), *(PROJECT_ROOT / "data").glob("*/*.py")})
+
+
+@pytest.mark.parametrize("file", ELSEWHERE, ids=name_of)
+def test_modules_that_tests_benchmarks_and_scripts_name_are_there(file: Path) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (*LAYERS, "tests"):
+            assert importlib.util.find_spec(str(node.module)), f"line {node.lineno}: {node.module}"
+
+
 def test_nothing_pickled_is_tracked() -> None:
     suffixes = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".npy", ".npz", ".joblib"}
     folders = [PROJECT_ROOT / layer for layer in LAYERS]
@@ -121,6 +132,6 @@ def test_nothing_pickled_is_tracked() -> None:
 
 def test_a_command_starts_without_what_it_may_not_need() -> None:
     slow = {"duckdb", "mlflow", "numpy", "prefect", "pyarrow", "torch"}
-    script = f"import flows.command_line, sys; print(sorted({slow} & set(sys.modules)))"
+    script = f"import flows.commands.line, sys; print(sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from d3po_core.config import CampaignConfig, ScoringConfig
 from d3po_core.errors import D3POError
-from d3po_core.scorers import load_scorer
+from d3po_core.scorers.finding import load_scorer
 from d3po_core.urls import filled_in, inline_secret, masked, without_login
 
 SECRET = {

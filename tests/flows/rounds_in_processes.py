@@ -44,7 +44,7 @@ def run_rounds(
 
 
 def _kill_a_rank_once(stage: str, note: Path) -> None:
-    from tasks.ranks import RankPool
+    from d3po_core.processes.pool import RankPool
 
     run = RankPool.run
 

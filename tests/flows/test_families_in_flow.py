@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-from d3po_core.campaign import campaign_named, finished_rounds
-from d3po_core.images import load_png
-from d3po_core.rollout import evaluation_seeds
-from d3po_core.seeds import gaussian
-from d3po_core.tables import partition, read_rows
-from tests.core.tiny_models import tiny_model
+from d3po_core.seeds import evaluation_seeds, gaussian
+from d3po_core.store.campaign import campaign_named
+from d3po_core.store.images import load_png
+from d3po_core.store.stages import finished_rounds
+from d3po_core.store.tables import partition, read_rows
+from tests.core.models.tiny_models import tiny_model
 from tests.flows.test_kill import SMALL
 
 MODEL = {"device": "cpu", "lora_rank": 2}

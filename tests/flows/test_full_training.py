@@ -13,15 +13,14 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
-from d3po_core.export_lora import export_lora
-from d3po_core.images import load_png
-from d3po_core.policy import load_policy
-from d3po_core.prune import apply_prune, plan_prune
-from d3po_core.regenerate import regenerate
-from d3po_core.replay import replay_round
-from d3po_core.rollout import evaluation_seeds
-from d3po_core.seeds import gaussian
-from d3po_core.tables import partition, read_rows
+from d3po_core.export.lora import export_lora
+from d3po_core.models.loaded import load_policy
+from d3po_core.reproducing.regenerate import regenerate
+from d3po_core.reproducing.replay import replay_round
+from d3po_core.seeds import evaluation_seeds, gaussian
+from d3po_core.store.images import load_png
+from d3po_core.store.prune import apply_prune, plan_prune
+from d3po_core.store.tables import partition, read_rows
 from tests.flows.test_kill import ROUNDS, SMALL, outcome
 
 NETWORK = "unet/diffusion_pytorch_model.safetensors"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from d3po_core.campaign import finished_rounds
-from d3po_core.comparison import round_named
-from d3po_core.tables import partition, read_rows
+from d3po_core.evaluation.comparison import round_named
+from d3po_core.store.stages import finished_rounds
+from d3po_core.store.tables import partition, read_rows
 
 SMALL: dict[str, Any] = {
     "sample": {"groups_per_round": 4, "group_size": 4, "num_steps": 3},

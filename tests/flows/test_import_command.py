@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.tables import connect
-from flows import import_command
+from d3po_core.store.tables import connect
+from flows.commands import judgement_files as import_command
 from tests.core.sampled import sampled_campaign
 
 app = typer.Typer()

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from d3po_core.tables import SCHEMAS
+from d3po_core.store.tables import SCHEMAS
 
 ROUNDS = 2
 SMALL: dict[str, Any] = {

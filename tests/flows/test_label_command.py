@@ -6,10 +6,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from d3po_core.blind import comparisons_of
 from d3po_core.errors import D3POError
-from flows import label_command
-from tests.core.compared import evaluated, say_all
+from d3po_core.people.blind import comparisons_of
+from flows.commands import label as label_command
+from tasks.tracking import delivery
+from tests.core.evaluation.compared import evaluated, say_all
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(label_command.label)
@@ -76,9 +77,7 @@ def test_without_it_nothing_is_begun(campaign: Path) -> None:
 
 
 def test_what_people_say_is_told_to_mlflow(campaign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import tracking
-
     told: list[str] = []
-    monkeypatch.setattr(tracking, "deliver_comparisons", lambda config: told.append(config.campaign))
+    monkeypatch.setattr(delivery, "deliver_comparisons", lambda config: told.append(config.campaign))
     label_command._compared("x", 1)
     assert told == ["x"]

@@ -8,10 +8,11 @@ from typing import Any
 import psutil
 import pytest
 
-from d3po_core.campaign import finished_rounds, last_finished_round, round_config, stage_path
-from d3po_core.importing import import_file
-from d3po_core.questions import groups_for_people
-from d3po_core.tables import partition, read_rows
+from d3po_core.judgement_files.importing import import_file
+from d3po_core.people.questions import groups_for_people
+from d3po_core.store.campaign import round_config
+from d3po_core.store.stages import finished_rounds, last_finished_round, stage_path
+from d3po_core.store.tables import partition, read_rows
 from tests.flows.test_servers import DATA, eventually, get, home, ports, post
 
 __all__ = ["home", "ports"]  # fixtures: this module has servers of its own

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from d3po_core.config import PROJECT_ROOT
-from flows.command_line import app
+from flows.commands.line import app
 from flows.presets import presets
 
 DOCUMENTS = [
@@ -87,7 +87,7 @@ def test_there_are_commands_to_look_at() -> None:
         "questions.md",
         "judgements.md",
         "waiting.py",
-        "report_commands.py",
+        "report.py",
         "template.html",
     } <= places
     assert len(printed()) > 60

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from d3po_core.campaign import finished_rounds
+from d3po_core.store.stages import finished_rounds
 from tests.flows.test_kill import SMALL, outcome
 
 MODEL = {"device": "cpu", "processes": 2}
@@ -24,7 +24,7 @@ def ranks_of(data: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         command, environment = process.info["cmdline"] or [], process.info["environ"] or {}
-        if "tasks.rank_worker" in command and environment.get("D3PO_DATA") == str(data):
+        if "d3po_core.processes.worker" in command and environment.get("D3PO_DATA") == str(data):
             found.append(process)
     return found
 

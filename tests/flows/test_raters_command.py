@@ -8,13 +8,13 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from d3po_core.campaign import open_campaign
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.journal import Journal, Submission, sampling_of
-from flows.raters_command import raters
-from tests.core.labelling import waiting_campaign
-from tests.core.test_agreement import campaign, choices, gold_round, marks
+from d3po_core.people.journal import Journal, Submission, sampling_of
+from d3po_core.store.campaign import open_campaign
+from flows.commands.raters import raters
+from tests.core.people.labelling import waiting_campaign
+from tests.core.people.test_raters import campaign, choices, gold_round, marks
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from d3po_core.columns import MEANINGS, SHARED
 from d3po_core.config import PROJECT_ROOT, TrainConfig
+from d3po_core.store.columns import MEANINGS, SHARED
 from flows import reference
 
 

@@ -8,11 +8,11 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from d3po_core.blind import begin_comparison
 from d3po_core.errors import D3POError
-from flows import report_commands
-from flows.command_parts import outside_campaigns
-from tests.core.compared import say
+from d3po_core.people.blind import begin_comparison
+from flows.commands import report as report_commands
+from flows.commands.parts import outside_campaigns
+from tests.core.evaluation.compared import say
 from tests.core.little_campaign import LittleCampaign
 
 app = typer.Typer()

@@ -17,10 +17,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from mlflow import MlflowClient
 
-from d3po_core.campaign import campaign_lock, finished_rounds
 from d3po_core.config import PROJECT_ROOT
-from d3po_core.images import load_png
-from d3po_core.tables import connect
+from d3po_core.store.campaign import campaign_lock
+from d3po_core.store.images import load_png
+from d3po_core.store.stages import finished_rounds
+from d3po_core.store.tables import connect
 from tests.flows.test_kill import SMALL
 
 NAME = "small"
@@ -180,8 +181,7 @@ def test_lora_from_mlflow_gives_the_evaluated_images(campaign: Path, data: Path,
         prompt, seed, image_path = connection.sql(
             "SELECT prompt, seed, image_path FROM evaluations WHERE round = 2 ORDER BY sample_id LIMIT 1"
         ).fetchall()[0]
-    from d3po_core.rollout import evaluation_seeds
-    from d3po_core.seeds import gaussian
+    from d3po_core.seeds import evaluation_seeds, gaussian
 
     image_seed = next(s for s in evaluation_seeds([prompt], 1, 0) if s.noise_seed == seed)
     noise = iter(gaussian(seed, 10, 4, 8, 8))

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from d3po_core.errors import D3POError
-from flows import command_line, prefect_api, server_processes, servers
+from flows import prefect_api, server_processes, servers
+from flows.commands import line as command_line
 from flows.loopback import is_proxied, without_proxy
 from flows.prefect_profile import active_profile, shown_profile
 from flows.server_checks import require_ports

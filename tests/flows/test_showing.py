@@ -10,8 +10,8 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 
-from d3po_core.campaign import stage_path
 from d3po_core.config import PROJECT_ROOT
+from d3po_core.store.stages import stage_path
 from tests.flows.test_kill import SMALL
 from tests.flows.test_servers import eventually
 

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from d3po_core.blind import begin_comparison
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
-from d3po_core.journal import active, read_entries, sampling_of
 from d3po_core.page.access import Raters
-from tests.core.compared import evaluated
-from tests.core.labelling import waiting_campaign
+from d3po_core.people.blind import begin_comparison
+from d3po_core.people.journal import active, read_entries, sampling_of
+from tests.core.evaluation.compared import evaluated
+from tests.core.people.labelling import waiting_campaign
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: a
 
 SERVER = """
 import sys
-from flows.label_command import serve_page
+from flows.commands.label import serve_page
 told = open(sys.argv[1], "a", buffering=1)
 serve_page(lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None)
 """

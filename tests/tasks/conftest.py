@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from d3po_core.campaign import begin_round, checkpoint_path, finish_stage, open_campaign
 from d3po_core.config import CampaignConfig, load_config
-from d3po_core.jobs.loaded import loaded_policy
-from d3po_core.policy import Policy
+from d3po_core.models.loaded import loaded_policy
+from d3po_core.models.policy import Policy
+from d3po_core.models.weights import weights_sha256
 from d3po_core.records import EvaluateRecord
-from d3po_core.tables import SCHEMAS, table_from_rows, write_table
-from d3po_core.weights import weights_sha256
+from d3po_core.store.campaign import begin_round, open_campaign
+from d3po_core.store.stages import checkpoint_path, finish_stage
+from d3po_core.store.tables import SCHEMAS, table_from_rows, write_table
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.publishing import note_published

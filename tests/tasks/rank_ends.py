@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import CampaignBusyError
-from d3po_core.jobs import Tell
+from d3po_core.processes.job import Tell
 
 
 def die(config: CampaignConfig, round_number: int, tell: Tell) -> None:

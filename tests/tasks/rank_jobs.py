@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from d3po_core.checkpoint import load_round
 from d3po_core.config import CampaignConfig
-from d3po_core.jobs import Tell, training
-from d3po_core.jobs.loaded import loaded_policy
-from d3po_core.lesson import TrainingSet
-from d3po_core.policy import Policy
-from d3po_core.trainer import train_updates
-from d3po_core.training_set import load_training_set, training_seed
-from tests.core.drawing import stir_lora
+from d3po_core.models.checkpoint import load_round
+from d3po_core.models.loaded import loaded_policy
+from d3po_core.models.policy import Policy
+from d3po_core.processes.job import Tell
+from d3po_core.training import job as training
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.trainer import train_updates
+from d3po_core.training.training_set import load_training_set, training_seed
+from tests.core.sampling.drawing import stir_lora
 
 
 def gradient(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
@@ -42,17 +43,17 @@ def gradient_short_of_memory(config: CampaignConfig, round_number: int, tell: Te
 def gradient_overflowing_once(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
     """The same when the second rank's gradient overflows at the first loss scale."""
     policy = loaded_policy(config)
-    backward = policy.backward
+    backward = policy.loss_scale.backward
 
     def overflow(loss: torch.Tensor) -> None:
-        too_large = policy.accelerator.process_index == 1 and policy.loss_scale == policy.first_loss_scale
+        too_large = policy.accelerator.process_index == 1 and policy.loss_scale.factor == policy.loss_scale.first
         backward(loss * torch.inf if too_large else loss)
 
-    policy.backward = overflow  # type: ignore[method-assign]
+    policy.loss_scale.backward = overflow  # type: ignore[method-assign]
     try:
         return gradient(config, round_number, tell)
     finally:
-        del policy.backward
+        del policy.loss_scale.backward
 
 
 def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: int | None) -> dict[str, Any]:
@@ -62,18 +63,23 @@ def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: 
     if steps is not None:
         trained = torch.arange(config.sample.num_steps) < steps  # a step without noise is not trained on
         schedule = replace(schedule, sigma_T=schedule.sigma_T * trained.to(policy.device))
-    still = torch.optim.SGD([parameter for _, parameter in policy.trainable_parameters()], lr=0.0)
+    still = torch.optim.SGD([parameter for _, parameter in policy.weights.parameters()], lr=0.0)
     updates = train_updates(policy, still, schedule, data, config.train, 1.0, training_seed(config, 1))
     update = next(updates)
-    flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.trainable_parameters()])
+    flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.weights.parameters()])
     seen = {key: getattr(update, key) for key in ("loss", "margin_before", "kl_before", "grad_norm", "num_pairs")}
-    return {"gradient": flat.tolist(), "seen": seen, "per_step": update.per_step, "loss_scale": policy.loss_scale}
+    return {
+        "gradient": flat.tolist(),
+        "seen": seen,
+        "per_step": update.per_step,
+        "loss_scale": policy.loss_scale.factor,
+    }
 
 
 def save_own_lora(config: CampaignConfig, round_number: int, tell: Tell) -> None:
     """Every rank writes the LoRA that it holds."""
     policy = loaded_policy(config)
-    policy.save_weights(config.folder / f"of-rank-{policy.accelerator.process_index}")
+    policy.weights.save(config.folder / f"of-rank-{policy.accelerator.process_index}")
 
 
 def train_apart(config: CampaignConfig, round_number: int, tell: Tell) -> Any:

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.export_lora import export_lora
-from d3po_core.images import load_png, save_png
-from d3po_core.jobs import loaded
-from d3po_core.jobs.loaded import loaded_policy
-from d3po_core.policy import Policy, load_policy
-from d3po_core.prune import apply_prune, plan_prune
-from d3po_core.regenerate import batch_of, largest_difference, regenerate
-from d3po_core.replay import replay_round
-from d3po_core.rollout import draw_images
-from d3po_core.tables import partition, read_rows, table_from_rows, write_table
-from d3po_core.weights import weights_sha256
+from d3po_core.export.lora import export_lora
+from d3po_core.models import loaded
+from d3po_core.models.loaded import load_policy, loaded_policy
+from d3po_core.models.policy import Policy
+from d3po_core.models.weights import weights_sha256
+from d3po_core.reproducing.regenerate import batch_of, largest_difference, regenerate
+from d3po_core.reproducing.replay import replay_round
+from d3po_core.sampling.rollout import draw_images
+from d3po_core.store.images import load_png, save_png
+from d3po_core.store.prune import apply_prune, plan_prune
+from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
 from tests.tasks.conftest import TRAIN
 
 

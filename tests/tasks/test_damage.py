@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from d3po_core.errors import D3POError
-from d3po_core.integrity import damages, record_files, require_whole
-from d3po_core.journal import Journal
-from flows.command_line import app
+from d3po_core.people.journal import Journal
+from d3po_core.store.integrity import damages, record_files, require_whole
+from flows.commands.line import app
 
 Damage = Callable[[Path], object]
 

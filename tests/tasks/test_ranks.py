@@ -15,19 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d3po_core.campaign import begin_round, open_campaign
 from d3po_core.config import CampaignConfig, ModelConfig, load_config
+from d3po_core.devices import check_processes
 from d3po_core.errors import CampaignBusyError, D3POError, NonFiniteLossError, RankError
-from d3po_core.jobs.evaluating import draw_held_out
-from d3po_core.jobs.sampling import sample_shards
-from d3po_core.jobs.training import train_checkpoint
-from d3po_core.policy import LORA_FILE
-from d3po_core.ranks import check_processes
-from d3po_core.tables import partition, read_rows
-from d3po_core.weights import weights_sha256
-from tasks import ranks
+from d3po_core.evaluation.job import draw_held_out
+from d3po_core.models.weights import LORA_FILE, weights_sha256
+from d3po_core.processes import pool as ranks
+from d3po_core.processes.pool import RankPool, run_job
+from d3po_core.sampling.job import sample_shards
+from d3po_core.store.campaign import begin_round, open_campaign
+from d3po_core.store.tables import partition, read_rows
+from d3po_core.training.job import train_checkpoint
 from tasks.judging import _derive, _judge
-from tasks.ranks import RankPool, run_job
 from tasks.sampling import _sample
 from tests.tasks import rank_ends, rank_jobs
 from tests.tasks.conftest import HELD_OUT, SETTINGS, TRAIN
@@ -299,7 +298,7 @@ PARENT = """
 import sys, torch
 from pathlib import Path
 from d3po_core.config import CampaignConfig
-from tasks.ranks import RankPool
+from d3po_core.processes.pool import RankPool
 from tests.tasks.rank_ends import work_without_end
 torch.set_num_threads(2)
 pool = RankPool(2, "cpu", Path(sys.argv[1]))

@@ -21,15 +21,17 @@ from PIL import Image
 
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
-from d3po_core.jobs import Job, Tell
-from d3po_core.tables import partition, read_rows
+from d3po_core.processes.job import Job, Tell
+from d3po_core.scorers import shards
+from d3po_core.scorers.shards import shard_scorers
+from d3po_core.store.tables import partition, read_rows
 from tasks import sampling, scoring
 from tasks.evaluating import _evaluate
 from tasks.judging import _derive, _judge
 from tasks.publishing import check_campaign
 from tasks.sampling import _sample
-from tasks.scoring import scored_early, shard_scorers
-from tests.core.small_scorers import clip_folder
+from tasks.scoring import scored_early
+from tests.core.scorers.small_scorers import clip_folder
 
 
 @dataclass
@@ -261,12 +263,13 @@ def test_round_scored_beside_a_gpu_is_judged_as_one_scored_afterwards(
     config = load_config(values, "test")
     score_shard, scored = scoring.score_shard, []
 
-    def noted(*arguments: Any) -> scoring.ShardScores:
+    def noted(*arguments: Any) -> shards.ShardScores:
         scored.append(score_shard(*arguments))
         return scored[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "device_type", lambda device: "cuda")
+        for module in (scoring, shards):
+            patch.setattr(module, "device_type", lambda device: "cuda")
         patch.setattr(scoring, "score_shard", noted)
         sampling_that(patch, lambda: wait_until(lambda: len(scored) == SHARDS))
         _sample(config, 1)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.events import Resource
 
-from d3po_core.campaign import finished_rounds
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.store.stages import finished_rounds
 from tasks import showing
 
 AUTOMATIONS = yaml.safe_load((PROJECT_ROOT / "docs" / "automation.yaml").read_text())["automations"]

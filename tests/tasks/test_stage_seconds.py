@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from d3po_core import campaign
-from d3po_core.campaign import finish_stage, stage_path
 from d3po_core.config import CampaignConfig, load_config
+from d3po_core.models.weights import LORA_FILE
 from d3po_core.records import SampleRecord, TrainRecord
-from d3po_core.tables import table_from_rows, write_table
-from d3po_core.weights import LORA_FILE
+from d3po_core.store import stages as finished_stages
+from d3po_core.store.stages import finish_stage, stage_path
+from d3po_core.store.tables import table_from_rows, write_table
 from tasks import stage
 from tasks.stage import progress
 from tasks.tracking import stages
@@ -33,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until ``now`` is moved."""
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(campaign, "time", clock)
+    monkeypatch.setattr(finished_stages, "time", clock)
     monkeypatch.setattr(stage, "time", clock)
     return clock
 

@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
-from d3po_core.blind import begin_comparison
 from d3po_core.config import CampaignConfig
-from tasks import tracking
+from d3po_core.people.blind import begin_comparison
+from tasks.tracking import delivery
 from tasks.tracking.store import mlflow_client
-from tests.core.compared import say, say_all
+from tests.core.evaluation.compared import say, say_all
 
 
 class Mute:
@@ -49,7 +49,7 @@ def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mute]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "_left_alone_until", {})
+    monkeypatch.setattr(delivery, "_left_alone_until", {})
     yield server
     server.close()
 
@@ -59,18 +59,18 @@ def test_a_store_that_does_not_answer_is_left_alone_for_a_while(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     own = config.model_copy(update={"runs_dir": str(campaign.parent)})
-    tracking.deliver(own)
+    delivery.deliver(own)
     assert "did not take 6 finished stages" in caplog.text
     assert "they are kept and delivered with the next one" in caplog.text
     asked = len(mute.callers)
     assert asked >= 1
-    tracking.deliver(own)
-    assert tracking.known_run_id(own, 1) is None
-    assert tracking.pages(own) == {}
+    delivery.deliver(own)
+    assert delivery.known_run_id(own, 1) is None
+    assert delivery.pages(own) == {}
     assert len(mute.callers) == asked
-    (until,) = tracking._left_alone_until.values()
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: until)
-    tracking.deliver(own)
+    (until,) = delivery._left_alone_until.values()
+    monkeypatch.setattr(delivery.time, "monotonic", lambda: until)
+    delivery.deliver(own)
     assert len(mute.callers) > asked
 
 
@@ -78,9 +78,9 @@ def test_a_store_that_answers_again_gets_what_it_missed(
     mute: Mute, config: CampaignConfig, campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = config.model_copy(update={"runs_dir": str(campaign.parent)})
-    tracking.deliver(own)
+    delivery.deliver(own)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    tracking.deliver(own)  # another address is no victim of the first
+    delivery.deliver(own)  # another address is no victim of the first
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")
     names = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
@@ -95,9 +95,9 @@ def test_what_people_prefer_is_told_once_and_again_when_it_changed(
     own = config.model_copy(update={"runs_dir": str(campaign.parent)})
     found = begin_comparison(campaign, 2, 0, pairs=12).comparison
     say_all(campaign, found, lambda _: 1)
-    tracking.deliver_comparisons(own)  # MLflow knows nothing of the round yet: its run tells it first
+    delivery.deliver_comparisons(own)  # MLflow knows nothing of the round yet: its run tells it first
     assert not (campaign / "comparisons" / "2-0.delivered").exists()
-    tracking.deliver(own)
+    delivery.deliver(own)
     client = MlflowClient(uri)
     name = "held_out/human_win_rate_base"
 
@@ -108,11 +108,11 @@ def test_what_people_prefer_is_told_once_and_again_when_it_changed(
 
     assert told("tiny round 002") == told("campaign tiny") == [(1.0, 2)]
     assert told("tiny round 001") == []
-    tracking.deliver(own)
-    tracking.deliver_comparisons(own)
+    delivery.deliver(own)
+    delivery.deliver_comparisons(own)
     assert told("tiny round 002") == [(1.0, 2)]
     say(campaign, found, 0, -1, rater="bob")
-    tracking.deliver_comparisons(own)
+    delivery.deliver_comparisons(own)
     assert [step for _, step in told("tiny round 002")] == [2, 2]
     assert 0.9 < told("tiny round 002")[1][0] < 1
 
@@ -158,16 +158,16 @@ def test_a_server_with_a_login_is_told_with_mlflows_variables(
 ) -> None:  # fmt: skip
     server = Guarded(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    monkeypatch.setattr(tracking, "_left_alone_until", {})
+    monkeypatch.setattr(delivery, "_left_alone_until", {})
     own = config.model_copy(update={"runs_dir": str(campaign.parent)})
     try:
-        tracking.deliver(own)
+        delivery.deliver(own)
         assert server.refused > 0
         assert "they are kept and delivered with the next one" in caplog.text
-        monkeypatch.setattr(tracking, "_left_alone_until", {})
+        monkeypatch.setattr(delivery, "_left_alone_until", {})
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
-        tracking.deliver(own)
+        delivery.deliver(own)
     finally:
         server.close()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -16,12 +16,15 @@ from mlflow.entities import Run
 from mlflow.tracking._tracking_service import utils
 
 from d3po_core.config import CampaignConfig
-from tasks import tracking
+from d3po_core.store.campaign import campaign_id
+from tasks.tracking import delivery
 from tasks.tracking.store import (
     campaign_run_id,
     experiment,
+    forget_runs,
     log_checkpoint,
     mlflow_client,
+    page_url,
     register_version,
     registered_name,
     round_run_id,
@@ -46,7 +49,7 @@ def own(
     shutil.copy(new_store, tmp_path / "data" / "mlflow")
     shutil.copy(new_store, tmp_path / "other.db")
     monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(tracking, "_left_alone_until", {})
+    monkeypatch.setattr(delivery, "_left_alone_until", {})
     return config.model_copy(update={"runs_dir": str(campaign.parent)})
 
 
@@ -66,84 +69,84 @@ def values(client: MlflowClient) -> dict[str, tuple[dict[str, float], list[str]]
 def test_a_deleted_experiment_is_restored_and_gets_what_it_missed(
     own: CampaignConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     client = mlflow_client()
     before = values(client)
     client.delete_experiment(client.get_experiment_by_name("d3po").experiment_id)
     for mark in own.folder.glob("stages/round=2/*.delivered"):
         mark.unlink()
-    tracking.deliver(own)  # what a process remembers of a run that was deleted costs one delivery
-    tracking._left_alone_until.clear()
-    tracking.deliver(own)
+    delivery.deliver(own)  # what a process remembers of a run that was deleted costs one delivery
+    delivery._left_alone_until.clear()
+    delivery.deliver(own)
     assert values(client) == before
     assert "was deleted and is restored" in caplog.text
     assert not tracking_misses(own)
 
 
 def test_a_deleted_campaign_run_is_restored(own: CampaignConfig) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     client = mlflow_client()
     before = values(client)
     client.delete_run(campaign_run_id(own))
-    tracking.store.forget_runs()
-    tracking.deliver(own)
+    forget_runs()
+    delivery.deliver(own)
     assert values(client) == before
 
 
 def test_a_campaign_that_is_gone_for_good_is_told_whole_again(own: CampaignConfig) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     client = mlflow_client()
     before = values(client)
     store = client._tracking_client.store
     for run in runs(client).values():  # as `mlflow gc` does with runs that were deleted
         store._hard_delete_run(run.info.run_id)
-    tracking.store.forget_runs()
-    tracking.deliver(own)
+    forget_runs()
+    delivery.deliver(own)
     assert values(client) == before
 
 
 def test_each_store_gets_everything_whatever_another_was_told(
     own: CampaignConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     first = mlflow_client()
     kept = values(first)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     monkeypatch.chdir(tmp_path)
-    tracking.deliver(own)
+    delivery.deliver(own)
     assert list(values(mlflow_client()))
     assert values(mlflow_client()).keys() == kept.keys()
     assert {n: m for n, (m, _) in values(mlflow_client()).items()} == {n: m for n, (m, _) in kept.items()}
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     asked: list[Any] = []
-    monkeypatch.setitem(tracking.LOGGERS, "evaluate", lambda *call: asked.append(call))
-    tracking.deliver(own)
+    monkeypatch.setitem(delivery.LOGGERS, "evaluate", lambda *call: asked.append(call))
+    delivery.deliver(own)
     assert not asked
 
 
 def test_marks_of_an_earlier_version_count_for_the_store_that_has_the_campaign(
     own: CampaignConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     marks = list(own.folder.glob("stages/*/*.delivered"))
     asked: list[str] = []
     for mark in marks:
         mark.write_text("")
-    for name in tracking.LOGGERS:
-        monkeypatch.setitem(tracking.LOGGERS, name, lambda *call, name=name: asked.append(name))
-    tracking.deliver(own)
+    for name in delivery.LOGGERS:
+        monkeypatch.setitem(delivery.LOGGERS, name, lambda *call, name=name: asked.append(name))
+    delivery.deliver(own)
     assert not asked
     for mark in marks:
         mark.write_text("")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    tracking.deliver(own)
+    delivery.deliver(own)
     assert len(asked) == len(marks)
 
 
 def test_a_copied_data_folder_is_written_where_it_lies_now(
     own: CampaignConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     version = registered(own, 1)
     shutil.copytree(tmp_path / "data", tmp_path / "moved data")
     old = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
@@ -151,10 +154,10 @@ def test_a_copied_data_folder_is_written_where_it_lies_now(
     # As in another process: MLflow sets the variable itself, and remembers where it wrote.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr(utils, "_artifact_repos_cache", OrderedDict())
-    tracking.store.forget_runs()
+    forget_runs()
     for mark in own.folder.glob("stages/round=2/*.delivered"):
         mark.unlink()
-    tracking.deliver(own)
+    delivery.deliver(own)
     client = mlflow_client()
     moved = (tmp_path / "moved data" / "mlflow" / "artifacts").as_uri()
     for run in runs(client).values():
@@ -172,13 +175,13 @@ def test_a_copied_data_folder_is_written_where_it_lies_now(
 def test_artifacts_that_were_kept_elsewhere_stay_there(own: CampaignConfig, tmp_path: Path) -> None:
     client = mlflow_client()
     client.create_experiment("d3po", artifact_location=(tmp_path / "elsewhere").as_uri())
-    tracking.deliver(own)
+    delivery.deliver(own)
     mlflow_client()
     assert {Path(run.info.artifact_uri).parts[-3] for run in runs(client).values()} == {"elsewhere"}
 
 
 def test_a_deleted_registered_model_gets_its_earlier_versions_again(own: CampaignConfig) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     client, name = mlflow_client(), registered_name(own)
     registered(own, 1)
     registered(own, 2)
@@ -192,7 +195,7 @@ def test_a_deleted_registered_model_gets_its_earlier_versions_again(own: Campaig
 
 
 def test_copies_of_files_are_as_readable_as_the_umask_says(own: CampaignConfig, tmp_path: Path) -> None:
-    tracking.deliver(own)
+    delivery.deliver(own)
     registered(own, 1)
     files = [path for path in (tmp_path / "data" / "mlflow" / "artifacts").rglob("*") if path.is_file()]
     umask = os.umask(0)
@@ -206,11 +209,11 @@ def test_a_password_of_the_store_is_in_no_line_and_no_page(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:s3cret@127.0.0.1:1/mlflow?token=t0ken")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking.deliver(own)
+    delivery.deliver(own)
     assert "did not take" in caplog.text
     assert "s3cret" not in caplog.text
     assert "t0ken" not in caplog.text
-    assert tracking.store.page_url() == "http://127.0.0.1:1/mlflow"
+    assert page_url() == "http://127.0.0.1:1/mlflow"
 
 
 def registered(config: CampaignConfig, number: int) -> str:
@@ -219,7 +222,7 @@ def registered(config: CampaignConfig, number: int) -> str:
     folder = config.folder / f"checkpoint of {number}"
     folder.mkdir(exist_ok=True)
     (folder / "weights").write_text(f"of round {number}")
-    tags = {"d3po.campaign_id": tracking.store.campaign_id(config.folder), "d3po.round": str(number)}
+    tags = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(number)}
     model = log_checkpoint(client, config, number, run, folder, tags, {"held_out/x": 1.0}, datetime(2026, 5, 1))
     return register_version(client, config, model, run, tags)
 

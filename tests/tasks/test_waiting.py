@@ -8,7 +8,7 @@ import pytest
 
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
-from d3po_core.tally import Progress
+from d3po_core.people.tally import Progress
 from tasks.waiting import _how_it_ended, require_deployment
 
 

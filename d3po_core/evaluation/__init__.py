@@ -1,0 +1,1 @@
+"""What held-out images say: comparisons, the guard, win rates by people."""

@@ -1,0 +1,216 @@
+"""Is one checkpoint better than another? Paired on the same held-out prompts and seeds, with intervals over prompts.
+
+Images of one prompt are not independent: the units are the prompts, each with the mean of its images. Every prompt
+weighs the same. With a single prompt its images are the units, and the interval speaks of that prompt alone.
+
+The champion is the best of many noisy looks, so on the images that chose it its score is too high. ``fitted_champion``
+judges each prompt by the champion that the other half of the prompts chose. A verdict needs a one-sided p-value below
+``SURE``: a campaign of 100 rounds changes its champion some ten times, and in at most 5 % of those that learned nothing
+does the report ever call it better (tests/benchmarks/false_alarms.py).
+
+Names in shapes: R checkpoints, I images (a prompt and a seed each), U units, K images of one prompt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+from d3po_core.errors import D3POError
+from d3po_core.intervals import chance_of_as_high, mean_intervals, unit_means, units_of
+from d3po_core.records import ScoreSummary
+from d3po_core.store.stages import finished_numbers
+from d3po_core.store.tables import connect
+
+SURE = 0.005
+
+BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint against a reference, on the same images.
+
+    ``difference`` is the mean of score minus reference score; ``win_rate`` the share of images on which the checkpoint
+    scores higher, where a tie counts one half; both with 95 % intervals over prompts. ``units_U`` are the prompts'
+    mean differences.
+    """
+
+    num_images: int
+    difference: ScoreSummary
+    win_rate: ScoreSummary
+    units_U: np.ndarray
+
+    @property
+    def num_units(self) -> int:
+        """Prompts, or images when there is one prompt."""
+        return len(self.units_U)
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` if chance alone would look so in fewer than ``SURE`` of all cases."""
+        if chance_of_as_high(self.units_U) < SURE:
+            return BETTER
+        if self.chance_of_as_low() < SURE:
+            return WORSE
+        return UNCLEAR
+
+    def chance_of_as_low(self, bound: float = 0.0) -> float:
+        """How often chance would make the difference so low if its true mean were ``bound``: a one-sided p-value."""
+        return chance_of_as_high(-self.units_U, -bound)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out scores of R checkpoints on the I images, a prompt and a seed each, that all of them drew."""
+
+    prompts: list[str]  # I
+    seeds: list[int]  # I
+    scores: dict[str, np.ndarray]  # scorer -> [R, I]; the first is the one that the rounds report
+    image_paths: list[list[Path]]  # [R][I]
+
+
+def compare_rows(scores: np.ndarray, references: np.ndarray, prompts: list[str]) -> list[Comparison]:
+    """Compare each row of ``scores`` ``[R, I]`` with the same row of ``references`` ``[R, I]``, image by image."""
+    difference_RI = scores - references
+    units_RU = unit_means(difference_RI, prompts)
+    differences = mean_intervals(units_RU)
+    wins = mean_intervals(unit_means((np.sign(difference_RI) + 1) / 2, prompts), shares=True)
+    return [
+        Comparison(len(prompts), difference, win, units_U)
+        for difference, win, units_U in zip(differences, wins, units_RU, strict=True)
+    ]
+
+
+def compare_scores(scores: np.ndarray, reference: np.ndarray, prompts: list[str]) -> Comparison:
+    """Compare the scores ``[I]`` of a checkpoint with those of another, image by image (same prompt, same seed)."""
+    return compare_rows(scores[None], reference[None], prompts)[0]
+
+
+def champions(scores: np.ndarray, prompts: list[str]) -> list[int]:
+    """The best checkpoint so far, after each of R checkpoints in order; the first, the base, starts as champion.
+
+    A checkpoint takes over when its mean is higher than the champion's, unless it clearly wins less often: the
+    interval of its paired win rate lies below 1/2 (a few images may lift a mean that most images lower).
+
+    Args:
+        scores: ``[R, I]`` of the first scorer.
+        prompts: ``[I]``.
+    """
+    means_R = unit_means(scores, prompts).mean(axis=-1)
+    best, reigns = 0, []
+    for challenger, mean in enumerate(means_R):
+        if mean > means_R[best]:
+            against = compare_scores(scores[challenger], scores[best], prompts)
+            best = challenger if against.win_rate.high >= 0.5 else best
+        reigns.append(best)
+    return reigns
+
+
+def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Which checkpoint judges each image, ``[I]``: the champion that the other half of the prompts chose.
+
+    Its scores there, ``scores[rows, range(I)]``, have no bias from having been chosen.
+
+    Args:
+        scores: ``[R, I]`` of the first scorer, the base first.
+        prompts: ``[I]``.
+    """
+    unit_I, _ = units_of(prompts)
+    chosen_I = np.zeros(scores.shape[1], dtype=int)
+    for half in (0, 1):
+        own_I = unit_I % 2 == half
+        if own_I.any() and not own_I.all():
+            others = [prompt for prompt, own in zip(prompts, own_I, strict=True) if not own]
+            chosen_I[own_I] = champions(scores[:, ~own_I], others)[-1]
+    return chosen_I
+
+
+def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
+    """Scores of checkpoints, each a campaign's folder and a round, on the prompts and seeds that all of them share.
+
+    Scorers that only some checkpoints have are left out.
+
+    Raises:
+        D3POError: a round is not evaluated, or there is no prompt and seed, or no scorer, that all share.
+    """
+    with duckdb.connect(":memory:") as everything:
+        everything.execute(
+            "CREATE TABLE held_out (row INT, scorer TEXT, main BOOL, prompt TEXT, seed BIGINT, score DOUBLE, path TEXT)"
+        )
+        for folder in dict.fromkeys(folder for folder, _ in checkpoints):
+            _copy_scores(folder, checkpoints, everything)
+        evaluated = {row for (row,) in everything.execute("SELECT DISTINCT row FROM held_out").fetchall()}
+        found = everything.execute(_SHARED, {"n": len(checkpoints)}).fetchnumpy()
+    for row, (folder, number) in enumerate(checkpoints):
+        if row not in evaluated:
+            raise D3POError(f"round {number} of campaign {folder.name!r} has no evaluation; finished rounds: "
+                            f"{', '.join(map(str, finished_numbers(folder))) or 'none'}")  # fmt: skip
+    if not len(found["row"]):
+        names = ", ".join(f"{folder.name}:{number}" for folder, number in checkpoints)
+        raise D3POError(
+            f"{names} share no held-out prompt and seed with a common scorer; only checkpoints that were evaluated on "
+            "the same prompts, with the same campaign seed and scorer, can be compared"
+        )
+    scorers = list(dict.fromkeys(found["scorer"].tolist()))
+    shape = (len(scorers), len(checkpoints), -1)
+    score_SRI, path_RI = found["score"].reshape(shape), found["path"].reshape(shape)[0]
+    images = path_RI.shape[1]
+    return HeldOut(
+        prompts=found["prompt"][:images].tolist(),
+        seeds=found["seed"][:images].tolist(),
+        scores=dict(zip(scorers, score_SRI, strict=True)),
+        image_paths=[[folder / p for p in paths] for (folder, _), paths in zip(checkpoints, path_RI, strict=True)],
+    )
+
+
+_SHARED = """
+WITH common AS (
+    SELECT scorer, bool_or(main) AS main FROM held_out GROUP BY scorer HAVING count(DISTINCT row) = $n
+), shared AS (
+    SELECT prompt, seed FROM held_out JOIN common USING (scorer)
+    GROUP BY ALL HAVING count(*) = $n * (SELECT count(*) FROM common)
+)
+SELECT scorer, row, prompt, seed, score, path
+FROM held_out JOIN shared USING (prompt, seed) JOIN common USING (scorer)
+ORDER BY common.main DESC, scorer, row, prompt, seed
+"""
+
+
+def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb.DuckDBPyConnection) -> None:
+    with connect(folder) as connection:
+        connection.execute("CREATE TEMP TABLE wanted (row INT, round BIGINT)")
+        wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
+        connection.executemany("INSERT INTO wanted VALUES (?, ?)", wanted)
+        scores = connection.sql(
+            """SELECT row, scorer, scorer = (SELECT max_by(eval_scorer, round) FROM rounds) AS main, prompt, seed,
+                      avg(score) AS score, min(image_path) AS path
+            FROM evaluations JOIN wanted USING (round) GROUP BY ALL"""
+        ).to_arrow_table()
+    into.register("scores", scores)
+    into.execute("INSERT INTO held_out SELECT * FROM scores")
+    into.unregister("scores")
+
+
+def round_named(folder: Path, name: str) -> int:
+    """The round that a name means: ``base``, ``latest``, ``champion`` or a number.
+
+    Raises:
+        D3POError: no finished round is called so.
+    """
+    rounds = finished_numbers(folder)
+    if name == "champion" and rounds:
+        with connect(folder) as connection:
+            recorded = connection.sql("SELECT arg_max(champion, round) FROM rounds").fetchall()[0][0]
+        if recorded is not None:  # by the guard, which rejected what may look best
+            return int(recorded)
+        held_out = read_held_out([(folder, number) for number in rounds])
+        return rounds[champions(next(iter(held_out.scores.values())), held_out.prompts)[-1]]
+    named = {str(number): number for number in rounds} | ({"base": rounds[0], "latest": rounds[-1]} if rounds else {})
+    if name not in named:
+        raise D3POError(
+            f"{name!r} is no finished round of campaign {folder.name!r}; expected base, latest, champion or one of "
+            f"{', '.join(map(str, rounds)) or '(it has none yet)'}"
+        )
+    return named[name]

@@ -1,0 +1,1 @@
+"""What leaves the project: LoRAs, preference data sets, and their cards."""

@@ -1,0 +1,35 @@
+"""Folders that leave the house: whole or not at all, with a card in front, and no path of this machine in it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d3po_core.config import CampaignConfig, is_url, resolve_path
+from d3po_core.urls import masked
+
+
+def card(header: dict[str, Any], body: str) -> str:
+    """A README in Markdown with a YAML header, as the Hugging Face hub reads it."""
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
+
+
+def public_config(config: CampaignConfig) -> dict[str, Any]:
+    """A configuration to show to others: of paths outside the project only the last part, and no ``runs_dir``."""
+    values = config.model_dump(mode="json", exclude={"runs_dir"})
+    places = [("model", "path"), ("model", "single_file_config"), ("sample", "prompts"), ("evaluate", "prompts")]
+    for holder, key in [
+        *((values[section], field) for section, field in places),
+        *((values["scoring"]["models"], name) for name in values["scoring"]["models"]),
+    ]:
+        if is_url(holder[key] or ""):
+            holder[key] = masked(holder[key])
+        path = Path(holder[key] or "")
+        if path.is_absolute() or str(path).startswith(("~", "..")):
+            holder[key] = path.name
+    return values
+
+
+def hub_model(config: CampaignConfig) -> str | None:
+    """The base model's hub id, None when the base model is a folder."""
+    return None if resolve_path(config.model.path).exists() else config.model.path

@@ -1,0 +1,100 @@
+"""A LoRA as other programs read it: under kohya's names, or with its alpha beside it.
+
+`kohya.safetensors` is for sd-scripts, ComfyUI and AUTOMATIC1111. Stable Diffusion 1.x and 2.x keep diffusers' names of
+blocks; for XL all three know the first authors' (``input_blocks_4_1_...``), and sd-scripts knows no others.
+`comfyui.safetensors` is for ComfyUI with Stable Diffusion 3: diffusers' names, and alpha, which ComfyUI reads from a
+tensor and diffusers from the file's metadata. Sources: kohya-ss/sd-scripts ``networks/lora.py``, ``library/sdxl_*``;
+ComfyUI ``comfy/lora.py``; AUTOMATIC1111 ``extensions-builtin/Lora/network.py``.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from d3po_core.models.weights import sort_metadata
+
+KOHYA_FILE, COMFYUI_FILE = "kohya.safetensors", "comfyui.safetensors"
+# Which file is for whom, for the model card.
+READERS = {
+    KOHYA_FILE: "ComfyUI, AUTOMATIC1111 and sd-scripts: put it into their folder of LoRAs",
+    COMFYUI_FILE: "ComfyUI: put it into its folder `models/loras`",
+}
+# Width of the text that a UNet reads, and what such models are called in the file's metadata.
+BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+_HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+           "conv_shortcut": "skip_connection"}  # fmt: skip
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+}  # fmt: skip
+
+
+def write_for_others(lora_file: Path, folder: Path, rank: int, alpha: float, layers_per_block: int | None) -> Path:
+    """Write a LoRA once more, for programs that do not read diffusers' file as it is; returns the file.
+
+    Args:
+        lora_file: the file that ``pipe.load_lora_weights`` reads.
+        folder: where to.
+        rank: rank of the LoRA.
+        alpha: numerator of its scale; programs scale by alpha / rank.
+        layers_per_block: of a UNet in XL's naming; None for the others.
+    """
+    state = load_file(lora_file)
+    of_unet = all(name.startswith("unet.") for name in state)
+    output = folder / (KOHYA_FILE if of_unet else COMFYUI_FILE)
+    converted: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        module, _, half = name.partition(".lora_")
+        half = f"lora_{half}"
+        if of_unet:
+            path = module.removeprefix("unet.")
+            path = path if layers_per_block is None else first_authors_name(path, layers_per_block)
+            module, half = f"lora_unet_{path.replace('.', '_')}", _HALVES[half]
+        converted[f"{module}.{half}"] = value.contiguous()
+        converted[f"{module}.alpha"] = torch.tensor(float(alpha))
+    save_file(converted, output, metadata=_metadata(state, rank, alpha) if of_unet else {"format": "pt"})
+    sort_metadata(output)
+    return output
+
+
+def first_authors_name(module: str, layers_per_block: int) -> str:
+    """A UNet module's name in the first Stable Diffusion code, for a UNet all of whose blocks may hold attention.
+
+    Args:
+        module: its name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
+        layers_per_block: as in the UNet's configuration.
+    """
+    side, _, rest = module.partition("_blocks." if not module.startswith("mid_block") else "_block.")
+    if side not in ("down", "up", "mid"):
+        return next((new + module[len(old) :] for old, new in _OUTER.items() if module.startswith(old)), module)
+    block, kind, place, inner = _parts(rest if side != "mid" else f"0.{rest}")
+    if kind == "resnets":
+        inner = re.sub(r"^\w+", lambda match: _RESNET.get(match[0], match[0]), inner)
+    if side == "mid":  # a resnet, an attention, a resnet
+        return f"middle_block.{2 * place if kind == 'resnets' else 2 * place + 1}.{inner}"
+    if side == "down":
+        if kind == "downsamplers":
+            return f"input_blocks.{(layers_per_block + 1) * (block + 1)}.0.{inner.replace('conv', 'op')}"
+        return f"input_blocks.{(layers_per_block + 1) * block + place + 1}.{int(kind == 'attentions')}.{inner}"
+    if kind == "upsamplers":
+        return f"output_blocks.{(layers_per_block + 1) * block + layers_per_block}.2.{inner}"
+    return f"output_blocks.{(layers_per_block + 1) * block + place}.{int(kind == 'attentions')}.{inner}"
+
+
+def _parts(name: str) -> tuple[int, str, int, str]:
+    block, kind, place, inner = name.split(".", 3)
+    return int(block), kind, int(place), inner
+
+
+def _metadata(state: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, str]:
+    """What sd-scripts writes of a LoRA and others read of its base: AUTOMATIC1111 tells SD 2 by ``ss_v2``."""
+    widths = {value.shape[1] for name, value in state.items() if name.endswith("attn2.to_k.lora_A.weight")}
+    version = next((BASE_VERSIONS[width] for width in widths & BASE_VERSIONS.keys()), None)
+    return {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(alpha)),
+        "ss_v2": str(version == "sd_v2"), **({"ss_base_model_version": version} if version else {}),
+    }  # fmt: skip

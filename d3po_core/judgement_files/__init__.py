@@ -1,0 +1,1 @@
+"""Files of people's judgements: read, checked and imported; sheets to fill in."""

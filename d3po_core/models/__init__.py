@@ -1,0 +1,1 @@
+"""Models and their families: loaded, checked, and wrapped as a policy with checkpoints."""

@@ -1,0 +1,106 @@
+"""A LoRA beside a frozen network: the network with the LoRA switched off is the base model."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+
+from d3po_core.config import ModelConfig
+from d3po_core.errors import D3POError
+from d3po_core.models.families import Family
+from d3po_core.models.weights import LORA_FILE, sort_metadata
+
+
+class Lora:
+    """See Trained."""
+
+    def __init__(self, network: Any, family: Family, config: ModelConfig, seed: int) -> None:
+        self._network, self._family, self._config = network, family, config
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or config.lora_rank,
+            target_modules=list(config.lora_targets),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                network.add_adapter(lora)
+            except ValueError as error:
+                raise D3POError(f"model.lora_targets {list(config.lora_targets)}: {error}") from None
+        for _, parameter in self.parameters():
+            parameter.data = parameter.data.float()
+        self._initial = {k: v.clone() for k, v in get_peft_model_state_dict(network).items()}
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Names and values of the LoRA's weights, in a fixed order."""
+        return sorted((n, p) for n, p in self._network.named_parameters() if p.requires_grad)
+
+    def changed(self) -> None:
+        """Nothing: a LoRA's weights are used as they are."""
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this context the LoRA is off, at no cost in memory."""
+        self._network.disable_adapters()
+        try:
+            yield
+        finally:
+            self._network.enable_adapters()
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within this context the LoRA is added into the base weights.
+
+        The base weights themselves come back afterwards, not a difference that drifts.
+        """
+        layers = [m for m in self._network.modules() if isinstance(m, LoraLayer)]
+        originals = [layer.get_base_layer().weight.data for layer in layers]
+        try:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original + layer.get_delta_weight("default")
+            with self.base():
+                yield
+        finally:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original
+
+    def reset(self) -> None:
+        """Put the LoRA back to its seeded start, where it changes nothing."""
+        set_peft_model_state_dict(self._network, self._initial)
+
+    def save(self, folder: Path) -> Path:
+        """Write the LoRA as the file that ``pipe.load_lora_weights(folder)`` reads; returns its path."""
+        part = self._family.NETWORK
+        state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self._network).items()}
+        metadata = {"r": self._config.lora_rank, "lora_alpha": self._config.lora_alpha or self._config.lora_rank,
+                    "target_modules": sorted(self._config.lora_targets)}  # fmt: skip
+        layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": metadata}
+        self._family.PIPELINE.save_lora_weights(folder, weight_name=LORA_FILE, **layers)
+        sort_metadata(folder / LORA_FILE)
+        return folder / LORA_FILE
+
+    def load(self, folder: Path) -> None:
+        """Take the LoRA from a checkpoint folder.
+
+        Raises:
+            D3POError: the file is missing, damaged, or of another rank or other layers.
+        """
+        try:
+            found = self._family.PIPELINE.lora_state_dict(folder, weight_name=LORA_FILE, local_files_only=True)
+        except (OSError, SafetensorError) as error:
+            raise D3POError(
+                f"checkpoint {folder}: cannot be read ({error}); restore it or start a new campaign"
+            ) from None
+        state = found[0] if isinstance(found, tuple) else found
+        state = {name.removeprefix(f"{self._family.NETWORK}."): value for name, value in state.items()}
+        own = self._initial
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise D3POError(
+                f"checkpoint {folder}: its LoRA has other layers or another rank than model.lora_* asks for"
+            )
+        set_peft_model_state_dict(self._network, state)

@@ -1,0 +1,247 @@
+"""The policy: a base model and what of it is trained, the same for every family of models.
+
+Tensor names carry their shape: B images, C H W latent channels, height, width.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from d3po_core.config import ModelConfig
+from d3po_core.denoising.ddim import Schedule
+from d3po_core.errors import D3POError
+from d3po_core.models.families import Embedding, Family
+from d3po_core.models.loading import DTYPES
+from d3po_core.models.lora import Lora
+from d3po_core.models.loss_scale import LossScale
+from d3po_core.models.placement import Placement
+from d3po_core.models.text_cache import TextCache
+from d3po_core.models.trained import Trained
+from d3po_core.models.whole import Whole
+from d3po_core.seeds import gaussian
+from d3po_core.speed.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
+from d3po_core.speed.decoder_attention import attend_by_products
+from d3po_core.speed.folded_upsampling import fold_upsampling
+from d3po_core.speed.fused_layers import (
+    constants_held,
+    fuse_attention,
+    scale_group_norms,
+    share_rows_until_text,
+    split_gated_layers,
+)
+from d3po_core.speed.row_limit import RowLimit
+
+# At most so many image-steps are trained on, images sampled and images decoded at once.
+TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
+SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
+DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told of B prompts, of the empty prompt, and the guidance scale that joins the two."""
+
+    embeddings: Embedding
+    empty: Embedding
+    guidance_scale: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether a pass has two rows an image, one of them for the empty prompt."""
+        return self.guidance_scale != 1.0
+
+
+class Policy:
+    """A diffusion model that is trained.
+
+    Attributes:
+        network: the part that is trained, for passes.
+        weights: what of it training changes.
+        loss_scale: what losses are multiplied by.
+    """
+
+    def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
+        self.config, self.family = config, family
+        self.dtype = DTYPES[config.precision]
+        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.device = self.accelerator.device
+        self._schedules: dict[tuple[int, float], Schedule] = {}
+        self.sizes = BatchSizes() if config.compile else None
+        self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
+        self.sampling_rows = RowLimit("sampling", SAMPLED_ROWS[config.memory])
+        pipeline = family.pipeline
+        self.network = getattr(pipeline, family.NETWORK)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        for part in (self.network, pipeline.vae):
+            part.to(memory_format=torch.channels_last)
+        self.network.to(self.device)
+        self._placement = Placement(pipeline, self.device, moves=config.memory != "fast")
+        for name in () if self._placement.moves else ("vae", *family.TEXT_PARTS):
+            self._placement.move(name, self.device)
+        keep_on = torch.device("cpu") if self._placement.moves else self.device
+        self._texts_kept = TextCache(family, self._placement, self.device, keep_on)
+        self._try_once()
+        self.weights: Trained = (
+            Whole(self.network, family, self.dtype, self.device)
+            if config.train == "full"
+            else Lora(self.network, family, config, seed)
+        )
+        self.loss_scale = LossScale(self.dtype, self.weights)
+        self._make_fast()
+        # Not wrapped for several processes: they sum their gradients once per update (trainer.py).
+        self.network.to(self.device)
+
+    @torch.no_grad()
+    def _try_once(self) -> None:
+        """Pass one row through every part, so that configurations that do not fit each other are known before any work.
+
+        Raises:
+            D3POError: a part fails, or gives something else than the next one needs.
+        """
+        latent_1CHW = gaussian(0, 1, *self.latent_shape).to(self.device)
+        t_1 = torch.ones(1, dtype=torch.long, device=self.device)
+        part = "text_encoder"
+        try:
+            embeddings = {name: value.to(self.dtype) for name, value in self.encode([""], 1.0).embeddings.items()}
+            part = self.family.NETWORK
+            output_1CHW = self.family.predict(self.network, latent_1CHW.to(self.dtype), t_1, embeddings)
+            if output_1CHW.shape != latent_1CHW.shape:
+                raise ValueError(f"it gives {tuple(output_1CHW.shape)} for a latent of {tuple(latent_1CHW.shape)}")
+            part = "vae"
+            with self._placement.on_device("vae"):
+                self.family.decode(latent_1CHW)
+        except (D3POError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a part says of a configuration that is not its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise D3POError(
+                f"model.path {self.config.path!r}: its {part} fails in a first pass ({reason}); is its config.json "
+                "that of its weights?"
+            ) from None
+
+    def _make_fast(self) -> None:
+        """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
+        self._shared_rows = None
+        if self.config.precision != "no":
+            fuse_attention(self.network)
+            split_gated_layers(self.network)
+            for part in (self.network, self.family.pipeline.vae.decoder):
+                fold_upsampling(part)
+            if self.family.READS_TEXT_BY_ATTENTION_ALONE:
+                self._shared_rows = share_rows_until_text(self.network)
+        if self.config.memory == "small":
+            self.network.enable_gradient_checkpointing()
+            self.family.pipeline.vae.enable_slicing()
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        if self.config.compile:
+            decoder = self.family.pipeline.vae.decoder
+            for part in (self.network, decoder):
+                scale_group_norms(part)
+            attend_by_products(decoder, math.prod(self.latent_shape[1:]))
+            compile_regions(self.network, self.family.REGIONS)
+            compile_whole(decoder)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent."""
+        return self.family.latent_shape
+
+    def schedule(self, num_steps: int, eta: float) -> Schedule:
+        """The model's denoising steps, on its device; sent there once: that waits for all that the device has to do."""
+        if (num_steps, eta) not in self._schedules:
+            self._schedules[num_steps, eta] = self.family.schedule(num_steps, eta).to(self.device)
+        return self._schedules[num_steps, eta]
+
+    def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
+        """Embed prompts; a prompt that was embedded lately does not pass through the text encoder again."""
+        self._texts_kept.embed(list(dict.fromkeys([*prompts, ""])))
+        rows = [self._texts_kept[prompt] for prompt in prompts]
+        stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        empty = {name: value.to(self.device) for name, value in self._texts_kept[""].items()}
+        return Conditioning(stacked, empty, guidance_scale)
+
+    def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The network's output at timesteps t_B, float32, with classifier-free guidance when its scale is not 1."""
+        rows, embeddings = len(latent_BCHW), self._texts(conditioning)
+        if self.sizes is not None:
+            size = self.sizes.fitting(rows)
+            latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
+        if conditioning.guided:
+            latent_BCHW, t_B = latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2)
+        if self._shared_rows is not None:
+            self._shared_rows.come_twice = conditioning.guided
+        output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
+        if not conditioning.guided:
+            return output[:rows]
+        without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
+        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
+
+    def _texts(self, conditioning: Conditioning) -> Embedding:
+        """What the network is told in a pass: with guidance the empty prompt's rows come first."""
+        embeddings = conditioning.embeddings
+        if self.sizes is not None:
+            size = self.sizes.fitting(len(next(iter(embeddings.values()))))
+            embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
+        if conditioning.guided:
+            embeddings = {
+                name: torch.cat([conditioning.empty[name].expand_as(value), value])
+                for name, value in embeddings.items()
+            }
+        return {name: value.to(self.dtype) for name, value in embeddings.items()}
+
+    @contextlib.contextmanager
+    def steady(self, conditioning: Conditioning) -> Iterator[None]:
+        """Within this context all passes have this conditioning and no gradient, and the LoRA stays as it is.
+
+        What depends on nothing else is then computed once: the same function, bit by bit, and faster.
+        """
+        text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
+        with torch.no_grad(), constants_held(self.network, text_BLK):
+            yield
+
+    def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
+        """Images of final latents: uint8 ``[B, height, width, 3]``."""
+        return self.decode_on_device(latent_BCHW).cpu().numpy()
+
+    @torch.no_grad()
+    def decode_on_device(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images of final latents, uint8 ``[B, height, width, 3]``, where they were made: nobody waits for them."""
+        # Images are 50 times larger than their latents: few at a time need little memory, and are as fast.
+        rows = DECODED_ROWS[self.config.memory]
+        with self._placement.on_device("vae"):
+            return torch.cat([self._decode(chunk, rows) for chunk in latent_BCHW.split(rows)])
+
+    def _decode(self, latent_BCHW: torch.Tensor, rows: int) -> torch.Tensor:
+        count = len(latent_BCHW)
+        latent_BCHW = latent_BCHW.to(self.device, torch.float32)
+        if self.sizes is not None:
+            latent_BCHW = pad_rows(latent_BCHW, rows)
+        image_BCHW = (self.family.decode(latent_BCHW)[:count].float() / 2 + 0.5).clamp(0, 1)
+        return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def base(self) -> AbstractContextManager[None]:
+        """Within this context the policy is the base model."""
+        return self.weights.base()
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within this context passes without a gradient compute the same function, up to rounding, and faster.
+
+        Only in full precision: rounding merged weights to half precision would move log_probs by more than training
+        does.
+        """
+        plain = self.config.precision == "no" and not self.config.compile
+        return self.weights.merged() if plain else contextlib.nullcontext()
+
+    def reset(self) -> None:
+        """Put the trained weights and the loss scale back to their start, where the policy is the base model."""
+        self.loss_scale.factor = self.loss_scale.first
+        self.weights.reset()

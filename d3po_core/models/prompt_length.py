@@ -1,0 +1,70 @@
+"""Prompts that a model's text encoders read only in part: counted and named before a round."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from d3po_core.config import ModelConfig
+from d3po_core.errors import D3POError
+from d3po_core.models.model_files import family_of, model_folder
+
+# Encoders that read more have this window in diffusers' pipelines: T5's in Stable Diffusion 3.
+T5_WINDOW = 256
+NAMED = 3
+
+
+def check_length(config: ModelConfig, prompts: Iterable[str]) -> list[str]:
+    """Say which prompts are cut, a line per encoder; nothing when the model's tokenizers are not here yet.
+
+    Raises:
+        D3POError: two prompts are the same to every encoder.
+    """
+    folder = model_folder(config)
+    if folder is None:
+        return []
+    distinct = list(dict.fromkeys(prompts))
+    warnings, shortened = [], set[str]()
+    read: dict[str, tuple[Any, ...]] = dict.fromkeys(distinct, ())
+    for name, tokenizer in _tokenizers(config, folder).items():
+        most = T5_WINDOW if "T5" in type(tokenizer).__name__ else tokenizer.model_max_length
+        window = min(int(tokenizer.model_max_length), most)
+        tokens = dict(zip(distinct, tokenizer(distinct, truncation=False).input_ids, strict=True))
+        cut = [prompt for prompt in distinct if len(tokens[prompt]) > window]
+        # The last place in the window is the mark of the end.
+        read = {prompt: (*before, tuple(tokens[prompt][: window - 1])) for prompt, before in read.items()}
+        shortened |= set(cut)
+        if cut:
+            warnings.append(_warning(name, window, cut, tokens))
+    _require_distinct(read, shortened)
+    return warnings
+
+
+def _tokenizers(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    family = family_of(config, folder)
+    names = [part.replace("text_encoder", "tokenizer") for part in family.TEXT_PARTS]
+    try:
+        return {name: AutoTokenizer.from_pretrained(folder / name) for name in names if (folder / name).is_dir()}
+    except Exception as error:  # whatever the library says of files that are no tokenizer's
+        raise D3POError(f"model.path {config.path!r}: a tokenizer cannot be read ({str(error)[:200]})") from None
+
+
+def _warning(name: str, window: int, cut: list[str], tokens: dict[str, list[int]]) -> str:
+    shown = "; ".join(f"{prompt[:60]!r} ({len(tokens[prompt])})" for prompt in cut[:NAMED])
+    more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
+    return (
+        f"{len(cut)} prompt{'s are' if len(cut) > 1 else ' is'} longer than the {window} tokens that {name} reads, and "
+        f"what lies beyond is not seen: {shown}{more}"
+    )
+
+
+def _require_distinct(read: dict[str, tuple[Any, ...]], shortened: set[str]) -> None:
+    first: dict[tuple[Any, ...], str] = {}
+    for prompt, seen in read.items():
+        other = first.setdefault(seen, prompt)
+        if other != prompt and shortened & {other, prompt}:
+            raise D3POError(
+                f"the prompts {other[:80]!r} and {prompt[:80]!r} are the same to the model's text encoders, which read "
+                "only so far; make them differ earlier, or drop one"
+            )

@@ -1,0 +1,52 @@
+"""The disk that a round needs, from the model's own files."""
+
+import shutil
+
+from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.errors import D3POError
+from d3po_core.models.families import Network, Vae
+from d3po_core.models.model_files import family_of, model_folder, network_elements, parts_of
+
+# Of a hub model that is not on this machine yet: Stable Diffusion 1.5's.
+UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+
+
+def check_space(config: CampaignConfig) -> None:
+    """Make sure that a round fits on the disk before anything is computed.
+
+    Raises:
+        D3POError: there is less free space than a round needs.
+    """
+    needed = round_bytes(config)
+    existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise D3POError(
+            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
+            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
+        )
+
+
+def round_bytes(config: CampaignConfig) -> int:
+    """About how many bytes a round writes: trajectories, images (a byte per channel, as PNG at most), weights."""
+    (channels, height, width), per_side = latent_and_pixels(config.model)
+    trajectory = (config.sample.num_steps + 1) * channels * height * width
+    trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
+    pixels = 3 * (height * per_side) * (width * per_side)
+    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
+    # Weights and two moments in single precision, in the checkpoint and in the progress that it replaces.
+    trained = (network_elements(config.model) or UNKNOWN_WEIGHTS) if config.model.train == "full" else 0
+    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
+
+
+def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, int, int], int]:
+    """A latent's channels, height and width, and how many pixels one of its elements is wide."""
+    folder = model_folder(config)
+    if folder is None:
+        return UNKNOWN_LATENT, UNKNOWN_PIXELS
+    family = family_of(config, folder)
+    parts = parts_of(config, folder, family)
+    network, vae = parts[family.NETWORK], parts["vae"]
+    assert isinstance(network, Network), "families say so"
+    assert isinstance(vae, Vae), "families say so"
+    return network.latent_shape, vae.pixels_per_latent

@@ -1,0 +1,202 @@
+"""Who has judged what, and what is still needed: a round's questions, and the journal's entries added up.
+
+A question shows images of one prompt and is answered in one of four ways: ``pair`` (which of two is better),
+``mark_bad`` (which of the group are bad), ``best`` (which one is best), ``rank`` (from best to worst). A question
+names its images by sample_id alone and where they lie is looked up beside it, so that the images of one question may
+as well come from two checkpoints.
+
+A rater is done with a question by answering it, or by skipping it twice: what was skipped once comes back at the end.
+A group is done when every question of it has ``raters_per_group`` raters.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from d3po_core.config import CampaignConfig
+from d3po_core.people.journal import Entry, next_attempt
+from d3po_core.ways import WAYS
+
+UNSEEN, SKIPPED, ANSWERED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """Images of one prompt to be judged together; ``sample_ids`` in the order of the table, not of the page."""
+
+    question_id: str
+    group_id: str
+    prompt: str
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Deck:
+    """All that a round asks, or a blind comparison.
+
+    Attributes:
+        campaign: the campaign's folder.
+        config: the configuration with which the round was begun.
+        round_number: the round; 0 in a blind comparison, whose page does not say which rounds it compares.
+        sampling: name of what was sampled; see ``journal.sampling_of``, or the id of a blind comparison.
+        mode: pair, mark_bad, best or rank.
+        questions: the questions, group by group; first those of the groups for people.
+        group_of: [Q] number of each question's group.
+        num_groups: groups for people; higher numbers belong to groups asked only because their answer is known.
+        image_paths: file of each sample, relative to the campaign.
+        elsewhere: [Q] people whose judgements of a question were brought in from elsewhere.
+        gold: [Q] whether the answer is known.
+    """
+
+    campaign: Path
+    config: CampaignConfig
+    round_number: int
+    sampling: str
+    mode: str
+    questions: tuple[Question, ...]
+    group_of: np.ndarray
+    num_groups: int
+    image_paths: dict[str, str]
+    elsewhere: tuple[frozenset[str], ...]
+    gold: np.ndarray
+    number_of: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numbers = {question.question_id: number for number, question in enumerate(self.questions)}
+        object.__setattr__(self, "number_of", numbers)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far people are with a round.
+
+    Attributes:
+        groups_needed: groups that must be done before the round goes on.
+        groups_done: groups for people that have enough raters; may exceed ``groups_needed``.
+        judgements: answers of people that stand, given on the page or brought in.
+        raters: people who judged.
+        asked: answers that all groups need together.
+        missing: those of them that are still to be given.
+        complete: whether the round can go on.
+    """
+
+    groups_needed: int
+    groups_done: int
+    judgements: int
+    raters: int
+    asked: int
+    missing: int
+    complete: bool
+
+
+def answer_problem(mode: str, answer: Sequence[float], size: int) -> str | None:
+    """What is wrong with an answer (as in ``journal.Submission``) to a question of ``size`` images; None if nothing."""
+    values = sorted(answer)
+    if len(answer) != size:
+        return f"{len(answer)} values for {size} images"
+    return None if WAYS[mode].fits(values, size) else f"its values are no answer in mode {mode}"
+
+
+class Tally:
+    """Who has judged what: the journal's entries and the judgements from elsewhere, added up.
+
+    Attributes:
+        deck: what is asked.
+        counts: [Q] raters who are done with each question.
+        last_seq: number of the last entry that was added.
+    """
+
+    def __init__(self, deck: Deck, entries: Iterable[Entry] = ()) -> None:
+        self.deck, self.last_seq = deck, 0
+        self._needed = deck.config.judge.people.raters_per_group
+        self._sizes = np.bincount(deck.group_of, minlength=deck.num_groups)[: deck.num_groups]
+        self._done_by: list[set[str]] = [set(raters) for raters in deck.elsewhere]
+        self.counts = np.array([len(raters) for raters in self._done_by], int)
+        self._entries: dict[tuple[str, int], list[Entry]] = defaultdict(list)
+        self._attempts: dict[tuple[str, str], int] = defaultdict(int)
+        self._status: dict[str, np.ndarray] = {}
+        self._standing: dict[str, dict[int, Entry]] = defaultdict(dict)  # by rater and number, in order
+        self._answers: Counter[str] = Counter()
+        self._answers_elsewhere = sum(map(len, deck.elsewhere))
+        self._raters_elsewhere = frozenset[str]().union(*deck.elsewhere)
+        self.add(entries)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Add entries, in the order of the journal; those of questions that this deck does not ask change nothing."""
+        for entry in entries:
+            self.last_seq = max(self.last_seq, entry.seq)
+            key = entry.rater, entry.question_id
+            self._attempts[key] = max(self._attempts[key], next_attempt([entry]))
+            standing = self._standing[entry.rater]
+            if entry.action == "undo":
+                assert entry.undoes is not None
+                gone = standing.pop(entry.undoes, None)
+                self._answers[entry.rater] -= gone is not None and gone.action == "answer"
+            else:
+                standing[entry.seq] = entry
+                self._answers[entry.rater] += entry.action == "answer"
+            self._recount(entry)
+
+    def status(self, rater: str) -> np.ndarray:
+        """[Q] UNSEEN, SKIPPED (once) or ANSWERED, by the rater; not to be changed."""
+        if rater not in self._status:
+            elsewhere = [rater in raters for raters in self._done_by]
+            self._status[rater] = np.where(elsewhere, ANSWERED, UNSEEN).astype(np.int8)
+        return self._status[rater]
+
+    def attempt(self, rater: str, question_id: str) -> int:
+        """The attempt of the rater's next entry on a question; see ``journal.next_attempt``."""
+        return self._attempts[rater, question_id]
+
+    def standing(self, rater: str) -> list[Entry]:
+        """The rater's answers and skips that were not taken back, in order."""
+        return list(self._standing[rater].values())
+
+    def open_questions(self) -> np.ndarray:
+        """[Q] questions of groups for people that need another rater."""
+        return (self.counts < self._needed) & (self.deck.group_of < self.deck.num_groups)
+
+    def progress(self) -> Progress:
+        """How far the round is."""
+        deck, for_people = self.deck, self.deck.group_of < self.deck.num_groups
+        done = np.bincount(deck.group_of[(self.counts >= self._needed) & for_people], minlength=deck.num_groups)
+        groups_done = int((done == self._sizes).sum())
+        # 0.07 * 100 is above 7 by a rounding error; a hundredth of a millionth of a group is none.
+        needed = math.ceil(deck.config.judge.people.enough * deck.num_groups - 1e-8)
+        raters = {rater for rater, answers in self._answers.items() if answers}
+        missing = int(np.maximum(self._needed - self.counts[for_people], 0).sum())
+        asked = int(for_people.sum()) * self._needed
+        return Progress(
+            needed, groups_done, self._answers.total() + self._answers_elsewhere,
+            len(raters | self._raters_elsewhere), asked, missing, groups_done >= needed,
+        )  # fmt: skip
+
+    def steps(self, rater: str) -> tuple[int, int]:
+        """Answers that are given and answers that are asked, as the rater's page counts them.
+
+        Each answer of the rater's own adds one, also that to a question whose answer is known: those count for each
+        rater alone. Counted over all people they would not move what the page shows, and so be told from the others.
+        """
+        gold, for_people = self.deck.gold, self.deck.group_of < self.deck.num_groups
+        shared = for_people & ~gold
+        given = np.minimum(self.counts[shared], self._needed).sum() + (self.status(rater)[gold] == ANSWERED).sum()
+        return int(given), int(shared.sum()) * self._needed + int(gold.sum())
+
+    def _recount(self, entry: Entry) -> None:
+        index = self.deck.number_of.get(entry.question_id)
+        if index is None:
+            return
+        rater, key = entry.rater, (entry.rater, index)
+        if entry.action == "undo":
+            self._entries[key] = [e for e in self._entries[key] if e.seq != entry.undoes]
+        else:
+            self._entries[key].append(entry)
+        actions = [e.action for e in self._entries[key]]
+        done = rater in self.deck.elsewhere[index] or "answer" in actions or len(actions) > 1
+        self.status(rater)[index] = ANSWERED if done else SKIPPED if actions else UNSEEN
+        (self._done_by[index].add if done else self._done_by[index].discard)(rater)
+        self.counts[index] = len(self._done_by[index])

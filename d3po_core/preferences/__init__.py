@@ -1,0 +1,1 @@
+"""Judgements become preferences: votes, deciding among raters, gold questions."""

@@ -1,0 +1,1 @@
+"""Jobs on one process or several, one a GPU."""

@@ -1,0 +1,100 @@
+"""A question to a campaign: one statement that reads, on a connection that can do nothing else."""
+
+import contextlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+
+from d3po_core.errors import D3POError
+from d3po_core.queries.views import connect_views
+from d3po_core.spreadsheets import FORMULA_START
+
+# Nothing is downloaded or loaded, no secret is read, nothing is written beside an answer; and none of it can be undone.
+LOCKED = (
+    "SET autoinstall_known_extensions = false", "SET autoload_known_extensions = false",
+    "SET allow_community_extensions = false", "SET allow_persistent_secrets = false", "SET temp_directory = ''",
+    "SET lock_configuration = true",
+)  # fmt: skip
+# In JSON text: a string as it stands, or a number that JSON does not know.
+_STRING_OR_NO_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?\bInfinity\b|-?\bNaN\b')
+# All that a terminal obeys in place of showing it: control characters, and those that turn the direction of writing.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@contextlib.contextmanager
+def ask(campaign: Path, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
+    """The rows that a SELECT over a campaign's tables and views gives; it may also read files that it names.
+
+    Raises:
+        D3POError: it is no SELECT, is more than one statement, or cannot be answered.
+    """
+    try:
+        with connect_views(campaign) as connection:
+            for setting in LOCKED:
+                connection.execute(setting)
+            statements = connection.extract_statements(sql)
+            kinds = [statement.type for statement in statements]
+            if kinds != [duckdb.StatementType.SELECT]:
+                found = " and ".join(kind.name for kind in kinds) or "nothing"
+                raise D3POError(
+                    f"query: found {found}; expected one SELECT, which only reads (--output FILE writes the answer)"
+                )
+            yield connection.sql(sql)
+    except duckdb.Error as error:
+        raise D3POError(f"query: {' '.join(str(error).split())}") from None
+
+
+def write_answer(answer: duckdb.DuckDBPyRelation, format: str, path: Path) -> None:
+    """Write an answer as a file of ``csv``, ``json`` (an object per line) or ``parquet``; numbers stay as they are.
+
+    In CSV, text that a spreadsheet would run as a formula gets an apostrophe before it, and a byte order mark tells
+    spreadsheets that the file is UTF-8. What JSON has no word for (NaN, infinity) is null.
+    """
+    if format == "csv":
+        answer = answer.project(
+            ", ".join(_as_text(*column) for column in zip(answer.columns, answer.types, strict=True))
+        )
+    options = "FORMAT csv, HEADER" if format == "csv" else f"FORMAT {format}"
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "answer"
+        answer.query("answer", f"COPY answer TO '{made}' ({options})")
+        if format == "json":
+            _without_nan(made)
+        with path.open("wb") as output, made.open("rb") as source:
+            output.write(b"\xef\xbb\xbf" if format == "csv" else b"")
+            shutil.copyfileobj(source, output)
+
+
+def print_answer(answer: duckdb.DuckDBPyRelation, format: str) -> None:
+    """Print an answer as ``csv`` or ``json``; on a terminal, what it would obey is shown instead."""
+    stream = sys.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        write_answer(answer, format, Path(folder) / "answer")
+        with (Path(folder) / "answer").open(encoding="utf-8-sig", newline="") as source:
+            for line in source:
+                stream.write(plain(line.rstrip("\r\n")) + "\n" if stream.isatty() else line)
+
+
+def plain(text: str) -> str:
+    r"""Text that a terminal shows and does not obey: control characters are written as ``\x1b``."""
+    return _OBEYED.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def _as_text(name: str, kind: object) -> str:
+    quoted = '"' + name.replace('"', '""') + '"'
+    if str(kind) != "VARCHAR":
+        return quoted
+    return f"regexp_replace({quoted}, '^(''*[{FORMULA_START}])', '''\\1') AS {quoted}"
+
+
+def _without_nan(path: Path) -> None:
+    lines = path.with_name("lines")
+    with path.open(encoding="utf-8") as source, lines.open("w", encoding="utf-8") as output:
+        for line in source:
+            output.write(_STRING_OR_NO_NUMBER.sub(lambda match: match[0] if match[0][0] == '"' else "null", line))
+    lines.replace(path)

@@ -1,0 +1,127 @@
+"""What a campaign is asked: the tables, and views that join them; ``docs/questions.md`` lists their columns."""
+
+from pathlib import Path
+
+import duckdb
+
+from d3po_core.preferences.counting import questions
+from d3po_core.preferences.deriving import VOTES
+from d3po_core.store.tables import connect
+
+# Raters of kind 'gold' are answer keys, not people: they are in `votes` and `raters`, and in no count of `pairs`.
+_PAIRS = """
+WITH scores AS (
+    SELECT round, sample_id, map_from_entries(list((rater, value) ORDER BY rater)) AS scores
+    FROM (
+        SELECT round, sample_id, rater, value FROM judgements
+        WHERE rater_kind = 'proxy' AND kind = 'score' AND value IS NOT NULL
+        QUALIFY row_number() OVER (
+            PARTITION BY round, sample_id, rater ORDER BY judged_at DESC, source DESC, value DESC
+        ) = 1
+    ) GROUP BY ALL
+), counted AS (
+    SELECT round, first_id, second_id,
+           count(*) FILTER (rater_kind = 'proxy' AND vote > 0) AS proxies_first,
+           count(*) FILTER (rater_kind = 'proxy' AND vote < 0) AS proxies_second,
+           count(*) FILTER (rater_kind = 'proxy' AND vote = 0) AS proxies_tied,
+           count(*) FILTER (rater_kind = 'human' AND vote > 0) AS people_first,
+           count(*) FILTER (rater_kind = 'human' AND vote < 0) AS people_second,
+           count(*) FILTER (rater_kind = 'human' AND vote = 0) AS people_tied
+    FROM votes GROUP BY ALL
+)
+SELECT p.round, p.pair_id, p.group_id, w.prompt, w.checkpoint, p.winner_id, p.loser_id,
+       w.image_path AS winner_image, l.image_path AS loser_image,
+       ws.scores AS winner_scores, ls.scores AS loser_scores, p.weight, p.num_raters, p.agreement,
+       coalesce(if(w.member < l.member, proxies_first, proxies_second), 0) AS proxies_for,
+       coalesce(if(w.member < l.member, proxies_second, proxies_first), 0) AS proxies_against,
+       coalesce(proxies_tied, 0) AS proxies_tied,
+       coalesce(if(w.member < l.member, people_first, people_second), 0) AS people_for,
+       coalesce(if(w.member < l.member, people_second, people_first), 0) AS people_against,
+       coalesce(people_tied, 0) AS people_tied
+FROM preferences p
+JOIN samples w ON w.round = p.round AND w.sample_id = p.winner_id
+JOIN samples l ON l.round = p.round AND l.sample_id = p.loser_id
+LEFT JOIN scores ws ON ws.round = p.round AND ws.sample_id = p.winner_id
+LEFT JOIN scores ls ON ls.round = p.round AND ls.sample_id = p.loser_id
+LEFT JOIN counted c ON c.round = p.round AND c.first_id = if(w.member < l.member, p.winner_id, p.loser_id)
+                   AND c.second_id = if(w.member < l.member, p.loser_id, p.winner_id)
+"""
+
+_RATERS = f"""
+{questions("true")}, counted AS (
+    SELECT round, rater, rater_kind, count(*) FILTER (judged) AS num_judgements,
+           count(*) FILTER (skipped) AS num_skipped, sum(taken_back)::BIGINT AS num_taken_back
+    FROM questions GROUP BY ALL
+), grouped AS (
+    SELECT round, rater, rater_kind, count(DISTINCT group_key) FILTER (is_last AND value IS NOT NULL) AS num_groups,
+           min(judged_at) AS first_at, max(judged_at) AS last_at
+    FROM said GROUP BY ALL
+), timed AS (
+    -- The rows of one answer carry the same seconds, which were spent once.
+    SELECT round, rater, rater_kind, sum(seconds) AS seconds, median(seconds) AS median_seconds FROM (
+        SELECT DISTINCT round, rater, rater_kind, kind, question, judged_at, source, seconds FROM said
+    ) GROUP BY ALL
+), voted AS (
+    SELECT v.round, v.rater, v.rater_kind, count(*) AS num_votes, count(*) FILTER (v.vote = 0) AS num_ties,
+           count(*) FILTER ((p.winner_id = v.first_id AND v.vote > 0) OR (p.winner_id = v.second_id AND v.vote < 0))
+               AS votes_kept,
+           count(*) FILTER ((p.winner_id = v.first_id AND v.vote < 0) OR (p.winner_id = v.second_id AND v.vote > 0))
+               AS votes_lost
+    FROM votes v LEFT JOIN preferences p ON p.round = v.round
+        AND least(p.winner_id, p.loser_id) = least(v.first_id, v.second_id)
+        AND greatest(p.winner_id, p.loser_id) = greatest(v.first_id, v.second_id)
+    GROUP BY ALL
+)
+SELECT round, rater, rater_kind, num_judgements, num_skipped, num_taken_back, num_groups,
+       coalesce(num_votes, 0) AS num_votes, coalesce(num_ties, 0) AS num_ties, coalesce(votes_kept, 0) AS votes_kept,
+       coalesce(votes_lost, 0) AS votes_lost, seconds, median_seconds, first_at, last_at
+FROM counted JOIN grouped USING (round, rater, rater_kind) JOIN timed USING (round, rater, rater_kind)
+LEFT JOIN voted USING (round, rater, rater_kind)
+"""
+
+_CHECKPOINTS = """
+SELECT r.round, r.checkpoint_out AS checkpoint, r.lora_sha256 AS sha256, r.eval_scorer AS scorer,
+       r.eval_score_mean AS score, r.eval_score_low AS score_low, r.eval_score_high AS score_high, e.scores,
+       r.num_pairs, r.mlflow_run_id, r.config_sha256, r.git_commit, r.finished_at
+FROM rounds r LEFT JOIN (
+    SELECT round, map_from_entries(list((scorer, score) ORDER BY scorer)) AS scores
+    FROM (SELECT round, scorer, avg(score) AS score FROM evaluations GROUP BY ALL) GROUP BY round
+) e USING (round)
+"""
+
+# Every rater's last word on a pair of held-out images; what was skipped or taken back says nothing.
+_HUMAN_COMPARISONS = """
+WITH last_word AS (
+    SELECT * FROM comparisons
+    QUALIFY row_number() OVER (PARTITION BY round, against, rater, sample_id, against_id ORDER BY judged_at DESC) = 1
+), images AS (
+    SELECT DISTINCT round, sample_id, prompt, seed, image_path FROM evaluations
+)
+SELECT c.round, c.against, c.rater, mine.prompt, mine.seed, c.sample_id, c.against_id, mine.image_path AS image,
+       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote, c.position, c.seconds, c.judged_at
+FROM last_word c
+JOIN images mine ON mine.round = c.round AND mine.sample_id = c.sample_id
+JOIN images other ON other.round = c.against AND other.sample_id = c.against_id
+WHERE c.value IS NOT NULL
+"""
+
+VIEWS = {
+    "votes": VOTES.format(rounds="true"),
+    "pairs": _PAIRS,
+    "raters": _RATERS,
+    "checkpoints": _CHECKPOINTS,
+    "human_comparisons": _HUMAN_COMPARISONS,
+}
+
+
+def connect_views(campaign: Path) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
+
+    A row is, in ``votes``: what a rater's last word says of a pair of a group; in ``pairs``: a preference with both
+    images, their scores, and who voted how; in ``raters``: a rater in a round; in ``checkpoints``: a finished round; in
+    ``human_comparisons``: what a rater's last word says of a round's held-out image beside a reference's, seen blind.
+    """
+    connection = connect(campaign)
+    for name, sql in VIEWS.items():
+        connection.execute(f"CREATE VIEW {name} AS {sql}")
+    return connection

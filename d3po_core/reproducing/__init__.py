@@ -1,0 +1,1 @@
+"""Images and rounds made again, and what their numbers depend on."""

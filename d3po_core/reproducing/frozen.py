@@ -1,0 +1,138 @@
+"""What a campaign's numbers depend on besides its configuration: held-out prompts, and files that others may change.
+
+Held-out prompts become part of the campaign when it is opened. Of the model's files, of learned scorers' weights and of
+the module of a scorer that is a function of one's own the digests are kept. A change is an error before any work;
+``accept_changes`` records it instead. Training prompts may change: each round notes the digest of those it drew from.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from d3po_core.config import CampaignConfig, is_url, resolve_path
+from d3po_core.errors import D3POError
+from d3po_core.models.model_files import cached_folder
+from d3po_core.store.files import atomic_path
+from d3po_core.store.integrity import RESTORE, sha256_of
+from d3po_core.store.sealed import read_sealed, sealed
+
+FROZEN_FILE = "frozen.json"
+NAMED = 3
+
+
+def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str] = ()) -> list[str]:
+    """Make prompts and files part of the campaign, or make sure that they are as they were; returns accepted changes.
+
+    Args:
+        config: the campaign's; ``accept_changes`` allows changes of files, never of the held-out prompts.
+        held_out: the prompts of its file now, those that are evaluated.
+        evaluated: prompts that a campaign of an earlier version has evaluated; empty when it has not begun.
+
+    Raises:
+        D3POError: something changed; one line that names it.
+    """
+    path = config.folder / FROZEN_FILE
+    known = read_sealed(path, RESTORE) if path.exists() else {}
+    prompts = known.get("held_out") or list(dict.fromkeys(evaluated)) or held_out
+    _require_prompts(config, prompts, held_out)
+    files = digests_of(config, known.get("files") or {})
+    changes = _changes(known.get("files") or {}, files)
+    if changes and not config.accept_changes:
+        raise D3POError(
+            f"campaign {config.campaign!r}: {changes[0]}{_more(changes)}; rounds before and after could not be "
+            "compared. Restore it, start another campaign, or go on with --set accept_changes=true, which records it"
+        )
+    accepted = known.get("accepted", [])
+    if changes:
+        accepted = [*accepted, {"at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}]
+    found = {"held_out": prompts, "files": files, "accepted": accepted}
+    if found != known:
+        with atomic_path(path) as temporary:
+            temporary.write_text(sealed(found))
+    return changes
+
+
+def prompts_sha256(prompts: list[str]) -> str:
+    """Digest of a list of prompts, in their order."""
+    return hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digests_of(config: CampaignConfig, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """By file: size, time of the last change and SHA-256. A file whose size and time are known is not read again."""
+    found = {}
+    for what, file in _watched(config):
+        status = file.stat()
+        before = known.get(what)
+        same = before is not None and before[:2] == [status.st_size, status.st_mtime_ns]
+        found[what] = before if before and same else [status.st_size, status.st_mtime_ns, sha256_of(file)]
+    return found
+
+
+def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
+    """Files whose content the numbers depend on, each with how it is called in messages; only those on this machine."""
+    places = {"model": config.model.path, "model configuration": config.model.single_file_config}
+    for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
+        where = config.scoring.models.get(name)
+        if where and not is_url(where):
+            places[f"scorer {name}"] = where
+        elif ":" in name:
+            places[f"scorer {name}"] = _module_of(name)
+    watched = []
+    for what, place in places.items():
+        root = resolve_path(place) if place else None
+        if place and root and not root.exists() and what.startswith("model"):
+            root = cached_folder(place, config.model.revision)
+        if root is None or not root.exists():
+            continue
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and _counts(p, root))
+        top = root.parent if root.is_file() else root
+        watched += [(f"{what}: {file.relative_to(top).as_posix()}", file) for file in files]
+    return watched
+
+
+def _counts(path: Path, root: Path) -> bool:
+    """Leave out notes and what caches keep: no pipeline reads them."""
+    return not any(part.startswith(".") for part in path.relative_to(root).parts) and path.suffix in (
+        ".json", ".safetensors", ".txt", ".model", ".py",
+    )  # fmt: skip
+
+
+def _module_of(name: str) -> str | None:
+    """The file of a scorer's module, ``package.module:function``, found without running it."""
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return found.origin if found else None
+
+
+def _changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
+    """What changed of places that were watched before; a place that is new or no longer used is no change."""
+    places = {name.partition(": ")[0] for name in before} & {name.partition(": ")[0] for name in now}
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        place, _, file = name.partition(": ")
+        if place not in places or (name in before and name in now and before[name][2] == now[name][2]):
+            continue
+        verb = "was changed" if name in before and name in now else "is gone" if name in before else "is new"
+        changes.append(f"{file} of the {place} {verb} since the campaign began")
+    return changes
+
+
+def _require_prompts(config: CampaignConfig, frozen: list[str], held_out: list[str]) -> None:
+    gone, new = [p for p in frozen if p not in held_out], [p for p in held_out if p not in frozen]
+    if not gone and not new:
+        return
+    told = [f"{len(prompts)} {word} ({'; '.join(map(repr, prompts[:NAMED]))})"
+            for prompts, word in ((gone, "are gone"), (new, "are new")) if prompts]  # fmt: skip
+    raise D3POError(
+        f"campaign {config.campaign!r}: the held-out prompts changed since it began: {', '.join(told)}; put "
+        f"evaluate.prompts {config.evaluate.prompts!r} back as it was, or start another campaign (--campaign NAME)"
+    )
+
+
+def _more(changes: list[str]) -> str:
+    return f" (and {len(changes) - 1} more files)" if len(changes) > 1 else ""

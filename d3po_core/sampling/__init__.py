@@ -1,0 +1,1 @@
+"""Images drawn from prompts and seeds, with trajectories and exact log_probs."""

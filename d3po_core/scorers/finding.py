@@ -1,0 +1,153 @@
+"""Scorers: programs that judge images in place of people.
+
+A scorer is a function ``(images, prompts) -> scores``:
+
+    images    uint8 array ``[B, height, width, 3]``, RGB
+    prompts   list of B strings
+    scores    B finite numbers, higher is better
+
+Four kinds, told apart by their name in the configuration (docs/scorers.md):
+
+    proxies   ``brightness``, ``jpeg_compressibility``, ...: no weights
+    learned   ``aesthetic``, ``clip_score``, ``pickscore``, ``hpsv2``, ``image_reward``: weights by hub id or folder
+    remote    any name that ``scoring.models`` maps to an http(s) URL
+    your own  ``package.module:function``
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from d3po_core.config import CampaignConfig, ScoringConfig, is_url
+from d3po_core.devices import device_type
+from d3po_core.errors import D3POError
+from d3po_core.scorers.models import MODELS, ModelScorer
+from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
+from d3po_core.urls import filled_in, inline_secret, masked
+
+__all__ = [
+    "BUILT_IN", "MODELS", "Scorer", "brightness", "jpeg_compressibility", "jpeg_incompressibility", "load_scorer",
+    "prompt_alignment", "use_device",
+]  # fmt: skip
+
+Scorer = Callable[[np.ndarray, list[str]], np.ndarray]
+
+BUILT_IN: dict[str, Scorer] = {
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "brightness": brightness,
+    "prompt_alignment": prompt_alignment,
+}
+
+
+def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "auto", memory: str = "fast") -> Scorer:
+    """Find a scorer by name; its results are checked at every call.
+
+    A learned scorer's files are found here (and fetched from the hub, if they were not yet); its weights are read at
+    the first call and kept for the life of the process.
+
+    Args:
+        name: as in ``judge.scorers``.
+        scoring: where models and servers are; all defaults when not given.
+        device: where learned scorers run: ``auto``, ``cpu`` or ``cuda``.
+        memory: as ``model.memory``: unless ``fast``, a learned scorer leaves the device after each call.
+
+    Raises:
+        D3POError: no such scorer, or its model's files are not there or not safe to read.
+    """
+    scoring = scoring or ScoringConfig()
+    where = scoring.models.get(name)
+    if name not in BUILT_IN and where is not None and is_url(where):
+        return _checked(
+            name,
+            _remote(name, _without_secrets(name, where), scoring.batch_size, scoring.timeout_seconds, scoring.tries),
+        )
+    if name in MODELS:
+        where = where or MODELS[name].default
+        return _checked(name, _model(name, where, device, scoring.batch_size, memory != "fast"))
+    if where is not None:
+        raise D3POError(
+            f"scoring.models.{name} is {where!r}; only {', '.join(MODELS)} have weights: expected an http(s) URL"
+            if name not in BUILT_IN
+            else f"scoring.models.{name} is {where!r}, but {name} is built in and takes neither weights nor a server"
+        )
+    return _checked(name, BUILT_IN[name] if name in BUILT_IN else _imported(name))
+
+
+def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str:
+    """The type of device, ``cuda`` or ``cpu``, that scoring with these scorers occupies."""
+    learned = any(name in MODELS and not is_url(scoring.models.get(name, "")) for name in names)
+    return device_type(device) if learned else "cpu"
+
+
+# Kept for the life of the process: weights are read once, connections to a server stay open.
+_model = functools.cache(ModelScorer)
+
+
+def _without_secrets(name: str, url: str) -> str:
+    if secret := inline_secret(url):
+        raise D3POError(
+            f"scoring.models.{name} is {masked(url)!r}, which holds {secret}: it would be written into the campaign, "
+            "the report, MLflow and Prefect; put it in the environment and its name in the address, such as "
+            "https://${SCORER_LOGIN}@host/score or https://host/score?api_key=${SCORER_KEY}"
+        )
+    filled_in(url, f"scoring.models.{name}")  # what is missing is said now, not after the sampling
+    return url
+
+
+@functools.cache
+def _remote(name: str, url: str, batch_size: int, timeout_seconds: float, tries: int) -> Scorer:
+    from d3po_core.scorers.remote import RemoteScorer
+
+    return RemoteScorer(name, url, batch_size, timeout_seconds, tries)
+
+
+def _imported(name: str) -> Scorer:
+    module_name, separator, function_name = name.partition(":")
+    if not separator:
+        raise D3POError(
+            f"scorer {name!r} is not known; expected one of {', '.join([*BUILT_IN, *MODELS])}, "
+            "package.module:function, or a name that scoring.models maps to an http(s) URL"
+        )
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise D3POError(f"scorer {name!r} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise D3POError(
+            f"scorer {name!r} is a {type(function).__name__}; expected a function (images, prompts) -> scores"
+        )
+    return function
+
+
+def _checked(name: str, scorer: Scorer) -> Scorer:
+    def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        try:
+            scores = np.asarray(scorer(images, prompts), dtype=np.float64)
+        except D3POError:
+            raise
+        except Exception as error:
+            raise D3POError(f"scorer {name!r} failed: {type(error).__name__}: {error}") from error
+        if scores.shape != (len(images),):
+            raise D3POError(
+                f"scorer {name!r} returned shape {list(scores.shape)}; expected one number for each of {len(images)}"
+            )
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise D3POError(f"scorer {name!r} returned {scores[bad]} for image {bad}; expected finite numbers")
+        return scores
+
+    return score
+
+
+def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scorer]:
+    """The campaign's scorers by name, each once.
+
+    Raises:
+        D3POError: one of them is not there.
+    """
+    model = config.model
+    return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}

@@ -1,0 +1,50 @@
+"""Scores of one shard's images, by the scorers that can be asked while others are sampled."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from d3po_core.config import CampaignConfig, is_url
+from d3po_core.devices import device_type
+from d3po_core.scorers.finding import BUILT_IN, load_scorers
+from d3po_core.store.images import at_once, dissimilarity, load_pngs
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """What the scorers that can be asked early say of a shard's images.
+
+    Attributes:
+        scores: scorer -> a score of every image.
+        dissimilarities: how different the images of each group look.
+    """
+
+    scores: dict[str, list[float]]
+    dissimilarities: list[float]
+
+
+def shard_scorers(config: CampaignConfig) -> list[str]:
+    """The judge's scorers that can be asked while the model samples; asked about a shard at once, whenever that is."""
+    beside_gpu = device_type(config.model.device) == "cuda"
+    return [
+        name
+        for name in dict.fromkeys(config.judge.scorers)
+        if (beside_gpu if name in BUILT_IN else is_url(config.scoring.models.get(name, "")))
+    ]
+
+
+def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardScores:
+    """Ask the early scorers about a shard.
+
+    Args:
+        config: the campaign's configuration.
+        samples: the shard's rows of ``samples``, group after group.
+
+    Raises:
+        D3POError: a scorer failed.
+    """
+    images = load_pngs([config.folder / sample["image_path"] for sample in samples])
+    prompts = [sample["prompt"] for sample in samples]
+    scorers = load_scorers(config, shard_scorers(config))
+    scores = {name: scorer(images, prompts).tolist() for name, scorer in scorers.items()}
+    groups = images.reshape(-1, config.sample.group_size, *images.shape[1:])
+    return ShardScores(scores, at_once(dissimilarity, groups))

@@ -1,0 +1,1 @@
+"""A campaign's folder: tables, stages, digests, images, databases."""

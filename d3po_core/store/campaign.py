@@ -1,0 +1,190 @@
+"""A campaign's folder: who may write it, what it was started with, which rounds are finished, where things lie."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from d3po_core.config import (
+    FIXED_FIELDS,
+    FREE_FIELDS,
+    CampaignConfig,
+    absolute,
+    changed_fields,
+    data_folder,
+    is_url,
+    load_config,
+)
+from d3po_core.errors import CampaignBusyError, D3POError
+from d3po_core.store.files import atomic_path, disk_errors, exclusive
+from d3po_core.store.integrity import record_files, require_record
+from d3po_core.store.sealed import read_sealed, sealed
+from d3po_core.store.stages import stage_path
+from d3po_core.urls import masked
+
+CAMPAIGN_FILE = "campaign.json"
+CAMPAIGN_REMEDY = "restore it from a copy, or start a new campaign"
+LOCK_FILE = ".lock"
+
+
+def campaign_named(name: str) -> CampaignConfig:
+    """The saved configuration of a campaign.
+
+    Args:
+        name: the campaign's, or the path of its folder when it lies elsewhere than in the data folder (``runs_dir``).
+
+    Raises:
+        D3POError: there is none of that name; says which there are.
+    """
+    if os.sep in name:
+        folder = absolute(name, Path.cwd(), "--campaign")
+        problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
+    else:
+        folder = load_config({"campaign": name}, "--campaign").folder
+        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
+        problem = (
+            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}; "
+            "of one that lies elsewhere give the folder"
+        )
+    if not (folder / CAMPAIGN_FILE).exists() and not (folder / "stages").exists():
+        raise D3POError(problem)
+    return _lying_in(_saved_config(folder / CAMPAIGN_FILE), folder)
+
+
+def _saved_config(path: Path) -> CampaignConfig:
+    return load_config(_identity(path)["config"], str(path))
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    found = read_sealed(path, CAMPAIGN_REMEDY)
+    if not {"id", "config"} <= found.keys():
+        raise D3POError(f"{path}: cannot be read (it lacks id or config); {CAMPAIGN_REMEDY}")
+    return found
+
+
+def round_config(campaign: Path, round_number: int) -> CampaignConfig:
+    """The configuration that a round was begun with; its ``folder`` is where the campaign lies now.
+
+    Raises:
+        D3POError: it is missing or cannot be read.
+    """
+    path = stage_path(campaign, round_number, "config")
+    require_record(campaign, round_number, "config")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise D3POError(
+            f"{path}: cannot be read ({error}); restore it, the round cannot be made again without"
+        ) from None
+    return _lying_in(load_config(values, str(path)), campaign)
+
+
+def rules_of(campaign: Path, round_number: int | None = None) -> CampaignConfig:
+    """The configuration whose rules hold for a round: its own; the last round's for all rounds together.
+
+    That of the campaign's start for one that was not begun.
+    """
+    if round_number is not None and stage_path(campaign, round_number, "config").exists():
+        return round_config(campaign, round_number)
+    numbers = [int(path.parent.name.removeprefix("round=")) for path in campaign.glob("stages/round=*/config.json")]
+    if not numbers:
+        return _lying_in(_saved_config(campaign / CAMPAIGN_FILE), campaign)
+    return round_config(campaign, max(numbers))
+
+
+def _lying_in(config: CampaignConfig, folder: Path) -> CampaignConfig:
+    """The configuration of a campaign whose folder may have been moved or copied since it was saved."""
+    usual = folder.parent.resolve() == data_folder() / "runs"
+    return config.model_copy(update={"campaign": folder.name, "runs_dir": None if usual else str(folder.parent)})
+
+
+def campaign_id(campaign: Path) -> str:
+    """The identity of a campaign: a new one each time a campaign is started, also under an old name."""
+    return str(_identity(campaign / CAMPAIGN_FILE)["id"])
+
+
+def open_campaign(config: CampaignConfig) -> None:
+    """Start the campaign, or make sure that the configuration still fits the one that is running.
+
+    Raises:
+        D3POError: a field changed that must stay as it was; the message names each with its old and new value.
+    """
+    path = config.folder / CAMPAIGN_FILE
+    if path.exists():
+        saved = _saved_config(path)
+        # A server may move; what weights say of an image decides what the held-out scores mean.
+        models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
+        changed = [
+            c for c in changed_fields(saved, config)
+            if c[0].startswith(FIXED_FIELDS) or (c[0] in models and not _moved_server(c))
+        ]  # fmt: skip
+        scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
+        if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
+            changed.append(("judge.scorers, which also evaluate,", *scorers))
+        if changed:
+            raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
+                            "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
+        return
+    if (config.folder / "stages").exists():
+        raise D3POError(f"{path}: is gone, and the campaign has begun; {CAMPAIGN_REMEDY} (--campaign NAME)")
+    identity = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json")}
+    with atomic_path(path) as temporary:
+        temporary.write_text(sealed(identity))
+
+
+def begin_round(config: CampaignConfig, round_number: int) -> None:
+    """Freeze the round's configuration, or make sure that a round that was begun is finished with its own.
+
+    Raises:
+        D3POError: the round was begun with another configuration; the message names the fields.
+    """
+    path = stage_path(config.folder, round_number, "config")
+    if path.exists():
+        saved = round_config(config.folder, round_number)
+        changed = [c for c in changed_fields(saved, config) if c[0] not in FREE_FIELDS and not _moved_server(c)]
+        if changed:
+            raise D3POError(
+                f"round {round_number} of campaign {config.campaign!r} was begun with {_differences(changed)}; "
+                "finish it with that, or drop what it has: d3po discard-round"
+            )
+        return
+    text = json.dumps(config.model_dump(mode="json"), indent=1)
+    with disk_errors(path):
+        record_files(config.folder, round_number, "config", lambda: text)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def _moved_server(change: tuple[str, Any, Any]) -> bool:
+    name, *places = change
+    return name.startswith("scoring.models.") and all(is_url(place or "") for place in places)
+
+
+def _differences(changed: list[tuple[str, Any, Any]]) -> str:
+    return masked("; ".join(f"{name} = {old!r} (now {new!r})" for name, old, new in changed))
+
+
+@contextlib.contextmanager
+def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
+    """Hold the campaign for this process; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        CampaignBusyError: another process holds it.
+        D3POError: the folder cannot be written.
+    """
+    path = campaign / LOCK_FILE
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = stack.enter_context(exclusive(path, wait=False))
+        except BlockingIOError:
+            holder = path.read_text(errors="replace").strip() or "another process"
+            raise CampaignBusyError(
+                f"campaign {campaign.name!r} is being advanced by {holder}; wait for it, or use another --campaign"
+            ) from None
+        with disk_errors(path):
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} ({who})".encode(), 0)
+        yield

@@ -1,0 +1,56 @@
+"""What killed runs and commands left behind: half-written files, rounds that were begun and are not wanted."""
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from d3po_core.store.goals import TARGET_FILE
+from d3po_core.store.stages import last_finished_round
+from d3po_core.store.tables import SCHEMAS, partition
+
+# What commands write that take no lock: imports, reports, pictures and comparisons of any round.
+_UNLOCKED = (".*.tmp", "report/.*.tmp", "judgements/*/.*.tmp", "comparisons/.*.tmp", "comparisons/*/.*.tmp")
+
+
+def sweep_leftovers(campaign: Path, round_number: int) -> None:
+    """Remove the half-written files that a killed run or command left; the caller holds the campaign's lock.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round in which the run wrote.
+    """
+    unlocked = {path for pattern in _UNLOCKED for path in campaign.glob(pattern)}
+    locked = {
+        path for pattern in (f"*/round={round_number}/.*.tmp", "checkpoints/.*.tmp") for path in campaign.glob(pattern)
+    }
+    for path in (locked - unlocked) | {path for path in unlocked if not _in_hands(path)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _in_hands(path: Path) -> bool:
+    """Whether the process that writes a temporary file, whose name ends in its id, is another one and lives."""
+    pid = path.name.removesuffix(".tmp").rpartition(".")[2]
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+
+
+def discard_round(campaign: Path) -> int | None:
+    """Drop the files of the round that was begun and not finished; returns its number, None if there is none."""
+    number = last_finished_round(campaign) + 1
+    if not (campaign / "stages" / f"round={number}").exists():
+        return None
+    stages = campaign / "stages" / f"round={number}"
+    # The round's configuration goes last: a discard that was interrupted is then finished by the next one.
+    for path in stages.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    for table in SCHEMAS:
+        shutil.rmtree(partition(campaign, table, number), ignore_errors=True)
+    for folder in ("images", "trajectories", "staging", "checkpoints"):
+        for path in (campaign / folder).glob(f"*round={number}*"):
+            if path.name in (f"round={number}", f".round={number}.tmp") or path.name.startswith(f"round={number}-"):
+                shutil.rmtree(path)
+    (campaign / TARGET_FILE).unlink(missing_ok=True)
+    shutil.rmtree(stages)
+    return number

@@ -1,0 +1,150 @@
+"""Stages that were finished and rounds that are: a stage's record exists when, and only when, its output is whole."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from d3po_core.errors import D3POError
+from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
+from d3po_core.store.files import atomic_path, disk_errors
+from d3po_core.store.integrity import record_files, require_record, was_finished
+from d3po_core.store.tables import partition, read_rows
+
+StageRecord = TypeVar("StageRecord", bound=Record)
+
+
+def checkpoint_path(round_number: int) -> str | None:
+    """Checkpoint folder of a round, relative to the campaign; None for round 0, the base model."""
+    return f"checkpoints/round={round_number}" if round_number else None
+
+
+def stage_path(campaign: Path, round_number: int, stage: str) -> Path:
+    """The record of a finished stage: it exists when, and only when, the stage's output is whole."""
+    return campaign / "stages" / f"round={round_number}" / f"{stage}.json"
+
+
+def finish_stage(
+    campaign: Path, round_number: int, stage: str, kind: type[StageRecord], work: Callable[[], StageRecord]
+) -> StageRecord:
+    """Do a stage's work once: a finished stage gives its record back without working.
+
+    The work must leave the same files when it is done again from any point at which it can be killed. The record's
+    ``seconds`` are those of all attempts.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round.
+        stage: the stage's name.
+        kind: the record's class.
+        work: does the stage and returns its record.
+    """
+    path = stage_path(campaign, round_number, stage)
+    if was_finished(campaign, round_number, stage):
+        return read_record(campaign, round_number, stage, kind)
+    earlier, started = seconds_spent(campaign, round_number, stage), time.perf_counter()
+    record = work()
+
+    def timed() -> str:
+        seconds = earlier + time.perf_counter() - started
+        finished = record.model_copy(update={"seconds": seconds, "finished_at": datetime.now(UTC)})
+        return finished.model_dump_json(indent=1)
+
+    with disk_errors(path):
+        text = record_files(campaign, round_number, stage, timed)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+    _seconds_path(campaign, round_number, stage).unlink(missing_ok=True)
+    return kind.model_validate_json(text)
+
+
+def _seconds_path(campaign: Path, round_number: int, stage: str) -> Path:
+    return stage_path(campaign, round_number, stage).with_suffix(".seconds")
+
+
+def seconds_spent(campaign: Path, round_number: int, stage: str) -> float:
+    """What earlier attempts at a stage noted that it has taken so far; 0 when there was none."""
+    try:
+        return float(_seconds_path(campaign, round_number, stage).read_text())
+    except (OSError, ValueError):  # none, or its last note was cut off
+        return 0.0
+
+
+def note_seconds(campaign: Path, round_number: int, stage: str, seconds: float) -> None:
+    """Note what a stage has taken so far, all attempts together, for one that may have to go on from here."""
+    with contextlib.suppress(OSError):  # a disk that is full is the work's to find
+        path = _seconds_path(campaign, round_number, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{seconds:.3f}")
+
+
+def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageRecord]) -> StageRecord:
+    """The record that a finished stage left.
+
+    Raises:
+        D3POError: it is gone or damaged.
+    """
+    path = stage_path(campaign, round_number, stage)
+    require_record(campaign, round_number, stage)
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else "it is damaged"
+        raise D3POError(
+            f"{path}: the record of a finished stage cannot be read ({reason}); restore it from a copy, or drop the "
+            "round if it is not finished: d3po discard-round"
+        ) from None
+
+
+def start_of(campaign: Path, round_number: int) -> int:
+    """The round whose checkpoint a round starts from: the one before, unless the guard went back to another."""
+    before = round_number - 1
+    if not was_finished(campaign, before, "guard"):
+        return before
+    return read_record(campaign, before, "guard", GuardRecord).go_on_from
+
+
+def finished_numbers(campaign: Path) -> list[int]:
+    """Numbers of the finished rounds, in order: those that have a row in ``rounds``; 0 is the base."""
+    rows = {path.parent.name for path in campaign.glob("rounds/round=*/*.parquet")}
+    # A row that was noted and is gone is not a round that never was: who reads it is told.
+    noted = {path.parent.name for path in campaign.glob("stages/round=*/publish.files")}
+    return sorted(int(name.removeprefix("round=")) for name in rows | noted)
+
+
+def last_finished_round(campaign: Path) -> int:
+    """Number of the last finished round; 0 when only the base is evaluated, -1 when nothing is."""
+    return max(finished_numbers(campaign), default=-1)
+
+
+def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
+    """A row of ``rounds`` as a record."""
+    stages = ("sample", "judge", "derive", "train", "evaluate", "publish")
+    low, high = row["eval_score_low"], row["eval_score_high"]
+    score = ScoreSummary(
+        mean=row["eval_score_mean"], low=-math.inf if low is None else low, high=math.inf if high is None else high
+    )
+    return RoundRecord(
+        round=round_number,
+        verdict=row.get("verdict"),
+        findings=row.get("findings"),
+        num_pairs=row["num_pairs"],
+        num_ties=row["num_ties"],
+        eval_scorer=row["eval_scorer"],
+        score=score,
+        checkpoint=row["checkpoint_out"],
+        mlflow_run_id=row["mlflow_run_id"],
+        stage_seconds={stage: row[f"{stage}_seconds"] for stage in stages},
+        finished_at=row["finished_at"],
+    )
+
+
+def finished_rounds(campaign: Path) -> list[RoundRecord]:
+    """All finished rounds of a campaign, in order."""
+    return [
+        round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0])
+        for n in finished_numbers(campaign)
+    ]

@@ -1,0 +1,224 @@
+"""The store: Parquet tables with explicit schemas, written atomically, read through DuckDB."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from d3po_core.errors import D3POError
+from d3po_core.store.files import atomic_path
+from d3po_core.store.integrity import noted_names, require_files, require_whole
+
+# 2: judgements got `seconds` and `position`, and a `value` that may be missing.
+# 3: the table comparisons; intervals of the win rates in `rounds`.
+# 4: what updates found is called so, `kl` (which was none) is `kl_before`; what a round learned.
+SCHEMA_VERSION = 4
+
+
+def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
+    fields = [pa.field(n, *(t if isinstance(t, tuple) else (t, False))) for n, t in columns.items()]
+    return pa.schema(fields, metadata={"d3po.schema_version": str(SCHEMA_VERSION)})
+
+
+# Times are UTC without a zone: DuckDB reads zoned ones only with an extension that it would have to download.
+_text, _int, _real, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us")
+SCHEMAS: dict[str, pa.Schema] = {
+    "samples": _schema(
+        sample_id=_text, group_id=_text, member=_int, prompt=_text, split=_text, seed=_int, image_path=_text,
+        trajectory_path=_text, trajectory_row=_int, checkpoint=(_text, True),
+    ),
+    "groups": _schema(group_id=_text, dissimilarity=_real),
+    "judgements": _schema(
+        rater=_text, rater_kind=_text, kind=_text, sample_id=_text, other_id=(_text, True), value=(_real, True),
+        judged_at=_time, source=_text, seconds=(_real, True), position=(_int, True),
+    ),
+    "preferences": _schema(
+        pair_id=_text, group_id=_text, winner_id=_text, loser_id=_text, weight=_real, num_raters=_int, agreement=_real,
+    ),
+    "updates": _schema(
+        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin_before=_real, pair_accuracy_before=_real,
+        kl_before=_real, clip_fraction=_real, grad_norm=_real, drowned=_real, seconds=_real, finished_at=_time,
+    ),
+    "update_steps": _schema(
+        update=_int, step=_int, timestep=_int, margin_before=_real, pair_accuracy_before=_real, kl_before=_real,
+        clip_fraction=_real,
+    ),
+    "evaluations": _schema(
+        sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
+    ),
+    # Not judgements, which preferences are made of: these are about held-out images.
+    "comparisons": _schema(
+        comparison=_text, against=_int, rater=_text, sample_id=_text, against_id=_text, value=(_real, True),
+        judged_at=_time, seconds=(_real, True), position=_int,
+    ),
+    "rounds": _schema(
+        checkpoint_in=(_text, True), checkpoint_out=(_text, True), lora_sha256=(_text, True), num_samples=_int,
+        num_pairs=_int, num_ties=_int, eval_scorer=_text, eval_score_mean=_real, eval_score_low=(_real, True),
+        eval_score_high=(_real, True), loss_mean=(_real, True), clip_fraction=(_real, True),
+        pair_accuracy_before=(_real, True), mlflow_run_id=(_text, True), config_sha256=_text, git_commit=(_text, True),
+        sample_seconds=_real, judge_seconds=_real, derive_seconds=_real, train_seconds=_real, evaluate_seconds=_real,
+        publish_seconds=_real,
+        finished_at=_time, label_seconds=(_real, True), diversity=(_real, True), drift=(_real, True),
+        win_rate_base=(_real, True), win_rate_before=(_real, True), win_rate_champion=(_real, True),
+        champion=(_int, True), verdict=(_text, True), findings=(_text, True), win_rate_base_low=(_real, True),
+        win_rate_base_high=(_real, True), win_rate_before_low=(_real, True), win_rate_before_high=(_real, True),
+        win_rate_champion_low=(_real, True), win_rate_champion_high=(_real, True), pair_accuracy_after=(_real, True),
+        margin_after=(_real, True), kl_after=(_real, True), drowned=(_real, True),
+    ),
+}  # fmt: skip
+
+# Columns of older files: what they are called now, or None for one whose numbers were wrong.
+FORMER: dict[str, dict[str, str | None]] = {
+    "updates": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
+    "update_steps": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
+    "rounds": {"pair_accuracy": "pair_accuracy_before"},
+}
+
+# Closed sets and ranges that a schema cannot say.
+ALLOWED = {
+    ("samples", "split"): ("train", "eval"),
+    ("judgements", "rater_kind"): ("proxy", "human", "gold"),
+    ("judgements", "kind"): ("score", "rating", "choice", "rank"),
+}
+RANGES = {("preferences", "weight"): (0.0, 1.0), ("preferences", "agreement"): (0.0, 1.0)}
+
+
+def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as an Arrow table of the named table's schema.
+
+    Raises:
+        D3POError: a row lacks a column, has one too many, or a value of the wrong type.
+    """
+    schema = SCHEMAS[table]
+    for index, row in enumerate(rows):
+        if row.keys() != set(schema.names):
+            missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
+            raise D3POError(f"{table} row {index}: missing columns {sorted(missing)}, unknown columns {sorted(extra)}")
+    whole = [field.name for field in schema if pa.types.is_integer(field.type)]
+    for index, row in enumerate(rows):  # Arrow would cut 1.5 to 1 without a word
+        for name in whole:
+            if isinstance(row[name], float):
+                raise D3POError(f"{table} row {index}: {name} is {row[name]} and does not fit the schema; expected int")
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise D3POError(f"{table}: a value does not fit the schema ({error})") from None
+
+
+def check_table(table: str, data: pa.Table) -> None:
+    """Hold a table against its schema: names, types, nulls, closed sets, ranges.
+
+    Raises:
+        D3POError: the first thing that does not hold.
+    """
+    schema = SCHEMAS[table]
+    if data.schema.names != schema.names or data.schema.types != schema.types:
+        found, expected = (", ".join(f"{f.name} {f.type}" for f in s) for s in (data.schema, schema))
+        raise D3POError(f"{table}: columns are {found}; expected {expected}")
+    for field in schema:
+        column = data[field.name]
+        if column.null_count and not field.nullable:
+            raise D3POError(f"{table}.{field.name}: {column.null_count} values are missing; expected none")
+        if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(column.drop_null()))).as_py():
+            raise D3POError(f"{table}.{field.name}: holds numbers that are not finite")
+        allowed = ALLOWED.get((table, field.name))
+        if allowed and set(pc.unique(column).to_pylist()) - set(allowed):
+            raise D3POError(
+                f"{table}.{field.name}: holds {pc.unique(column).to_pylist()}; expected {', '.join(allowed)}"
+            )
+        bounds = RANGES.get((table, field.name))
+        if bounds and len(column):
+            low, high = pc.min(column).as_py(), pc.max(column).as_py()
+            if low <= bounds[0] or high > bounds[1]:
+                raise D3POError(
+                    f"{table}.{field.name}: is {low} to {high}; expected above {bounds[0]}, at most {bounds[1]}"
+                )
+
+
+def partition(campaign: Path, table: str, round_number: int) -> Path:
+    """Folder of a table's files of one round."""
+    return campaign / table / f"round={round_number}"
+
+
+def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, name: str = "part") -> Path:
+    """Check a table and write it as one file of a round, whole or not at all; an older file of that name is replaced.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        D3POError: the data breaks the schema, or the disk is full or read-only.
+    """
+    check_table(table, data)
+    data = data.cast(SCHEMAS[table])
+    path = partition(campaign, table, round_number) / f"{name}.parquet"
+    with atomic_path(path) as temporary:
+        pq.write_table(data, temporary, compression="zstd")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of one Parquet file (never its folder's hive columns).
+
+    Raises:
+        D3POError: the file is gone, damaged, or not what a finished stage wrote.
+    """
+    if path.parent.name.startswith("round="):
+        campaign = path.parents[2]
+        require_files(campaign, [path.relative_to(campaign).as_posix()])
+    try:
+        return pq.ParquetFile(path).read().to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+
+
+def _require_readable(campaign: Path) -> None:
+    """Make sure that the tables that no stage noted, as those of earlier versions, are Parquet files at least."""
+    noted = noted_names(campaign)
+    for table in SCHEMAS:
+        for path in sorted((campaign / table).glob("round=*/*.parquet")):
+            if path.relative_to(campaign).as_posix() in noted:
+                continue
+            try:
+                pq.read_metadata(path)
+            except FileNotFoundError:  # a round that runs replaces its files
+                continue
+            except (OSError, pa.ArrowException) as error:
+                raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> D3POError:
+    campaign = path.parents[2] if path.parent.name.startswith("round=") else path.parent
+    reason = "is gone" if isinstance(error, FileNotFoundError) else "is no readable Parquet file"
+    return D3POError(f"campaign {campaign.name!r}: {path.relative_to(campaign)} {reason}; restore it from a copy")
+
+
+def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
+    require_whole(campaign, kinds=SCHEMAS)
+    _require_readable(campaign)
+    connection = duckdb.connect(":memory:")
+    for table, schema in SCHEMAS.items():
+        former = FORMER.get(table, {})
+        folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
+        source = f"{folder}/round=*/*.parquet"
+        # An empty table of today's schema: files that were written before a column was added then read as null.
+        added = [pa.field("round", pa.int64()), *(pa.field(name, _real) for name in former)]
+        connection.register(f"_{table}", pa.schema([*schema, *added]).empty_table())
+        rows = f"SELECT * FROM _{table}"
+        if any((campaign / table).glob("round=*/*.parquet")):
+            # The round is that of the file's own folder, whatever key=value names lie above it.
+            rows += (
+                " UNION ALL BY NAME SELECT * EXCLUDE (filename), "
+                "CAST(regexp_extract(filename, 'round=([0-9]+)[/\\\\][^/\\\\]*$', 1) AS BIGINT) AS round "
+                f"FROM read_parquet('{source}', hive_partitioning=false, filename=true, union_by_name=true)"
+            )
+        if former:
+            now = ", ".join(f"coalesce({name}, {old}) AS {name}" for old, name in former.items() if name)
+            rows = f"SELECT * EXCLUDE ({', '.join(former)}) REPLACE ({now}) FROM ({rows})"
+        connection.execute(f"CREATE VIEW {table} AS {rows}")
+    return connection

@@ -1,0 +1,1 @@
+"""Preferences become updates: packing, the loss, the optimizer."""

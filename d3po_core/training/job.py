@@ -1,0 +1,171 @@
+"""Train a round's checkpoint; every rank computes a share of each update, and the first one writes."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import NonFiniteLossError, RankError
+from d3po_core.models.checkpoint import (
+    RECORD_FILE,
+    computed_on,
+    load_checkpoint,
+    load_round,
+    optimizer_state,
+    save_checkpoint,
+)
+from d3po_core.models.loaded import policy_at
+from d3po_core.models.policy import Policy
+from d3po_core.processes.job import Tell
+from d3po_core.processes.ranks import check_agreement
+from d3po_core.store.stages import checkpoint_path, start_of
+from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.optimizer import make_optimizer
+from d3po_core.training.trainer import Update, plan_updates
+from d3po_core.training.training_set import load_training_set, measure_round, train_round, training_seed
+from d3po_core.training.update import Seen
+
+AVERAGED = ("loss", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction", "drowned")
+
+MEASURED = ("margin", "pair_accuracy", "kl")
+
+Rows = list[dict[str, Any]]
+
+
+def count_updates(config: CampaignConfig, round_number: int) -> tuple[int, int]:
+    """How many updates a round has, and how many of them an interrupted run has saved."""
+    pairs = read_rows(partition(config.folder, "preferences", round_number) / "part.parquet")
+    num_groups = len({pair["group_id"] for pair in pairs})
+    total = len(plan_updates(num_groups, config.train, training_seed(config, round_number)))
+    saved = [int(path.name.rpartition("=")[2]) for path in _progress_folders(_folder(config, round_number))]
+    return total, max(saved, default=0)
+
+
+def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+    """The job: train on the round's preferences and write checkpoint and tables, telling of updates.
+
+    Raises:
+        NonFiniteLossError: training went astray, and the guard's policy is not to reject what was reached.
+        RankError: the ranks came to different weights; nothing that they made is kept.
+    """
+    checkpoint = _folder(config, round_number)
+    policy = policy_at(config, start_of(config.folder, round_number))
+    optimizer = make_optimizer(policy, config.train)
+    updates = _restore(config, round_number, policy, optimizer)
+    data = load_training_set(config.folder, round_number)
+    first, failure = policy.accelerator.is_main_process, None
+    try:
+        _run_updates(config, round_number, policy, optimizer, data, updates, tell)
+    except NonFiniteLossError as error:
+        if config.guard.policy != "reject":
+            raise
+        failure = str(error)  # the guard rejects what was reached, and the next round starts from the champion
+    _check_ranks(policy, optimizer, checkpoint)
+    learned = measure_round(policy, data, config, round_number)
+    if first:
+        _write_updates(config, round_number, updates)
+        record = {"round": round_number, "config_sha256": config.sha256(), **computed_on(policy)}
+        save_checkpoint(checkpoint, policy, optimizer, record)
+        _drop_progress(checkpoint)
+        digest = json.loads((checkpoint / RECORD_FILE).read_text())["lora_sha256"]
+    means = {key: _mean(updates, key) for key in AVERAGED}
+    return {
+        "lora_sha256": digest if first else None, "num_updates": len(updates), "failure": failure, **means,
+        **_after(learned),
+    }  # fmt: skip
+
+
+def _after(learned: Seen | None) -> dict[str, float]:
+    """What was learned, by the names of the record; after a failed update some of it may not be a number."""
+    values = {f"{key}_after": getattr(learned, key) for key in MEASURED} if learned else {}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _run_updates(
+    config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
+    updates: Rows, tell: Tell,
+) -> None:  # fmt: skip
+    """Make the updates that are still to be made, adding each to ``updates``, and save now and then."""
+    total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
+    saved_at = time.monotonic()
+    for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates)):
+        updates.append({**asdict(update), "finished_at": datetime.now(UTC).isoformat()})
+        if not policy.accelerator.is_main_process:
+            continue
+        tell(1)
+        if time.monotonic() - saved_at >= config.train.save_every_seconds and len(updates) < total:
+            _save_progress(_folder(config, round_number), policy, optimizer, updates)
+            saved_at = time.monotonic()
+
+
+def _check_ranks(policy: Policy, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Make sure that all ranks made the same steps. No rank passes before all have read what an earlier run saved."""
+    state = {**dict(policy.weights.parameters()), **optimizer_state(policy, optimizer)}
+    try:
+        check_agreement(policy.accelerator, state)
+    except RankError:
+        if policy.accelerator.is_main_process:
+            _drop_progress(checkpoint)  # nobody knows since when: the next attempt starts the round's training anew
+        policy.accelerator.wait_for_everyone()  # the first to raise ends all others
+        raise
+
+
+def _mean(updates: Rows, key: str) -> float | None:
+    pairs = sum(update["num_pairs"] for update in updates)
+    return sum(update[key] * update["num_pairs"] for update in updates) / pairs if pairs else None
+
+
+def _restore(config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer) -> Rows:
+    """Go on from what an interrupted run of this round saved, or from the checkpoint of the round before."""
+    for folder in reversed(_progress_folders(_folder(config, round_number))):
+        if not _is_of_this_version(folder):
+            break  # its rows lack columns: the round's training starts anew
+        updates: Rows = load_checkpoint(folder, policy, optimizer)["updates"]
+        return updates
+    start = start_of(config.folder, round_number)
+    load_round(config.folder, start, policy, optimizer if config.train.carry_optimizer else None)
+    return []
+
+
+def _is_of_this_version(progress: Path) -> bool:
+    names = {field.name for field in fields(Update)}
+    return all(names <= row.keys() for row in json.loads((progress / RECORD_FILE).read_text())["updates"])
+
+
+def _folder(config: CampaignConfig, round_number: int) -> Path:
+    relative = checkpoint_path(round_number)
+    assert relative is not None, "round 0 is the base model and is not trained"
+    return config.folder / relative
+
+
+def _progress_folders(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.parent.glob(f"{checkpoint.name}-update=*"))
+
+
+def _drop_progress(checkpoint: Path) -> None:
+    for leftover in _progress_folders(checkpoint):
+        shutil.rmtree(leftover)
+
+
+def _save_progress(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, updates: Rows) -> None:
+    older = _progress_folders(checkpoint)
+    folder = checkpoint.with_name(f"{checkpoint.name}-update={len(updates):06d}")
+    save_checkpoint(folder, policy, optimizer, {"updates": updates})
+    for path in older:
+        shutil.rmtree(path)
+
+
+def _write_updates(config: CampaignConfig, round_number: int, updates: Rows) -> None:
+    rows = [{k: v for k, v in update.items() if k != "per_step"} for update in updates]
+    rows = [{**row, "finished_at": datetime.fromisoformat(row["finished_at"])} for row in rows]
+    write_table(config.folder, "updates", round_number, table_from_rows("updates", rows))
+    per_step = [row for update in updates for row in update["per_step"]]
+    write_table(config.folder, "update_steps", round_number, table_from_rows("update_steps", per_step))

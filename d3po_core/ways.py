@@ -1,0 +1,54 @@
+"""The ways of judging a group of images, each listed here and nowhere else."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["pair", "mark_bad", "best", "rank"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of judging.
+
+    Attributes:
+        kind: the kind of the judgements that are kept.
+        columns: what a sheet has for it, besides the columns of every sheet.
+        sheet: what a sheet tells a rater to write.
+        task: what the page asks.
+        image: what choosing an image means, for a screen reader.
+        fits: whether sorted values of an answer, one an image, are one; also given how many images there are.
+    """
+
+    kind: Literal["choice", "rating", "rank"]
+    columns: tuple[str, ...]
+    sheet: str
+    task: str
+    image: str
+    fits: Callable[[Sequence[float], int], bool]
+
+
+WAYS: dict[str, Way] = {
+    "pair": Way(
+        "choice", ("first_id", "second_id", "choice"),
+        "Write first, second or tie in the column choice; skip if you cannot say.",
+        "Which one is better?", "this one is better", lambda values, size: values in ([-1, 1], [0, 0]),
+    ),
+    "mark_bad": Way(
+        "rating", ("group_id", "sample_id", "rating"),
+        "Write bad or good in the column rating; skip if you cannot say.",
+        "Mark the bad ones", "bad", lambda values, size: set(values) <= {0, 1},
+    ),
+    "best": Way(
+        "rank", ("group_id", "sample_id", "rank"),
+        "Write 1 in the column rank at the best image of a group, and 2 at all its others; skip if you cannot say.",
+        "Pick the best one", "this one is the best", lambda values, size: values == [1] + [2] * (size - 1),
+    ),
+    "rank": Way(
+        "rank", ("group_id", "sample_id", "rank"),
+        "Write 1 in the column rank at the best image of a group, 2 at the next, and so on; the same number where "
+        "two are equally good, skip where you cannot say.",
+        "Pick from best to worst", "next in the order",
+        lambda values, size: sorted(set(values)) == list(range(1, len(set(values)) + 1)),
+    ),
+}  # fmt: skip

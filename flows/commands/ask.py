@@ -1,0 +1,116 @@
+"""Commands that ask a campaign: query and show."""
+
+import contextlib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d3po_core.errors import D3POError
+from flows.commands.parts import CampaignOption, outside_campaigns, print_table, shown, writing
+
+Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
+
+
+def query(
+    sql: Annotated[str, typer.Argument(help='For example "SELECT * FROM pairs WHERE people_against > 0"')],
+    campaign: CampaignOption = "shapes",
+    format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
+) -> None:
+    """Ask SQL over all rounds: tables, and views such as pairs, checkpoints, human_comparisons (docs/questions.md)."""
+    from d3po_core.people.blind import collect_comparisons
+    from d3po_core.queries.query import ask
+    from d3po_core.store.campaign import campaign_named
+
+    folder = campaign_named(campaign).folder
+    outside_campaigns(output)
+    # A folder that cannot be written is asked all the same, only without what people said last.
+    with contextlib.suppress(D3POError):
+        collect_comparisons(folder)
+    with ask(folder, sql) as answer:
+        _write(answer, format.value, output)
+
+
+def show(
+    sample_id: Annotated[str, typer.Argument(help="Such as r3-g4-m1, or r3-e17 for a held-out image")],
+    campaign: CampaignOption = "shapes",
+) -> None:
+    """Tell an image's story: prompt, seed, checkpoint, what was said of it, its pairs, the run that made it."""
+    from d3po_core.queries.lookup import image_story
+    from d3po_core.store.campaign import campaign_named
+
+    folder = campaign_named(campaign).folder
+    story = image_story(folder, sample_id)
+    image, run = story.image, story.run or {}
+    place = "held-out" if story.held_out else f"group {image['group_id']}, member {image['member']}"
+    settings = [f"{name} = {value!r}" for name, _, value in story.settings if name not in ("campaign", "runs_dir")]
+    lines = [
+        f"{sample_id}    round {story.round}, {place}",
+        f"prompt      {image['prompt']}",
+        f"seed        {image['seed']}",
+        f"image       {folder / image['image_path']}",
+        f"checkpoint  {image['checkpoint'] or '(base model)'}",
+    ]
+    if not story.held_out:
+        there = "" if (folder / image["trajectory_path"]).exists() else " (pruned; a replay samples it anew)"
+        lines.append(f"trajectory  {image['trajectory_path']}, row {image['trajectory_row']}{there}")
+    lines += [
+        f"run         MLflow {run.get('mlflow_run_id') or 'unknown'}, git {(run.get('git_commit') or 'unknown')[:10]}"
+        if run else "run         round not finished",
+        f"config      {folder}/stages/round={story.round}/config.json",
+        f"            differs from the defaults in {', '.join(settings) or 'nothing'}",
+    ]  # fmt: skip
+    print("\n".join(map(shown, lines)))
+    _rows("judgements", story.judgements, ("rater", "rater_kind", "kind", "sample_id", "other_id", "value",
+                                           "judged_at", "source"))  # fmt: skip
+    _rows("pairs", story.pairs, ("winner_id", "loser_id", "weight", "agreement", "people_for", "people_against",
+                                 "proxies_for", "proxies_against"))  # fmt: skip
+    if story.held_out:
+        _rows("compared blind", story.compared, ("rater", "sample_id", "against_id", "vote", "judged_at"))
+    _rows("the same prompt and seed in every round", story.scores, ("round", "scorer", "score"))
+
+
+def check(campaign: CampaignOption = "shapes") -> None:
+    """Verify every file that finished stages wrote, by its digest; name those that are damaged or gone."""
+    from d3po_core.store.campaign import campaign_named
+    from d3po_core.store.integrity import count_files, damages
+    from d3po_core.store.stages import finished_numbers, last_finished_round, stage_path
+
+    folder = campaign_named(campaign).folder
+    found = damages(folder)
+    for damage in found:
+        print(shown(damage))
+    noted, unnoted = count_files(folder), [n for n in finished_numbers(folder) if not count_files(folder, [n])]
+    older = f"; {len(unnoted)} rounds of an earlier version have no digests" if unnoted else ""
+    if (last := last_finished_round(folder)) >= 0 and not stage_path(folder, last, "publish").with_suffix(
+        ".files"
+    ).exists():
+        older += f"; the row of round {last} has no digest (publish.files) until the next run"
+    print(f"campaign {folder.name}: {noted} files, {len(found)} damaged or gone{older}")
+    if found:
+        raise typer.Exit(1)
+
+
+def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    print(f"{title}: {len(rows) or 'none'}")
+    if not rows:
+        return
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def _write(answer: Any, format: str, output: Path | None) -> None:
+    from d3po_core.queries.query import print_answer, write_answer
+    from d3po_core.store.files import atomic_path
+
+    if format == "parquet" and output is None:
+        raise D3POError("query: parquet is not for terminals; add --output FILE.parquet")
+    if format == "table":
+        with writing(output) as stream:
+            print_table(answer.columns, answer.fetchall(), stream)
+    elif output:
+        with atomic_path(output, "or name another --output") as temporary:
+            write_answer(answer, format, temporary)
+    else:
+        print_answer(answer, format)

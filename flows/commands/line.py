@@ -1,0 +1,251 @@
+"""The command ``d3po``: run rounds, look at what came out, ask the tables, start and end the local servers."""
+
+import atexit
+import contextlib
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Annotated, NoReturn
+
+import typer
+from rich.table import Table
+
+from d3po_core.config import CampaignConfig, data_folder
+from d3po_core.errors import D3POError
+from flows.commands.again import prune, regenerate, replay
+from flows.commands.ask import check, query, show
+from flows.commands.export import export_lora, export_preferences
+from flows.commands.judgement_files import export_sheet, import_judgements
+from flows.commands.label import label
+from flows.commands.parts import CampaignOption, console, loading, short
+from flows.commands.raters import raters
+from flows.commands.report import compare, report
+from flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
+from flows.loopback import without_proxy
+from flows.presets import command_that_goes_on, deployment_config
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "People judge": (label, import_judgements, export_sheet, raters),
+    "Look": (query, show, compare, report, check),
+    "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        name = "import" if command is import_judgements else None
+        app.command(name, rich_help_panel=panel)(command)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    status: int | str | None = 0
+    os.environ.update(without_proxy(os.environ))  # our own servers are never behind one
+    try:
+        app()
+    except SystemExit as end:
+        status = end.code
+    except D3POError as error:
+        print(f"d3po: {error}", file=sys.stderr)
+        status = 2
+    except Exception as error:
+        print(f"d3po: {_prefect_refuses(error)}", file=sys.stderr)
+        status = 2
+    _leave(status if isinstance(status, int) else 1)
+
+
+def _prefect_refuses(error: Exception) -> str:
+    """One line about an answer of the Prefect server that ended a command; any other error is raised again."""
+    import httpx
+
+    if not isinstance(error, httpx.HTTPStatusError):
+        raise error
+    url, code = error.request.url, error.response.status_code
+    wants = "; it wants its login in PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
+    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}"
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process after its exit handlers, without tearing the interpreter down.
+
+    Prefect's event loops are daemon threads: they live through the teardown, in which duckdb 2.0 then prints a hundred
+    lines about leaked types.
+    """
+    # As the interpreter would: first the last words of threads, then the handlers.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@app.command()
+def run(
+    deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to add")] = 1,
+    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's when not given")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: train.learning_rate=1e-3; may be repeated")
+    ] = None,
+) -> None:
+    """Advance a campaign here and now; needs no server."""
+    config = deployment_config(deployment, campaign, setting or [])
+    with ctrl_c_ends_it():
+        _use_local_prefect()  # before anything imports prefect, which reads its settings once
+        with loading("torch, diffusers and prefect"), _starting_server():
+            from d3po_core.models.model_files import with_model_defaults
+            from flows.round import d3po
+            from tasks.publishing import check_campaign
+
+            config = with_model_defaults(config)
+            check_campaign(config)
+        from flows.prefect_trouble import prefect_may_die
+
+        with prefect_may_die(config.folder):
+            state = d3po.with_options(on_running=[note_flow_run])(config, rounds, return_state=True)
+            if not state.is_completed():
+                raise D3POError(state.message or f"the run ended as {state.name}")
+    show_campaign(config)
+
+
+@app.command()
+def rounds(campaign: CampaignOption = "shapes") -> None:
+    """Print the table of a campaign's rounds and where its files are."""
+    from d3po_core.store.campaign import campaign_named
+
+    show_campaign(campaign_named(campaign))
+
+
+@app.command()
+def discard_round(
+    campaign: CampaignOption = "shapes",
+    with_judgements: Annotated[bool, typer.Option(help="Also when people have judged the round already")] = False,
+) -> None:
+    """Drop what the campaign's unfinished round left, so that it can begin anew; finished rounds stay."""
+    from d3po_core.people.questions import count_judgements
+    from d3po_core.store.campaign import campaign_lock, campaign_named
+    from d3po_core.store.leftovers import discard_round as discard
+    from d3po_core.store.stages import last_finished_round
+
+    folder = campaign_named(campaign).folder
+    with campaign_lock(folder, who="discard-round"):
+        said = count_judgements(folder, last_finished_round(folder) + 1)
+        if said and not with_judgements:
+            raise D3POError(
+                f"people have made {said} judgements of the unfinished round of campaign {campaign!r}, which would be "
+                "lost; finish the round, or drop it all the same with --with-judgements"
+            )
+        number = discard(folder)
+    print(f"campaign {campaign}: " + ("no unfinished round" if number is None else f"round {number} dropped"))
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server")] = 5000,
+    label_port: Annotated[int, typer.Option(help="Port of the labelling page")] = 8700,
+) -> None:
+    """Start Prefect server, worker, MLflow and the labelling page on 127.0.0.1, and register the deployments."""
+    from flows import servers
+
+    print("\n".join(servers.up(prefect_port, mlflow_port, label_port)))
+
+
+@app.command()
+def down() -> None:
+    """End what ``d3po up`` started."""
+    from flows import servers
+
+    print("\n".join(servers.down()))
+
+
+@app.command()
+def status() -> None:
+    """Say which servers run."""
+    from flows import servers
+
+    print("\n".join(servers.status()))
+
+
+def show_campaign(config: CampaignConfig) -> None:
+    """Print the rounds so far, where everything is, and what to type next."""
+    from d3po_core.store.campaign import round_config
+    from d3po_core.store.stages import finished_rounds
+
+    records = finished_rounds(config.folder)
+    if not records:
+        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
+    table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
+    stages = ("sample", "judge", "train", "evaluate")
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in records:
+        score, seconds = record.score, record.stage_seconds
+        table.add_row(
+            str(record.round) if record.round else "base",
+            str(score),
+            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
+        )  # fmt: skip
+    console().print(table)
+    first, last = records[0], records[-1]
+    folder = short(config.folder)
+    name = str(config.folder) if config.runs_dir else config.campaign  # how the commands find it
+    from flows.server_processes import known_ports
+
+    mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
+    lines = (
+        f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
+        f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
+        f"tables      {folder}/<table>/round=*/*.parquet",
+        f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
+        f"MLflow      {short(data_folder())}/mlflow  (make up opens it on {mlflow})",
+        "",
+        "next:",
+        f"  {command_that_goes_on(round_config(config.folder, last.round))}",
+        f"  d3po query --campaign {shlex.quote(name)} "
+        '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
+        "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
+    )
+    print("\n".join(lines))
+
+
+@contextlib.contextmanager
+def _starting_server() -> Iterator[None]:
+    """Within this context Prefect's temporary server starts, if one is needed; afterwards it answers."""
+    if "PREFECT_API_URL" in os.environ:
+        from flows.prefect_trouble import require_prefect
+
+        require_prefect()
+        yield
+        return
+    from tasks.temporary_server import TemporaryServer
+
+    server = TemporaryServer(lost=partial(end_here, status=1))
+    os.environ["PREFECT_API_URL"] = server.url
+    yield
+    server.wait()
+
+
+def _use_local_prefect() -> None:
+    """Use the server of ``d3po up`` if it runs, else a temporary one of this process over the same database."""
+    from d3po_core.store.files import disk_errors
+    from flows.server_programs import QUIET, temporary_environment
+    from flows.servers import end_orphans, find_prefect
+
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL", "INFO")
+    if "PREFECT_API_URL" in os.environ:
+        find_prefect()
+        return
+    home = data_folder() / "prefect"
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_HOME"] = str(home)
+    end_orphans()
+    if not find_prefect():
+        os.environ.update(temporary_environment())

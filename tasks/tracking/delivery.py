@@ -1,0 +1,180 @@
+"""MLflow is told, not asked: one parent run a campaign, one child run a round.
+
+What MLflow is told is what stages left on disk, so it can be told at any later time: ``deliver`` sends everything that
+was not delivered yet. A server that is down costs a warning, never a round. Delivering twice changes nothing.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
+from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
+from d3po_core.store.campaign import round_config
+from d3po_core.store.stages import stage_path
+from d3po_core.urls import masked
+from tasks.logs import run_logger
+from tasks.tracking.marks import has_old_marks, is_marked, mark, mark_path, name_old_marks, note_told, told
+from tasks.tracking.stages import LOGGERS, log_human_win_rate
+from tasks.tracking.store import (
+    campaign_run_id,
+    existing_campaign_run,
+    forget_runs,
+    mlflow_client,
+    round_run_id,
+    run_page,
+    tracking_uri,
+)
+
+STAGES = tuple(LOGGERS)
+
+# After it failed MLflow is left alone for so many times as long as that took: a store that does not answer costs a run
+# a tenth of its time at most.
+PAUSE = 10
+_left_alone_until: dict[str, float] = {}
+
+logger = logging.getLogger(__name__)
+
+
+def deliver(config: CampaignConfig) -> None:
+    """Tell MLflow of every finished stage, and of what people said of checkpoints, that it was not told of yet."""
+    _deliver_stages(config)
+    deliver_comparisons(config)
+
+
+def deliver_comparisons(config: CampaignConfig) -> None:
+    """Tell MLflow how often people prefer a round, seen blind, where it was not told so yet.
+
+    Only of rounds of which it knows everything else: this is also called while a run advances the campaign, and only
+    one of the two may make the round's run.
+    """
+    try:
+        rates = _rates(config.folder)
+    except D3POError as error:
+        logger.warning("blind comparisons of campaign %r: %s", config.campaign, error)
+        return
+    if not rates or _is_left_alone():
+        return
+    try:
+        with _patience():
+            client, campaign_run = mlflow_client(), _existing_run(config)
+            for rate in rates if campaign_run else ():
+                path, what = _told_path(config.folder, rate), rate.model_dump_json()
+                published = is_marked(mark_path(config.folder, rate.round, "publish"), str(campaign_run))
+                if published and told(path, str(campaign_run)) != what:
+                    config_then = _config_of(config, rate.round)
+                    log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
+                    note_told(path, str(campaign_run), what)
+    except Exception as error:
+        _warn(f"{len(rates)} blind comparisons", error)
+
+
+def _rates(campaign: Path) -> list[HumanWinRate]:
+    if not comparisons_of(campaign):
+        return []
+    collect_comparisons(campaign)
+    return list(human_win_rates(campaign))
+
+
+def _told_path(campaign: Path, rate: HumanWinRate) -> Path:
+    return comparison_path(campaign, rate.round, rate.against).with_suffix(".delivered")
+
+
+def _deliver_stages(config: CampaignConfig) -> None:
+    finished = sorted(_finished(config.folder))
+    if not finished or _is_left_alone():
+        return
+    waiting = [stage for stage in finished if not _mark(config.folder, stage).exists()]
+    try:
+        with _patience():
+            client = mlflow_client()
+            campaign_run = _existing_run(config) or campaign_run_id(config)
+            waiting = [stage for stage in finished if not is_marked(_mark(config.folder, stage), campaign_run)]
+            for round_number, order in waiting:
+                # What a round was made with, which may not be what this run was started with.
+                config_then = _config_of(config, round_number)
+                run_id = round_run_id(config_then, round_number)
+                LOGGERS[STAGES[order]](client, config_then, round_number, run_id)
+                mark(_mark(config.folder, (round_number, order)), campaign_run)
+    except Exception as error:
+        _warn(f"{len(waiting)} finished stages", error)
+
+
+def _existing_run(config: CampaignConfig) -> str | None:
+    """The campaign's run, if the store knows it; marks of an earlier version are then its, else another store's."""
+    found = existing_campaign_run(config)
+    if has_old_marks(config.folder):
+        name_old_marks(config.folder, found)
+    return found
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Whatever keeps MLflow from listening, the round is worth more than its log."""
+    run_logger().warning(
+        "MLflow at %s did not take %s (%s); they are kept and delivered with the next one",
+        masked(tracking_uri()), what, masked(" ".join(str(error).split()))[:200],
+    )  # fmt: skip
+
+
+def _is_left_alone() -> bool:
+    return time.monotonic() < _left_alone_until.get(tracking_uri(), 0.0)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Ask MLflow something; when that fails, leave it alone for ``PAUSE`` times as long as it took."""
+    started = time.monotonic()
+    try:
+        yield
+    except Exception:
+        forget_runs()  # one may have been deleted
+        now = time.monotonic()
+        _left_alone_until[tracking_uri()] = now + PAUSE * (now - started)
+        raise
+
+
+def _config_of(config: CampaignConfig, round_number: int) -> CampaignConfig:
+    """The configuration that a round was begun with; ``runs_dir`` as the run gave it, which MLflow shows."""
+    if not stage_path(config.folder, round_number, "config").exists():
+        return config
+    return round_config(config.folder, round_number).model_copy(update={"runs_dir": config.runs_dir})
+
+
+def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
+    """The child run of a round, or None when MLflow cannot be reached."""
+    return _asked(partial(round_run_id, config, round_number))
+
+
+def pages(config: CampaignConfig) -> dict[str, str]:
+    """Addresses of MLflow's pages of the campaign: its report, and its curves; none when MLflow has no page."""
+    parts = {"report": "artifacts/report.html", "curves in MLflow": "model-metrics"}
+    return {name: page for name, part in parts.items() if (page := _asked(partial(run_page, config, part)))}
+
+
+def _asked(question: Callable[[], str | None]) -> str | None:
+    """MLflow's answer, None when there is none."""
+    if _is_left_alone():
+        return None
+    try:
+        with _patience():
+            return question()
+    except Exception:
+        return None
+
+
+def _finished(campaign: Path) -> list[tuple[int, int]]:
+    """Round and order of every finished stage of which MLflow is told."""
+    records = [path for path in campaign.glob("stages/round=*/*.json") if path.stem in STAGES]
+    finished = [(path.parent.name, path.stem) for path in records]
+    finished += [(path.parent.name, "publish") for path in campaign.glob("rounds/round=*/part.parquet")]
+    return [(int(folder.removeprefix("round=")), STAGES.index(stage)) for folder, stage in finished]
+
+
+def _mark(campaign: Path, stage: tuple[int, int]) -> Path:
+    round_number, order = stage
+    return mark_path(campaign, round_number, STAGES[order])
