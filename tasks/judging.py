@@ -38,10 +38,8 @@ def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
 def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
     total = len(samples) * len(set(config.judge.scorers))
-    early = scored_early(config, round_number)
-    done = sum(len(values) for shard in early.values() for values in shard.scores.values())
-    with progress(config, round_number, "judge", total, "score", done) as bar:
-        scores, dissimilarities = score_round(config, round_number, samples, early, bar.update)
+    with progress(config, round_number, "judge", total, "score", scored_early(config, round_number)) as bar:
+        scores, dissimilarities = score_round(config, round_number, samples, bar.update)
     groups = [
         {"group_id": sample["group_id"], "dissimilarity": dissimilarity}
         for sample, dissimilarity in zip(samples[:: config.sample.group_size], dissimilarities, strict=True)

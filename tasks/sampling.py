@@ -34,8 +34,8 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     total = config.sample.images_per_round
     done = sum(len(shard.members) for shard in shards if shard.rows_path.exists())
     with (
+        scored_meanwhile(config, shards),  # the outermost: nobody waits for a score with the GPU in hand
         model_turn(config),
-        scored_meanwhile(config, round_number, shards),
         progress(config, round_number, "sample", total, "image", done) as bar,
     ):
         run_job(sample_shards, config, round_number, bar.update)

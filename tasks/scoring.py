@@ -2,7 +2,7 @@
 
 Asked early are only scorers that take nothing from the sampling: servers, and beside a GPU the built-in proxies. A
 learned scorer waits for its turn on the device, and a function of the user's may need the device as well. Early scores
-are kept in memory alone: a run that was killed asks again about the same shards, and so comes to the same numbers.
+lie beside the shard's rows in staging, where the stage judge finds them, also after a kill.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import contextvars
 import itertools
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ from d3po_core.errors import D3POError
 from d3po_core.processes.job import Tell
 from d3po_core.sampling.job import Shard, round_shards
 from d3po_core.scorers.finding import load_scorers
-from d3po_core.scorers.shards import ShardScores, score_shard, shard_scorers
+from d3po_core.scorers.shards import read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
 from tasks.logs import run_logger
 from tasks.stage import scoring_turn
@@ -31,7 +30,7 @@ SCORE_BATCH = 256
 
 
 def score_round(
-    config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], early: dict[int, ShardScores], tell: Tell
+    config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], tell: Tell
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Ask all scorers of the judge: first those that compute here, since a server's answers may cost more.
 
@@ -39,7 +38,6 @@ def score_round(
         config: the campaign's configuration.
         round_number: the round.
         samples: its rows of ``samples``, shard after shard.
-        early: what is known already, by a shard's index.
         tell: called with how many scores have come.
 
     Returns:
@@ -62,7 +60,7 @@ def score_round(
     rest = iter(samples)
     for shard in round_shards(config, round_number):
         members = list(itertools.islice(rest, len(shard.members)))
-        found = early.get(shard.index)
+        found = read_scores(shard, by_shard)
         if found is None:
             found = score_shard(config, members)
             tell(sum(map(len, found.scores.values())))
@@ -72,78 +70,49 @@ def score_round(
     return scores, dissimilarities
 
 
-class _EarlyScores:
-    """A thread that scores the shards of one sampling as they are finished, and what it found."""
-
-    def __init__(self, config: CampaignConfig, shards: list[Shard]) -> None:
-        self._config, self._shards = config, shards
-        self._found: dict[int, ShardScores] = {}
-        self._failure: D3POError | None = None
-        self._over = threading.Event()
-        # In the run's context, for its log. A daemon: a server that does not answer keeps no process from ending.
-        run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(self._score,), name="score", daemon=True)
-        self._thread.start()
-
-    def sampling_is_over(self) -> None:
-        """Begin no further shard."""
-        self._over.set()
-
-    def found(self) -> dict[int, ShardScores]:
-        """What is known by a shard's index; waits for the shard in work.
-
-        Raises:
-            D3POError: a scorer failed on that one. What failed earlier is worth another try.
-        """
-        self._thread.join()
-        if self._failure:
-            raise self._failure
-        return self._found
-
-    def _score(self) -> None:
-        try:
-            with beside_a_gpu():
-                while len(self._found) < len(self._shards) and not self._over.is_set():
-                    left = (shard for shard in self._shards if shard.index not in self._found)
-                    finished = next((shard for shard in left if shard.rows_path.exists()), None)
-                    if finished is None:
-                        self._over.wait(LOOK_EVERY_SECONDS)
-                        continue
-                    samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
-                    self._found[finished.index] = score_shard(self._config, samples)
-        except D3POError as error:
-            if self._over.is_set():
-                self._failure = error
-            else:
-                run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
-
-
-_early: dict[tuple[Path, int], _EarlyScores] = {}
-
-
 @contextlib.contextmanager
-def scored_meanwhile(config: CampaignConfig, round_number: int, shards: list[Shard]) -> Iterator[None]:
+def scored_meanwhile(config: CampaignConfig, shards: list[Shard]) -> Iterator[None]:
     """Within this context, which is the sampling of a round, its finished shards are scored.
 
-    With a model on the CPU only if a server is among the scorers: anything else would take processors from it.
+    With a model on the CPU only if a server is among the scorers: anything else would take processors from it. The end
+    waits for the shard that is being scored, unless the sampling failed.
     """
     on_processors = device_type(config.model.device) == "cpu"
     if not config.scoring.while_sampling or (on_processors and not shard_scorers(config)):
         yield
         return
-    early = _EarlyScores(config, shards)
+    over = threading.Event()
+    # In the run's context, for its log. A daemon: a server that does not answer keeps no process from ending.
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=(_score_finished, config, shards, over), name="score", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        early.sampling_is_over()
-    _early[config.folder, round_number] = early
+        over.set()
+    thread.join()
 
 
-def scored_early(config: CampaignConfig, round_number: int) -> dict[int, ShardScores]:
-    """What was found while the round was sampled, by a shard's index, once; empty if that was another process.
+def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading.Event) -> None:
+    """Score shards as they are finished; begin none once the sampling is over."""
+    scorers = shard_scorers(config)
+    try:
+        left = [shard for shard in shards if read_scores(shard, scorers) is None]
+        with beside_a_gpu():
+            while left and not over.is_set():
+                finished = next((shard for shard in left if shard.rows_path.exists()), None)
+                if finished is None:
+                    over.wait(LOOK_EVERY_SECONDS)
+                    continue
+                samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
+                write_scores(finished, score_shard(config, samples))
+                left.remove(finished)
+    except D3POError as error:
+        run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
 
-    Raises:
-        D3POError: a scorer failed on the shard that it was asked about when the sampling ended.
-    """
-    early = _early.pop((config.folder, round_number), None)
-    return early.found() if early else {}
+
+def scored_early(config: CampaignConfig, round_number: int) -> int:
+    """How many scores of a round are known before its stage judge asks for any."""
+    scorers = shard_scorers(config)
+    found = [read_scores(shard, scorers) for shard in round_shards(config, round_number)]
+    return sum(len(values) for shard in found if shard for values in shard.scores.values())

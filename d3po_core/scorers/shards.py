@@ -1,12 +1,16 @@
 """Scores of one shard's images, by the scorers that can be asked while others are sampled."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from d3po_core.config import CampaignConfig, is_url
 from d3po_core.devices import device_type
+from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import BUILT_IN, load_scorers
+from d3po_core.store.files import atomic_path
 from d3po_core.store.images import at_once, dissimilarity, load_pngs
+from d3po_core.store.sealed import read_sealed, sealed
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,27 @@ def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardS
     scores = {name: scorer(images, prompts).tolist() for name, scorer in scorers.items()}
     groups = images.reshape(-1, config.sample.group_size, *images.shape[1:])
     return ShardScores(scores, at_once(dissimilarity, groups))
+
+
+def scores_path(shard: Shard) -> Path:
+    """Where the early scores of a shard lie: beside its rows."""
+    return shard.rows_path.with_suffix(".scores.json")
+
+
+def write_scores(shard: Shard, found: ShardScores) -> None:
+    """Keep what the early scorers said of a shard."""
+    with atomic_path(scores_path(shard)) as temporary:
+        temporary.write_text(sealed(asdict(found)))
+
+
+def read_scores(shard: Shard, scorers: list[str]) -> ShardScores | None:
+    """What these early scorers said of a shard; None if they, all of them and no others, were not asked yet.
+
+    Raises:
+        D3POError: the file is damaged.
+    """
+    path = scores_path(shard)
+    if not path.exists():
+        return None
+    found = ShardScores(**read_sealed(path, "remove it: the scorers are then asked again"))
+    return found if found.scores.keys() == set(scorers) else None

@@ -22,8 +22,9 @@ from PIL import Image
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
 from d3po_core.processes.job import Job, Tell
+from d3po_core.sampling.job import round_shards
 from d3po_core.scorers import shards
-from d3po_core.scorers.shards import shard_scorers
+from d3po_core.scorers.shards import ShardScores, scores_path, shard_scorers, write_scores
 from d3po_core.store.tables import partition, read_rows
 from tasks import sampling, scoring
 from tasks.evaluating import _evaluate
@@ -174,10 +175,37 @@ def test_server_is_asked_about_finished_shards_while_the_model_samples(
     _judge(in_shards, 1)
     assert sum(redness.answered) == IMAGES, "the judge asked again about shards that were scored"
     early = judged(in_shards)
+    _judge(in_shards, 1)  # as another process after a kill: what was said is not asked again
+    assert sum(redness.answered) == IMAGES
+    assert judged(in_shards) == early
 
-    _judge(in_shards, 1)  # as another process, which knows nothing of the first
+    for path in (in_shards.folder / "staging/round=1").glob("*.scores.json"):
+        path.unlink()
+    _judge(in_shards, 1)
     assert redness.answered == [3] * SHARDS * 2
     assert judged(in_shards) == early
+
+
+def test_early_scores_of_other_scorers_are_not_taken(in_shards: CampaignConfig, redness: Redness) -> None:
+    _sample(in_shards, 1)
+    for path in (in_shards.folder / "staging/round=1").glob("*.scores.json"):
+        path.unlink()
+    for shard in round_shards(in_shards, 1):
+        write_scores(shard, ShardScores({"another": [1.0] * 3}, [0.5]))
+    redness.answered.clear()
+    assert scored_early(in_shards, 1) == 0
+    assert set(_judge(in_shards, 1).mean_scores) == {"redness"}
+    assert sum(redness.answered) == IMAGES
+
+
+def test_a_changed_digit_of_an_early_score_is_one_line(in_shards: CampaignConfig) -> None:
+    _sample(in_shards, 1)
+    shard = round_shards(in_shards, 1)[0]
+    write_scores(shard, ShardScores({"redness": [123.5] * 3}, [0.5]))
+    path = scores_path(shard)
+    path.write_text(path.read_text().replace("123.5", "124.5", 1))
+    with pytest.raises(D3POError, match=r"shard-0000\.scores\.json: has other content .*remove it: the scorers are"):
+        _judge(in_shards, 1)
 
 
 def test_every_image_is_asked_about_once_whenever_the_sampling_ends(
@@ -188,7 +216,7 @@ def test_every_image_is_asked_about_once_whenever_the_sampling_ends(
     assert record.num_judgements == sum(redness.answered) == IMAGES
 
 
-def test_nothing_is_known_of_a_sampling_that_failed(
+def test_a_sampling_that_failed_and_is_done_again_asks_about_no_shard_twice(
     in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -199,9 +227,8 @@ def test_nothing_is_known_of_a_sampling_that_failed(
         sampling_that(patch, fail)
         with pytest.raises(RuntimeError, match="the card is gone"):
             _sample(in_shards, 1)
-    assert not scored_early(in_shards, 1)
     _sample(in_shards, 1)
-    assert _judge(in_shards, 1).num_judgements == IMAGES
+    assert _judge(in_shards, 1).num_judgements == IMAGES == sum(redness.answered)
 
 
 def test_server_that_fails_meanwhile_is_told_of_stops_no_sampling_and_is_asked_again(
@@ -217,19 +244,6 @@ def test_server_that_fails_meanwhile_is_told_of_stops_no_sampling_and_is_asked_a
     assert redness.asked == 2
     redness.broken = False
     assert _judge(in_shards, 1).num_judgements == sum(redness.answered) == IMAGES
-
-
-def test_server_that_fails_once_the_sampling_is_over_is_not_asked_twice(
-    in_shards: CampaignConfig, redness: Redness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    redness.broken = True
-    redness.answers.clear()
-    sampling_that(monkeypatch, lambda: wait_until(lambda: redness.asked == 1))
-    _sample(in_shards, 1)
-    redness.answers.set()
-    with pytest.raises(D3POError, match=r"scorer 'redness': .* answered 400"):
-        _judge(in_shards, 1)
-    assert redness.asked == 1
 
 
 def test_server_can_be_left_alone_while_the_model_samples(in_shards: CampaignConfig, redness: Redness) -> None:
@@ -285,5 +299,5 @@ def test_model_on_the_processors_is_left_alone_with_them(in_shards: CampaignConf
     values["judge"]["scorers"] = ["brightness"]
     config = load_config(values, "test")
     _sample(config, 1)
-    assert not scored_early(config, 1)
+    assert scored_early(config, 1) == 0
     assert _judge(config, 1).num_judgements == IMAGES
