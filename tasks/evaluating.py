@@ -15,6 +15,7 @@ from d3po_core.store.files import atomic_path
 from d3po_core.store.images import diversity, load_pngs, sheet
 from d3po_core.store.stages import checkpoint_path, finish_stage
 from d3po_core.store.tables import table_from_rows, write_table
+from tasks.scoring import SCORE_BATCH
 from tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
 from tasks.tracking import delivery
 
@@ -40,7 +41,11 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     all_prompts = [seed.prompt for seed in seeds]
     with scoring_turn(config, config.evaluation_scorers):
         scorers = load_scorers(config, config.evaluation_scorers)
-        scores = {name: scorer(images, all_prompts) for name, scorer in scorers.items()}
+        batches = [slice(start, start + SCORE_BATCH) for start in range(0, len(images), SCORE_BATCH)]
+        scores = {
+            name: np.concatenate([scorer(images[batch], all_prompts[batch]) for batch in batches])
+            for name, scorer in scorers.items()
+        }
     rows: list[dict[str, Any]] = [
         {
             "sample_id": paths[i].stem, "prompt": seed.prompt, "seed": seed.noise_seed, "scorer": name,

@@ -5,12 +5,12 @@ from pathlib import Path
 from d3po_core.errors import D3POError
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.desk import Desk, GoneError, described
-from d3po_core.people.blind import FOLDER, Comparison, comparison_deck, comparisons_of, title_of
+from d3po_core.people.blind import FOLDER, BlindComparison, comparison_deck, comparisons_of, title_of
 from d3po_core.people.journal import Journal
 from d3po_core.people.tally import Deck
 
 
-def desk_name(campaign: Path, comparison: Comparison) -> str:
+def desk_name(campaign: Path, comparison: BlindComparison) -> str:
     """The comparison's part of addresses; no campaign can be called so."""
     return f"{campaign.name}~{comparison.id}"
 
@@ -38,7 +38,7 @@ class ComparisonDesk(Desk):
         self._id, self._round = comparison_id, 0
         self.title = title_of(comparison_id)
 
-    def _comparison(self) -> Comparison:
+    def _comparison(self) -> BlindComparison:
         for comparison in comparisons_of(self.campaign):
             if comparison.id == self._id:
                 return comparison

@@ -51,7 +51,7 @@ class Pair(BaseModel):
         return (campaign / self.image_path).is_file() and (campaign / self.against_path).is_file()
 
 
-class Comparison(BaseModel):
+class BlindComparison(BaseModel):
     """What is asked about a round and its reference: pairs in the order in which they were chosen.
 
     ``raters`` is how many people are asked about each pair.
@@ -69,7 +69,7 @@ class Comparison(BaseModel):
 class Begun(NamedTuple):
     """A comparison as it stands, and how many of the pairs that could be asked have lost an image."""
 
-    comparison: Comparison
+    comparison: BlindComparison
     missing: int
 
 
@@ -83,7 +83,7 @@ def comparison_path(campaign: Path, round_number: int, against: int) -> Path:
     return campaign / FOLDER / f"{round_number}-{against}.json"
 
 
-def comparisons_of(campaign: Path) -> list[Comparison]:
+def comparisons_of(campaign: Path) -> list[BlindComparison]:
     """All comparisons of a campaign, by round and reference.
 
     Raises:
@@ -120,7 +120,7 @@ def begin_comparison(
     path = comparison_path(campaign, round_number, against)
     with exclusive(path.with_name(".lock")):
         known = _read(path) if path.exists() else None
-        now = known or Comparison(
+        now = known or BlindComparison(
             id=f"{draw.getrandbits(64):016x}", round=round_number, against=against, raters=raters, pairs=()
         )
         asked = {pair.sample_id for pair in now.pairs}
@@ -133,7 +133,7 @@ def begin_comparison(
     return Begun(now, missing)
 
 
-def comparison_deck(campaign: Path, comparison: Comparison, there: Iterable[int] | None = None) -> Deck:
+def comparison_deck(campaign: Path, comparison: BlindComparison, there: Iterable[int] | None = None) -> Deck:
     """What a comparison asks, as the labelling page asks it: each pair is a group of its own.
 
     Args:
@@ -160,7 +160,7 @@ def comparison_deck(campaign: Path, comparison: Comparison, there: Iterable[int]
     )  # fmt: skip
 
 
-def comparison_progress(campaign: Path, comparison: Comparison) -> Progress:
+def comparison_progress(campaign: Path, comparison: BlindComparison) -> Progress:
     """How far people are with a comparison, on the page; reads and changes nothing."""
     return Tally(comparison_deck(campaign, comparison), read_entries(campaign, comparison.id)).progress()
 
@@ -181,7 +181,7 @@ def collect_comparisons(campaign: Path) -> list[Path]:
     ]
 
 
-def _rows(comparison: Comparison, entry: Entry) -> list[dict[str, Any]]:
+def _rows(comparison: BlindComparison, entry: Entry) -> list[dict[str, Any]]:
     """An entry as a row of ``comparisons``; skips and undos give one without a value."""
     pair = comparison.pairs[int(entry.question_id.removeprefix(f"{MODE}:"))]
     position = entry.shown.index(pair.sample_id)
@@ -196,9 +196,9 @@ def _rows(comparison: Comparison, entry: Entry) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _read(path: Path) -> Comparison:
+def _read(path: Path) -> BlindComparison:
     try:
-        return Comparison.model_validate_json(path.read_text())
+        return BlindComparison.model_validate_json(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:120]
         raise D3POError(

@@ -20,7 +20,7 @@ from d3po_core.store.stages import checkpoint_path
 from d3po_core.store.tables import partition, read_rows
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.trainer import Update
-from d3po_core.training.training_set import Shard, load_training_set, train_round
+from d3po_core.training.training_set import ShardTensors, load_training_set, train_round
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Resampled:
         self.paths: list[str] = []
         self.compared = self.identical = 0
 
-    def load_shard(self, path: str) -> Shard:
+    def load_shard(self, path: str) -> ShardTensors:
         if (self.campaign / path).exists():
             require_files(self.campaign, [path])
             return load_file(self.campaign / path)

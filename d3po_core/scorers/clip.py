@@ -34,8 +34,9 @@ class Similarity(torch.nn.Module):
     def __init__(self, source: Source, dtype: torch.dtype, scale: float | None) -> None:
         super().__init__()
         config = CLIPConfig.from_pretrained(source.place_of("config.json"))
-        rename = open_clip_names if "visual.conv1.weight" in names_in(source) else None
-        model = read_model(CLIPModel, source, config, rename)
+        authors = "visual.conv1.weight" in names_in(source)
+        state = open_clip_names(load_file(source.weights())) if authors else None
+        model = read_model(CLIPModel, source, config, state)
         self._scale = float(model.logit_scale.exp()) if scale is None else scale
         self._model = model.to(dtype)
         self._processor = CLIPImageProcessorPil.from_pretrained(source.place_of("preprocessor_config.json"))

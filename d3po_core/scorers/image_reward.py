@@ -52,7 +52,7 @@ class ImageReward(torch.nn.Module):
         own = source.find("config.json")
         config = BlipConfig.from_pretrained(own) if own else BlipConfig(**PUBLISHED)
         state = load_file(source.weights())
-        model = read_model(_Blip, source, config, authors_names)
+        model = read_model(_Blip, source, config, authors_names(state))
         self._head = Head(source, head_state(state, "mlp."), config.text_config.hidden_size)
         self._model = model.to(dtype)
         size = config.vision_config.image_size

@@ -1,27 +1,23 @@
 """Reading models for scorers: transformers' own layout of weights, or that of the authors, renamed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from d3po_core.scorers.sources import WEIGHTS, Source
 
 State = dict[str, torch.Tensor]
 
 
-def read_model(
-    kind: Any, source: Source, config: Any, rename: Callable[[State], State] | None = None, place: str | None = None
-) -> Any:
+def read_model(kind: Any, source: Source, config: Any, state: State | None = None, place: str | None = None) -> Any:
     """A model in single precision on the CPU, for inference; every weight that it needs comes from the file.
 
     Args:
         kind: transformers' class.
         source: where the weights are.
         config: its configuration.
-        rename: makes transformers' names out of a file with the authors' names; None if the file has transformers'.
+        state: the weights by transformers' names, if they were read already, such as to rename them.
         place: folder or hub id with the weights, ``source.where`` when not given.
 
     Raises:
@@ -29,8 +25,8 @@ def read_model(
     """
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True,
                "ignore_mismatched_sizes": True}  # fmt: skip
-    if rename:
-        model, found = kind.from_pretrained(None, state_dict=rename(load_file(source.weights())), **options)
+    if state is not None:
+        model, found = kind.from_pretrained(None, state_dict=state, **options)
     else:
         model, found = kind.from_pretrained(place or source.where, use_safetensors=True, **options)
     # What is left out is drawn at random, with a warning; a score out of that would look like any other.

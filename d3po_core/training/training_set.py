@@ -18,11 +18,11 @@ from d3po_core.training.packing import PairedGroup
 from d3po_core.training.trainer import Update, measure_learned, train_updates
 from d3po_core.training.update import Seen
 
-Shard = dict[str, torch.Tensor]
+ShardTensors = dict[str, torch.Tensor]
 
 
 def load_training_set(
-    campaign: Path, round_number: int, load_shard: Callable[[str], Shard] | None = None
+    campaign: Path, round_number: int, load_shard: Callable[[str], ShardTensors] | None = None
 ) -> TrainingSet:
     """Trajectories and pairs of a round; images without a pair are left out.
 
@@ -57,7 +57,7 @@ def load_training_set(
     )
 
 
-def _read_shard(campaign: Path, path: str) -> Shard:
+def _read_shard(campaign: Path, path: str) -> ShardTensors:
     return load_file(campaign / path)
 
 

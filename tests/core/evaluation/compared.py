@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from d3po_core.page.queue import shown_order
-from d3po_core.people.blind import Comparison, comparison_deck
+from d3po_core.people.blind import BlindComparison, comparison_deck
 from d3po_core.people.journal import Entry, Journal, Submission
 from tests.core.little_campaign import LittleCampaign
 
@@ -25,7 +25,7 @@ def evaluated(folder: Path, prompts: int = 8, seeds: int = 3, rounds: int = 2, *
 
 
 def say(
-    campaign: Path, comparison: Comparison, number: int, vote: float | None, rater: str = "ann", attempt: int = 0,
+    campaign: Path, comparison: BlindComparison, number: int, vote: float | None, rater: str = "ann", attempt: int = 0,
     undoes: int | None = None,
 ) -> Entry:  # fmt: skip
     """An answer on a pair: 1 for the round's image, -1 for the reference's, 0; None is a skip; or an undo."""
@@ -44,6 +44,6 @@ def say(
     return entry
 
 
-def say_all(campaign: Path, comparison: Comparison, vote: Callable[[int], float], rater: str = "ann") -> None:
+def say_all(campaign: Path, comparison: BlindComparison, vote: Callable[[int], float], rater: str = "ann") -> None:
     for number in range(len(comparison.pairs)):
         say(campaign, comparison, number, vote(number), rater)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from d3po_core.people.blind import Comparison, begin_comparison, collect_comparisons
+from d3po_core.people.blind import BlindComparison, begin_comparison, collect_comparisons
 from d3po_core.people.human_win_rate import human_win_rates
 from d3po_core.people.journal import active, read_entries
 from d3po_core.people.questions import label_progress
@@ -17,18 +17,18 @@ from tests.core.page.test_page import Rater, eventually, served
 from tests.core.people.labelling import waiting_campaign
 
 
-def begun(tmp_path: Path, pairs: int = 6, raters: int = 1, **options: Any) -> tuple[Path, Comparison, str]:
+def begun(tmp_path: Path, pairs: int = 6, raters: int = 1, **options: Any) -> tuple[Path, BlindComparison, str]:
     """A campaign of proxies, for which no round waits; its comparison of round 1 with the base, and the page's name."""
     campaign = evaluated(tmp_path / "runs" / "x", **options)
     comparison = begin_comparison(campaign, 1, 0, pairs, raters).comparison
     return campaign, comparison, f"x~{comparison.id}"
 
 
-def said(campaign: Path, comparison: Comparison) -> list[Any]:
+def said(campaign: Path, comparison: BlindComparison) -> list[Any]:
     return active(read_entries(campaign, comparison.id))
 
 
-def prefer(rater: Rater, campaign: Path, comparison: Comparison) -> None:
+def prefer(rater: Rater, campaign: Path, comparison: BlindComparison) -> None:
     """Choose the round's image, which only somebody can who has the files."""
     number = int(rater.ticket.rpartition(":")[2])
     shown = [rater.http.get(url).content for url in rater.images]
