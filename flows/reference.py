@@ -102,11 +102,15 @@ PAGES: dict[str, Callable[[], str]] = {
 
 def _table(heads: tuple[str, ...], entries: list[Entry]) -> str:
     rows = [(*heads, "meaning"), ("---",) * (len(heads) + 1)]
-    rows += [(f"`{e.name}`", *(f"`{_cell(c)}`" if c else "" for c in e.cells), _cell(e.text)) for e in entries]
+    rows += [
+        (f"`{e.name}`", *(f"`{_cell(c.replace(' | ', ' or '))}`" if c else "" for c in e.cells), _cell(e.text))
+        for e in entries
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(text: str) -> str:
+    """Text for a cell; code in a cell would show the backslash."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

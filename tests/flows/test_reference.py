@@ -34,7 +34,10 @@ def test_no_description_is_of_a_column_that_is_gone() -> None:
 def test_pages_say_what_the_code_says() -> None:
     configuration, commands, tables = (page() for page in reference.PAGES.values())
     assert "| `train.beta` | `float` | `300.0` |" in configuration
+    assert "| `runs_dir` | `str or None` |" in configuration
     assert "## d3po discard-round" in commands
+    for page in (configuration, commands, tables):
+        assert not re.search(r"`[^`\n]*\\\|[^`\n]*`", page), "a backslash shows"
     assert (
         "| `--with-judgements, --no-with-judgements` | `False` | Also when people have judged the round already |"
         in commands
