@@ -8,10 +8,23 @@ which nothing gets worse, at most some 5 % are ever flagged: ``tests/benchmarks/
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
-from d3po_core.config import GuardConfig
-from d3po_core.evaluation.comparison import Comparison
-from d3po_core.records import DeriveRecord, EvaluateRecord, TrainRecord
+import numpy as np
+
+from d3po_core.config import CampaignConfig, GuardConfig
+from d3po_core.evaluation.comparison import (
+    Comparison,
+    champions,
+    compare_scores,
+    fitted_champion,
+    read_held_out,
+    round_named,
+)
+from d3po_core.records import DeriveRecord, EvaluateRecord, GuardRecord, TrainRecord
+from d3po_core.store.stages import read_record, stage_path, start_of
+
+VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
 ALARM = 0.04 / 100  # one-sided, per test and round
 
@@ -69,3 +82,63 @@ def _falls(config: GuardConfig, scorer: str, comparisons: Mapping[str, Compariso
         if comparison.chance_of_as_low(-config.score_tolerance) < ALARM / num_scorers:
             return [f"held-out {scorer} fell against {name}: {comparison.difference.signed}"]
     return []
+
+
+def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
+    """What the guard says of a round's checkpoint, and which checkpoint the next round starts from.
+
+    Args:
+        config: the campaign's configuration.
+        round_number: a round that is evaluated and not finished yet.
+
+    Raises:
+        D3POError: a record or a table that it needs is gone or damaged.
+    """
+    folder = config.folder
+    if round_number == 0:
+        return GuardRecord(verdict="ok", findings=[], go_on_from=0, champion=0, win_rates={})
+    champion = round_named(folder, "champion")  # of the rounds before: this one is not finished yet
+    references = {"base": 0, "before": round_number - 1, "champion": champion}
+    trusted = [number for number in range(round_number) if _trusted(folder, number)]
+    numbers = [*sorted({*trusted, *references.values(), start_of(folder, round_number)}), round_number]
+    held_out = read_held_out([(folder, number) for number in numbers])
+    at = {number: row for row, number in enumerate(numbers)}
+    scores_RI = held_out.scores[config.evaluation_scorers[0]]
+
+    def against(reference_I: np.ndarray, scores_RI: np.ndarray = scores_RI) -> Comparison:
+        return compare_scores(scores_RI[-1], reference_I, held_out.prompts)
+
+    fitted_I = fitted_champion(scores_RI[[at[number] for number in trusted]], held_out.prompts)
+    images_I = np.arange(len(held_out.prompts))
+    findings = findings_of(
+        config.guard,
+        read_record(folder, round_number, "derive", DeriveRecord),
+        read_record(folder, round_number, "train", TrainRecord),
+        read_record(folder, round_number, "evaluate", EvaluateRecord),
+        read_record(folder, 0, "evaluate", EvaluateRecord),
+        {
+            name: {
+                "the round it started from": against(scores[at[start_of(folder, round_number)]], scores),
+                "the champion": against(scores[[at[n] for n in trusted]][fitted_I, images_I], scores),
+            }
+            for name, scores in held_out.scores.items()
+        },
+    )
+    verdict = VERDICTS[config.guard.policy] if findings else "ok"
+    refused = verdict in ("rejected", "stopped")
+    if not refused and champions(scores_RI[[at[champion], -1]], held_out.prompts)[-1] == 1:
+        champion = round_number
+    return GuardRecord(
+        verdict=verdict,
+        findings=findings,
+        go_on_from=champion if refused else round_number,
+        champion=champion,
+        win_rates={name: against(scores_RI[at[number]]).win_rate for name, number in references.items()},
+    )
+
+
+def _trusted(folder: Path, round_number: int) -> bool:
+    """Whether the guard let a finished round's checkpoint stand; rounds of before there was a guard are trusted."""
+    if not stage_path(folder, round_number, "guard").exists():
+        return True
+    return read_record(folder, round_number, "guard", GuardRecord).verdict not in ("rejected", "stopped")
