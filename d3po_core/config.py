@@ -438,14 +438,15 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """The values within nested mappings by their dotted names, in order; an empty mapping has none."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
+
+
 def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, Any, Any]]:
     """Dotted names of the fields that differ, with old and new value; a mapping's entries are fields of their own."""
-
-    def leaves(value: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {path: value}
-        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
-
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [(name, before.get(name), after.get(name)) for name in names]

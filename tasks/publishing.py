@@ -3,6 +3,7 @@
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from prefect import get_run_logger, task
 
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.devices import check_processes
-from d3po_core.errors import D3POError
 from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
@@ -36,8 +36,8 @@ from d3po_core.store.integrity import record_files
 from d3po_core.store.leftovers import sweep_leftovers
 from d3po_core.store.stages import (
     checkpoint_path,
-    finish_stage,
     last_finished_round,
+    read_record,
     round_record,
     stage_path,
     start_of,
@@ -139,11 +139,7 @@ def _report(config: CampaignConfig) -> None:
 def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
     started = time.perf_counter()
     folder = config.folder
-
-    def record(stage: str, kind: Any) -> Any:
-        # Every stage is finished when a round is published: this only reads.
-        return finish_stage(folder, round_number, stage, kind, _unfinished)
-
+    record = partial(read_record, folder, round_number)  # every stage is finished when a round is published
     evaluated: EvaluateRecord = record("evaluate", EvaluateRecord)
     scorer = config.evaluation_scorers[0]
     row: dict[str, Any] = dict.fromkeys(field.name for field in SCHEMAS["rounds"] if field.nullable)
@@ -188,10 +184,6 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
         "publish_seconds": time.perf_counter() - started,
         "finished_at": datetime.now(UTC),
     }
-
-
-def _unfinished() -> Any:
-    raise D3POError("a stage of this round is not finished; run the round again")
 
 
 def _git_commit() -> str | None:

@@ -112,12 +112,12 @@ def find_image(connection: duckdb.DuckDBPyConnection, campaign: Path, sample_id:
     Raises:
         D3POError: there is no such image; the message says which there are.
     """
-    for held_out, sql in enumerate(("SELECT *", "SELECT DISTINCT * EXCLUDE (scorer, score)")):
-        table = "evaluations" if held_out else "samples"
-        found = connection.sql(f"{sql} FROM {table} WHERE sample_id = $id", params={"id": sample_id})
+    columns = {"samples": "*", "evaluations": "DISTINCT * EXCLUDE (scorer, score)"}
+    for table, wanted in columns.items():
+        found = connection.sql(f"SELECT {wanted} FROM {table} WHERE sample_id = $id", params={"id": sample_id})
         rows = found.to_arrow_table().to_pylist()
         if rows:
-            return rows[0], bool(held_out)
+            return rows[0], table == "evaluations"
     raise D3POError(
         f"sample {sample_id!r} is not in campaign {campaign.name!r}: {_images_there(connection, sample_id)}"
     )

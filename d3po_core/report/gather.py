@@ -7,6 +7,7 @@ from typing import Any
 
 import duckdb
 
+from d3po_core.config import leaves
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.comparison import HeldOut, champions, read_held_out
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rate, human_win_rates
@@ -222,21 +223,21 @@ def _reigns(rounds: list[Row], held_out: HeldOut) -> list[int]:
 
 
 def _config_changes(folder: Path, first: Row, rounds: list[int]) -> list[Row]:
-    changes, before = [], _leaves(first)
+    changes, before = [], leaves(first)
     for number in rounds:
         path = stage_path(folder, number, "config")
-        after = _leaves(json.loads(path.read_text())) if path.is_file() else before
+        after = leaves(json.loads(path.read_text())) if path.is_file() else before
         # A field that one of the two files does not know was added to the program later.
         changed = [name for name in before if name in after and before[name] != after[name]]
-        changes += [{"round": number, "field": n, "before": before[n], "after": after[n]} for n in changed]
+        changes += [
+            {"round": number, "field": n, "before": _masked(before[n]), "after": _masked(after[n])} for n in changed
+        ]
         before = after
     return changes
 
 
-def _leaves(value: Any, path: str = "") -> Row:
-    if not isinstance(value, dict):
-        return {path: masked(value) if isinstance(value, str) else value}
-    return {n: v for key, inner in value.items() for n, v in _leaves(inner, f"{path}.{key}".lstrip(".")).items()}
+def _masked(value: Any) -> Any:
+    return masked(value) if isinstance(value, str) else value
 
 
 def _files(connection: duckdb.DuckDBPyConnection, folder: Path, table: str) -> Row:

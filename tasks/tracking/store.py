@@ -9,9 +9,9 @@ import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from d3po_core.config import CampaignConfig, data_folder
+from d3po_core.config import CampaignConfig, data_folder, leaves
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.databases import make_database, sqlite_url
 from d3po_core.store.tables import partition
@@ -205,14 +205,8 @@ def describe(client: Client, run_id: str, markdown: str) -> None:
 def _log_params(client: Client, run_id: str, config: CampaignConfig) -> None:
     from mlflow.entities import Param
 
-    def flat(values: dict[str, Any], prefix: str = "") -> list[Param]:
-        params = []
-        for key, value in values.items():
-            own = [] if isinstance(value, dict) else [Param(prefix + key, masked(str(value)))]
-            params += own or flat(value, f"{prefix}{key}.")
-        return params
-
-    client.log_batch(run_id, params=flat(config.model_dump(mode="json")))
+    params = [Param(name, masked(str(value))) for name, value in leaves(config.model_dump(mode="json")).items()]
+    client.log_batch(run_id, params=params)
 
 
 def log_metrics(client: Client, run_id: str, rows: list[tuple[str, float | None, int, datetime]]) -> None:
