@@ -1,4 +1,4 @@
-"""Guard: look at a round before the next one builds on it."""
+"""Guard: check a round before the next one builds on it."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
 @task(name="guard", **STAGE_OPTIONS)
 def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
-    """Compare the round with the base, the round before and the champion, and decide what the next one starts from."""
+    """Compare the round with the base, the previous round and the champion; decide where the next one starts."""
     record = finish_stage(config.folder, round_number, "guard", GuardRecord, lambda: _guard(config, round_number))
     if record.findings:
         get_run_logger().warning("round %d %s: %s", round_number, record.verdict, "; ".join(record.findings))
@@ -35,10 +35,10 @@ def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
 
 
 def require_trust(config: CampaignConfig, last_finished: int) -> None:
-    """Refuse to go on with a campaign that the guard stopped, until its configuration says otherwise.
+    """Refuse to continue a campaign that the guard stopped, until its configuration allows it.
 
     Raises:
-        D3POError: the last round was stopped and the policy is still to stop.
+        D3POError: the guard stopped the last round, and the policy is still to stop.
     """
     if config.guard.policy != "stop" or not stage_path(config.folder, last_finished, "guard").exists():
         return
@@ -54,7 +54,7 @@ def _guard(config: CampaignConfig, round_number: int) -> GuardRecord:
     folder = config.folder
     if round_number == 0:
         return GuardRecord(verdict="ok", findings=[], go_on_from=0, champion=0, win_rates={})
-    champion = round_named(folder, "champion")  # of the rounds before: this one is not finished yet
+    champion = round_named(folder, "champion")  # among earlier rounds: this one is not finished yet
     references = {"base": 0, "before": round_number - 1, "champion": champion}
     trusted = [number for number in range(round_number) if _trusted(folder, number)]
     numbers = [*sorted({*trusted, *references.values(), start_of(folder, round_number)}), round_number]
@@ -95,7 +95,7 @@ def _guard(config: CampaignConfig, round_number: int) -> GuardRecord:
 
 
 def _trusted(folder: Path, round_number: int) -> bool:
-    """Whether the guard let a finished round's checkpoint stand; rounds of before there was a guard are trusted."""
+    """Return whether the guard accepted a finished round's checkpoint; rounds older than the guard are trusted."""
     if not stage_path(folder, round_number, "guard").exists():
         return True
     return read_record(folder, round_number, "guard", GuardRecord).verdict not in ("rejected", "stopped")
