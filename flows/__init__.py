@@ -1,1 +1,1 @@
-"""Flows compose tasks; beside them stand the command line and the servers that flows run on."""
+"""Flows that compose tasks, the command line, and the servers that flows run on."""

@@ -1,4 +1,4 @@
-"""Registering the deployments of prefect.yaml, without undoing what a person changed on Prefect's page."""
+"""Register the deployments of prefect.yaml, and keep what a person changed on Prefect's page."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from flows.programs import run_program
 from flows.server_files import SET_DATA, Ports, server_file
 from flows.server_programs import POOL, PREFECT, client_environment
 
-# They decide what is deployed.
+# Deployments are registered again when one of these files changes.
 SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")
-# What a deployment's page lets a person change.
+# The fields that a person can change on a deployment's page.
 FIELDS = (
     "schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_limit",
     "concurrency_options", "work_pool_name", "work_queue_name", "enforce_parameter_schema",
@@ -28,7 +28,9 @@ View = dict[str, Any]
 
 
 def create_pool(ports: Ports) -> None:
-    """Create the work pool, whose worker completes it, and the limit of one run on the GPU, unless they exist.
+    """Create the work pool and the limit of one run on the GPU, unless they exist.
+
+    The worker completes the pool's settings.
 
     Raises:
         D3POError: the Prefect server does not answer.
@@ -40,12 +42,12 @@ def create_pool(ports: Ports) -> None:
 
 
 def deploy(ports: Ports, login: str) -> list[str]:
-    """Register the deployments, unless they are there and their sources are those of the last time.
+    """Register the deployments, unless they exist and their sources have not changed.
 
-    What was changed on Prefect's page since the last time stays, unless prefect.yaml says the same.
+    Changes made on Prefect's page since the last call are kept.
 
     Returns:
-        Lines to show; none when nothing was to be done.
+        Lines to show; none if there was nothing to do.
 
     Raises:
         D3POError: Prefect refuses, or does not answer.
@@ -77,8 +79,11 @@ def _wanted() -> set[str]:
 
 
 def _put_back(ports: Ports, before: View, after: View, left: View | None) -> list[str]:
-    """Give a deployment the values again that a person changed; ``left`` is how we left it, None when not known."""
-    known = {"schedules": None} if left is None else left  # of an earlier version: schedules are what people change
+    """Restore the values that a person changed, and return their names.
+
+    ``left`` is how we left the deployment, None if unknown.
+    """
+    known = {"schedules": None} if left is None else left  # an earlier version's: people mostly change schedules
     changed = [name for name in FIELDS if name in known and before[name] not in (known[name], after[name])]
     path = f"/deployments/{after['id']}"
     if values := {name: before[name] for name in changed if name != "schedules"}:
@@ -92,7 +97,7 @@ def _put_back(ports: Ports, before: View, after: View, left: View | None) -> lis
 
 
 def _views(ports: Ports) -> dict[str, View]:
-    """All deployments of the server, as far as a person may change them."""
+    """All deployments of the server, with the fields that a person can change."""
     found = {}
     for deployment in ask(ports, "POST", "/deployments/filter", {}) or ():
         schedules = [{name: schedule[name] for name in SCHEDULE} for schedule in deployment["schedules"]]
@@ -108,13 +113,13 @@ def _key(deployment: dict[str, Any]) -> str:
 
 
 def _digest() -> str:
-    """Digest of all that decides what is deployed."""
+    """Digest of everything that decides what is deployed."""
     texts = [(PROJECT_ROOT / name).read_bytes() for name in SOURCES if (PROJECT_ROOT / name).exists()]
     return hashlib.sha256(b"\0".join([str(PROJECT_ROOT).encode(), *texts])).hexdigest()
 
 
 def _read_deployed() -> dict[str, Any]:
-    """What was deployed last; nothing when that is not known."""
+    """The deployments as we last registered them; empty if unknown."""
     try:
         found = json.loads(server_file(DEPLOYED).read_text())
         whole = all(set(FIELDS) <= view.keys() for view in found["deployments"].values())

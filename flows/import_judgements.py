@@ -1,4 +1,4 @@
-"""The flow ``import-judgements``: what ``d3po import`` does, as a flow run on a server."""
+"""The flow ``import-judgements``: ``d3po import`` as a flow run on a server."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends ``d3po run`` within seconds and in one line, whatever it is doing; nothing on disk is lost by that."""
+"""Make Ctrl-C end ``d3po run`` within seconds, with one line and no loss on disk."""
 
 import contextlib
 import os
@@ -13,20 +13,20 @@ from uuid import UUID
 from rich.console import Console
 
 TELL_PREFECT_SECONDS = 2.0
-INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
 
 _flow_runs: list[UUID] = []
 
 
 @contextlib.contextmanager
 def ctrl_c_ends_it() -> Iterator[None]:
-    """Within this context Ctrl-C ends the process from a thread of its own.
+    """Within this context, Ctrl-C ends the process from a separate thread.
 
-    An exception in the main thread would wait for whatever that thread is in: a long product, a pool of threads that
-    asks a server, Prefect's retries. Python writes the signal's number to a descriptor at once; a round on disk is made
-    to be killed at any point.
+    An exception in the main thread would have to wait for its current work: a long matrix product, a pool of threads
+    that asks a server, Prefect's retries. Python writes the signal's number to a pipe at once, so the thread can act.
+    Killing is safe at any point: a round on disk is made for it.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script, or under nohup
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background, or under nohup
         yield
         return
     reading, writing = os.pipe()
@@ -42,17 +42,20 @@ def ctrl_c_ends_it() -> Iterator[None]:
 
 
 def note_flow_run(flow: Any, flow_run: Any, state: Any) -> None:
-    """Remember which run is to be told of Ctrl-C: a hook of Prefect's, called when the run begins."""
+    """Remember the run to mark on Ctrl-C; Prefect calls this hook when the run begins."""
     _flow_runs.append(flow_run.id)
 
 
 def flow_run_id() -> UUID | None:
-    """The run that ``note_flow_run`` was told of last."""
+    """The run that ``note_flow_run`` saw last."""
     return _flow_runs[-1] if _flow_runs else None
 
 
 def end_here(said: str, status: int) -> NoReturn:
-    """End the process at once with one line, and tell Prefect, if it answers soon, that the run is over."""
+    """Print one line, tell Prefect that the run is over, and end the process.
+
+    Prefect has ``TELL_PREFECT_SECONDS`` to answer.
+    """
     import logging
 
     logging.disable()
@@ -60,13 +63,13 @@ def end_here(said: str, status: int) -> NoReturn:
         teller = threading.Thread(target=_tell_prefect, args=(flow_run, said), daemon=True)
         teller.start()
         teller.join(TELL_PREFECT_SECONDS)
-    Console(stderr=True).show_cursor()  # which a spinner hides
+    Console(stderr=True).show_cursor()  # a spinner hides it
     print(f"\nd3po: {said}; to go on where it stopped, type again: {this_command()}", file=sys.stderr, flush=True)
     os._exit(status)
 
 
 def this_command() -> str:
-    """The command as it was typed."""
+    """The command as the user typed it."""
     return shlex.join(["d3po", *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Flow runs that an absence left behind: cut off without a report, or late because nobody was there at night."""
+"""Clean up flow runs that nobody handled: cut off without a report, or late because no worker ran."""
 
 from datetime import UTC, datetime
 from itertools import groupby
@@ -11,14 +11,14 @@ from flows.server_programs import POOL
 
 
 def crash_lost_runs(ports: Ports, seconds: float = 30.0) -> list[str]:
-    """Mark runs as Crashed whose process is gone and whose worker died too, so that nobody said so.
+    """Mark runs as Crashed if their process is gone and their worker died before reporting it.
 
     Args:
         ports: of our servers.
-        seconds: how long a silent Prefect server is waited for.
+        seconds: how long to wait for a silent Prefect server.
 
     Returns:
-        A line for each, with what to type to go on.
+        A line per run, with the command to type to go on.
 
     Raises:
         D3POError: the Prefect server does not answer.
@@ -32,12 +32,12 @@ def crash_lost_runs(ports: Ports, seconds: float = 30.0) -> list[str]:
 
 
 def keep_one_late_run(ports: Ports) -> list[str]:
-    """Cancel all but the last of the runs that a schedule of one deployment was to start while no worker was there.
+    """Cancel all but the last scheduled run of each deployment that was missed while no worker ran.
 
-    Call it while no worker runs. Runs that somebody asked for, retries and resumed runs are left alone.
+    Call it while no worker runs. It leaves runs that somebody asked for, retries and resumed runs alone.
 
     Returns:
-        A line for each deployment with more than one.
+        A line per deployment that missed more than one run.
 
     Raises:
         D3POError: the Prefect server does not answer.

@@ -1,4 +1,4 @@
-"""Addresses of this machine alone, and the way to them past any proxy."""
+"""Addresses that only this machine can reach, and how to reach them past a proxy."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ NAMES = (HOST, "localhost", "::1")
 
 
 def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """Both spellings of NO_PROXY, with the loopback names added to what the environment excludes already."""
+    """Both spellings of NO_PROXY: the environment's exclusions plus the loopback names."""
     excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     if excluded.strip() == "*":
         return {"NO_PROXY": "*", "no_proxy": "*"}
@@ -17,7 +17,7 @@ def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_proxied(environment: Mapping[str, str]) -> bool:
-    """Whether programs with this environment would ask a proxy for addresses of this machine."""
+    """Return whether programs with this environment would use a proxy for addresses of this machine."""
     proxy = any(environment.get(name) for word in ("http_proxy", "all_proxy") for name in (word, word.upper()))
     excluded = environment.get("no_proxy") or environment.get("NO_PROXY")
     return proxy and without_proxy(environment)["no_proxy"] != excluded

@@ -1,4 +1,4 @@
-"""Requests to the Prefect server of ``d3po up``: with its login, past any proxy, and every failure is one line."""
+"""Requests to the Prefect server of ``d3po up``, with its login and past any proxy; each failure is one line."""
 
 import base64
 import time
@@ -12,17 +12,17 @@ from flows.server_programs import api_url
 
 
 def ask(ports: Ports, method: str, path: str, body: Any = None, seconds: float = 30.0) -> Any:
-    """The server's answer to a request, None when what it is about does not exist.
+    """The server's answer to a request, None if the thing asked for does not exist.
 
     Args:
         ports: of our servers.
-        method: of HTTP.
+        method: the HTTP method.
         path: below the API's address.
         body: sent as JSON.
-        seconds: until when a server that is silent, or too busy to answer, is asked.
+        seconds: how long to wait for a server that is silent or too busy to answer.
 
     Raises:
-        D3POError: the server does not answer, refuses the login or the request.
+        D3POError: the server does not answer, or refuses the login or the request.
     """
     url, deadline = f"{api_url(ports)}{path}", time.monotonic() + seconds
     while True:
@@ -44,7 +44,7 @@ def ask(ports: Ports, method: str, path: str, body: Any = None, seconds: float =
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers an address with success."""
+    """Return whether a server answers an address with success."""
     try:
         return httpx.get(url, timeout=5, trust_env=False).is_success
     except httpx.HTTPError:

@@ -1,9 +1,9 @@
-"""The profile that plain ``prefect`` commands use: read here, chosen by a program of its own.
+"""The profile that plain ``prefect`` commands use: read here, changed by a separate program.
 
 python -m flows.prefect_profile NAME [API_URL]
 
-Prefect reads its settings once, hence the program. The login comes in ``PREFECT_API_AUTH_STRING``: all users can read a
-command line.
+A separate program is needed because a process reads Prefect's settings only once. It takes the login from
+``PREFECT_API_AUTH_STRING``, because all users can read a command line.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ PROFILE = "d3po"
 
 
 def take_profile(api_url: str, login: str, state: State) -> None:
-    """Point plain ``prefect`` commands to our server, and remember where they went before.
+    """Point plain ``prefect`` commands to our server, and remember the profile they used before.
 
     Raises:
         D3POError: the user's profiles cannot be read or written.
@@ -32,18 +32,18 @@ def take_profile(api_url: str, login: str, state: State) -> None:
 
 
 def restore_profile(state: State) -> list[str]:
-    """Point plain ``prefect`` commands to where they went before ``up``; return a line if they went to our server."""
+    """Give plain ``prefect`` commands the profile they used before ``up``; return a line if they used ours."""
     if shown_profile() != PROFILE:
         return []
     if "profile" not in state:
         return [f"Prefect profile: {PROFILE} still; to choose yours: prefect profile use NAME"]
-    with contextlib.suppress(D3POError):  # removed since: the line says which one is active
+    with contextlib.suppress(D3POError):  # if it was removed since, the line below names the active one
         _choose(state["profile"])
     return [f"Prefect profile: {shown_profile()}"]
 
 
 def shown_profile() -> str:
-    """Name of the profile that a plain ``prefect`` command uses, or why it is not known."""
+    """Name of the profile that a plain ``prefect`` command uses, or why it is unknown."""
     try:
         return active_profile()
     except D3POError as error:
@@ -68,7 +68,7 @@ def active_profile() -> str:
 
 
 def choose_profile(name: str, api_url: str | None = None) -> None:
-    """Make a profile the active one; with an address it is created or changed to reach that server.
+    """Activate a profile; with an address, create or change it to reach that server.
 
     Raises:
         ValueError: there is no such profile, and no address to create it with.
@@ -88,13 +88,13 @@ def choose_profile(name: str, api_url: str | None = None) -> None:
         file = _profiles_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        file.chmod(0o600)  # before the login is in it
+        file.chmod(0o600)  # before the login is written to it
     profiles.set_active(name)
     save_profiles(profiles)
 
 
 def _choose(*name_and_url: str, login: str = "") -> None:
-    """Make a profile of the user's own Prefect the active one."""
+    """Activate a profile of the user's own Prefect."""
     environment = {**os.environ, **QUIET} | ({LOGIN: login} if login else {})
     run_program([sys.executable, "-m", "flows.prefect_profile", *name_and_url], environment)
 

@@ -1,9 +1,9 @@
-"""Prefect's server behind a check of the host and the origin, which Prefect itself does not make.
+"""Prefect's server with a check of host and origin, which Prefect itself lacks.
 
 python -m flows.prefect_server PORT
 
-Without it a page of any site could send requests here from a visitor's browser: directly, or under a name of its own
-that it lets point to this machine. The login is Prefect's own (``PREFECT_SERVER_API_AUTH_STRING``).
+Without the check, a page of any site could send requests here from a visitor's browser: directly, or through a host
+name that it points to this machine. The login is Prefect's own (``PREFECT_SERVER_API_AUTH_STRING``).
 """
 
 import sys
@@ -18,7 +18,7 @@ from flows.server_programs import own_addresses
 
 
 def guarded(application: ASGIApp, port: int) -> ASGIApp:
-    """The application, for requests and websockets to its own names from its own pages, or from no page at all."""
+    """Limit an application to requests and websockets for its own host names, from its own pages or no page."""
     origins = own_addresses(port)
 
     async def own_origin(scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,7 +32,7 @@ def guarded(application: ASGIApp, port: int) -> ASGIApp:
 
 
 def main() -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process is told to stop."""
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 

@@ -1,4 +1,4 @@
-"""A Prefect server that ``d3po run`` was given and that does not answer, or refuses it: one line, never a traceback."""
+"""Report a Prefect server that does not answer ``d3po run``, or refuses it, in one line without a traceback."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from flows.interrupting import flow_run_id, this_command
 
 
 def require_prefect() -> None:
-    """Ask the server once, before anything is computed, and with its login.
+    """Check that the server answers and accepts the login, before any computation.
 
     Raises:
         D3POError: it does not answer, or refuses.
@@ -29,9 +29,9 @@ def require_prefect() -> None:
 
 @contextlib.contextmanager
 def prefect_may_die(campaign: Path) -> Iterator[None]:
-    """Within this context a Prefect server that goes away ends the run in one line.
+    """Within this context, a Prefect server that goes away ends the run with one line.
 
-    A run whose rounds are all finished is over all the same, whether Prefect could be told or not.
+    If all rounds are finished, the run has succeeded even if Prefect could not be told.
 
     Raises:
         D3POError: rounds are left to do.
@@ -59,6 +59,6 @@ def _in_one_line(hint: str) -> Iterator[None]:
         code = error.response.status_code
         login = "; it wants a login: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
         raise D3POError(f"the Prefect server {url} answers with {code}{login}{hint}") from None
-    except (httpx.HTTPError, OSError, RuntimeError) as error:  # Prefect's own words for these are RuntimeErrors
+    except (httpx.HTTPError, OSError, RuntimeError) as error:  # Prefect raises RuntimeErrors for these
         reason = masked(" ".join(str(error).split())[:300]) or type(error).__name__
         raise D3POError(f"the Prefect server {url} does not answer ({reason}){hint}") from None

@@ -1,4 +1,4 @@
-"""Presets: the deployments of prefect.yaml that advance a campaign, and which of them goes on with a given one."""
+"""Presets: the deployments of prefect.yaml that advance a campaign, and the one that fits a given campaign."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "eval
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """Configuration values of every deployment of the flow ``d3po``, by name, in the file's order."""
+    """Configuration values of each deployment of the flow ``d3po``, by name, in file order."""
     deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
     return {
         deployment["name"]: (deployment.get("parameters") or {}).get("config") or {}
@@ -30,7 +30,7 @@ def deployment_config(deployment: str, campaign: str | None, settings: list[str]
     """Configuration of a deployment of prefect.yaml, with changes.
 
     Raises:
-        D3POError: no such deployment, or a setting that is not a field or does not fit it.
+        D3POError: there is no such deployment, or a setting is not a field or does not fit it.
     """
     known = presets()
     if deployment not in known:
@@ -49,7 +49,7 @@ def deployment_config(deployment: str, campaign: str | None, settings: list[str]
 
 def _value(setting: str, text: str) -> Any:
     try:
-        # An alias could multiply into more than the memory holds.
+        # Aliases can expand until they fill the memory.
         if not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -64,7 +64,7 @@ def _nested(field: str, value: Any) -> dict[str, Any]:
 
 
 def _typed_here(field: str, value: Any) -> Any:
-    """A relative path means the folder in which it is typed; one that is not there is left as it is."""
+    """Resolve a relative path against the current folder, if it exists there."""
     if field not in PATH_FIELDS and not field.startswith("scoring.models."):
         return value
     if not isinstance(value, str) or is_url(value) or Path(value).is_absolute() or not Path(value).exists():
@@ -74,21 +74,21 @@ def _typed_here(field: str, value: Any) -> Any:
 
 
 def over_deployment(given: CampaignConfig) -> CampaignConfig:
-    """The configuration of a run that a deployment started: what it was given, over the deployment's own values.
+    """The configuration of a run that a deployment started: the given values over the deployment's.
 
-    Prefect itself would replace the deployment's ``config`` as a whole: ``-p config={...}`` with one field would turn a
-    campaign that people judge into one of programs.
+    Prefect itself would replace the deployment's whole ``config``. Then ``-p config={...}`` with one field would turn a
+    campaign judged by people into one judged by programs.
 
     Args:
-        given: as the flow got it; fields that were not given are known by ``model_fields_set``.
+        given: as the flow got it; ``model_fields_set`` tells which fields were given.
 
     Raises:
-        D3POError: the two together are no configuration.
+        D3POError: the merged values are no valid configuration.
     """
     from prefect.client.orchestration import get_client
     from prefect.runtime import deployment, flow_run
 
-    if not deployment.id or flow_run.parent_flow_run_id:  # of a flow that calls this one
+    if not deployment.id or flow_run.parent_flow_run_id:  # a flow called this one
         return given
     with get_client(sync_client=True) as client:
         known = client.read_deployment(UUID(deployment.id))
@@ -97,7 +97,7 @@ def over_deployment(given: CampaignConfig) -> CampaignConfig:
 
 
 def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
-    """The command that adds rounds to a campaign as it is: the nearest deployment, and what differs from it.
+    """The command that adds rounds to a campaign: the nearest deployment, plus the differences.
 
     A campaign that people judge needs a server; ``d3po run`` would refuse it.
     """
@@ -108,7 +108,7 @@ def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
     nearest = min(changed, key=lambda name: len(changed[name]))
     if config.judge.labeller != "proxy":
         values: dict[str, Any] = {}
-        for field, value in changed[nearest]:  # the flow merges them over the deployment's
+        for field, value in changed[nearest]:  # the flow merges them over the deployment's values
             values = merge(values, _nested(field, value))
         other = f" -p {shlex.quote(f'config={masked(json.dumps(values))}')}" if values else ""
         return f"prefect deployment run d3po/{nearest} -p rounds={rounds}{other}"
@@ -120,5 +120,5 @@ def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as one types it: without quotes where it is read back as the same."""
+    """A value as one types it: without quotes if YAML reads it back unchanged."""
     return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)

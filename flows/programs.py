@@ -1,4 +1,4 @@
-"""Programs that are run to their end, whose failure is one line."""
+"""Run programs to their end, and report a failure in one line."""
 
 import subprocess
 
@@ -10,7 +10,7 @@ def run_program(command: list[str], environment: dict[str, str]) -> None:
     """Run a program to its end.
 
     Raises:
-        D3POError: it failed; with what it said.
+        D3POError: it failed; the message has its output.
     """
     done = subprocess.run(
         command, env=environment, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True

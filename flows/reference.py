@@ -1,4 +1,4 @@
-"""The reference pages of the site, made from the code: configuration, commands, tables and views."""
+"""The site's reference pages, generated from the code: configuration, commands, tables and views."""
 
 import inspect
 import tempfile
@@ -37,7 +37,7 @@ def fields() -> list[Entry]:
 
 
 def parameters() -> list[Entry]:
-    """Every parameter of every command with its default and help; and each command itself, with an empty name."""
+    """Every parameter of every command with its default and help; the command itself has an empty name."""
     found = []
     for command, parsed in typer.main.get_group(app).commands.items():
         found.append(Entry(command, "", (), parsed.help or ""))

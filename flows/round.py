@@ -49,7 +49,7 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
                 if number > 0:  # round 0 is the base model: only evaluated
                     sample_images(config, number)
                     judge_images(config, number)
-                    wait_for_people(config, number)  # with labeller 'human' or 'mixed' the run sleeps here
+                    wait_for_people(config, number)  # with labeller 'human' or 'mixed', the run sleeps here
                     derive_pairs(config, number)
                     train_policy(config, number)
                 evaluate_checkpoint(config, number)
@@ -61,6 +61,6 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
                 )  # fmt: skip
             end_run(config.folder, run_id=str(flow_run.id))
     except D3POError as error:
-        # The user's to mend: one line, no traceback.
+        # The user can fix it: one line, no traceback.
         return Failed(message=str(error))
     return Completed(message=f"campaign {config.campaign}: rounds {numbers or 'none'} finished")

@@ -1,4 +1,4 @@
-"""What ``d3po up`` refuses before it starts anything."""
+"""Checks that ``d3po up`` makes before it starts anything."""
 
 import os
 import socket
@@ -12,10 +12,10 @@ from flows.server_programs import LOGIN
 
 
 def require_ports(ports: Ports) -> None:
-    """Refuse ports that are none, or two servers on one.
+    """Refuse invalid ports, and two servers on one port.
 
     Raises:
-        D3POError: so it is.
+        D3POError: a port is invalid or given twice.
     """
     for name, port in ports.items():
         if not 0 < port < 65536:
@@ -28,7 +28,7 @@ def require_ports(ports: Ports) -> None:
 
 
 def require_own_shell(api: str) -> None:
-    """Refuse a shell whose ``prefect`` commands would not reach the server started here.
+    """Refuse a shell whose ``prefect`` commands would not reach our server.
 
     Args:
         api: the server's address.
@@ -52,15 +52,15 @@ def require_own_shell(api: str) -> None:
 
 
 def is_ours(found: str, expected: str) -> bool:
-    """Whether an address that somebody wrote is the expected one of ours."""
+    """Return whether an address that somebody wrote is the expected one of ours."""
     return found.rstrip("/").replace("localhost", HOST) == expected
 
 
 def require_free_port(name: str, port: int) -> None:
-    """Refuse a port that something else has, or that only root may have.
+    """Refuse a port that another program holds, or that only root may use.
 
     Raises:
-        D3POError: so it is; with who has it, if that can be seen.
+        D3POError: the port cannot be used; the message names its holder if it is visible.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What ``d3po up`` keeps in ``<data folder>/servers``, for its owner's eyes alone: ports, the login, logs, a lock."""
+"""Private files of ``d3po up`` in ``<data folder>/servers``: ports, the login, logs, a lock."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from d3po_core.store.files import atomic_path, disk_errors, exclusive
 
 SET_DATA = "or set D3PO_DATA to another folder"
 STATE, LOGIN_FILE = "servers.json", "prefect-login"
-SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # Prefect's own variable, for whoever wants a login of their own
+SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # Prefect's own variable, for users who set their own login
 PORTS = ("prefect", "mlflow", "label")
 
 Ports = dict[str, int]
@@ -28,7 +28,7 @@ def server_file(name: str) -> Path:
 
 
 def make_folder() -> None:
-    """Make the servers' folder; it and what earlier versions left in it become private.
+    """Make the servers' folder, and make it and all files in it private.
 
     Raises:
         D3POError: the data folder cannot be written.
@@ -44,10 +44,10 @@ def make_folder() -> None:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one ``up`` or ``down`` of a data folder work; others wait for it.
+    """Let only one ``up`` or ``down`` per data folder work; others wait for it.
 
     Raises:
-        D3POError: the data folder cannot be written, or has no locks.
+        D3POError: the data folder cannot be written, or does not support locks.
     """
     make_folder()
     lock = server_file(".lock")
@@ -61,9 +61,9 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def read_state() -> State:
-    """What was remembered: ``ports``, ``profile``, and ``processes`` of an earlier version; a damaged file is nothing.
+    """Read what we remembered: ``ports``, ``profile``, and an earlier version's ``processes``.
 
-    Nothing depends on it: which servers run, and where, their processes say themselves.
+    A damaged file counts as empty. Nothing depends on it: the servers' processes tell which run, and where.
     """
     try:
         found = json.loads(server_file(STATE).read_text())
@@ -73,7 +73,7 @@ def read_state() -> State:
 
 
 def write_state(state: State) -> None:
-    """Remember for the next command.
+    """Remember the state for the next command.
 
     Raises:
         D3POError: the folder cannot be written.
@@ -87,13 +87,13 @@ def write_state(state: State) -> None:
 
 
 def forget_state() -> None:
-    """Remove what was remembered."""
+    """Remove the remembered state."""
     with contextlib.suppress(OSError):
         server_file(STATE).unlink(missing_ok=True)
 
 
 def open_log(name: str) -> int:
-    """Descriptor of a server's log, to append to, which only its owner can read.
+    """Open a server's log to append to, readable by its owner only; return the descriptor.
 
     Raises:
         D3POError: it cannot be written.
@@ -104,10 +104,10 @@ def open_log(name: str) -> int:
 
 
 def login() -> str | None:
-    """The login of the Prefect server of ``d3po up``, ``NAME:PASSWORD``; None when none was made.
+    """The login of the Prefect server of ``d3po up``, ``NAME:PASSWORD``; None if there is none.
 
     Raises:
-        D3POError: the file is there and cannot be read.
+        D3POError: the file exists but cannot be read.
     """
     file = server_file(LOGIN_FILE)
     try:
@@ -121,22 +121,22 @@ def login() -> str | None:
 
 
 def make_login() -> str:
-    """The login for a Prefect server that starts: the shell's, else the data folder's, made when there is none.
+    """The login for a new Prefect server: the shell's, else the data folder's, else a new one.
 
     Raises:
-        D3POError: it cannot be kept.
+        D3POError: it cannot be stored.
     """
     found = os.environ.get(SERVER_LOGIN) or login() or f"d3po:{secrets.token_urlsafe(24)}"
     if found != login():
         file = server_file(LOGIN_FILE)
         with atomic_path(file, SET_DATA, private=True) as temporary:
-            temporary.touch(mode=0o600)  # private from its first byte on
+            temporary.touch(mode=0o600)  # private from its first byte
             temporary.write_text(found + "\n")
     return found
 
 
 def _well_formed(found: dict[str, Any]) -> State:
-    """The fields that are what they should be."""
+    """Keep only the well-formed fields."""
     state: State = {}
     ports = found.get("ports")
     if isinstance(ports, dict):

@@ -1,7 +1,7 @@
-"""Which processes are ours: those whose environment carries our data folder and a server's name.
+"""Find and control our processes: their environment has our data folder and a server's name.
 
-No file of pids is believed: a pid may be another program's by now, and a file may be lost. Other users' processes
-cannot be read, and so never are ours.
+We trust no file of pids: a pid may belong to another program by now, and a file can be lost. We cannot read other
+users' processes, so they never count as ours.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from d3po_core.errors import D3POError
 from flows.server_files import Ports, open_log, read_state, server_file
 from flows.server_programs import MARK, api_url, server_command, server_environment
 
-FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect in the process of a flow run
-RUN_OWNER = "D3PO_RUN_OWNER"  # set by us in the process of a d3po run, and so in its temporary server
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect sets it in the process of a flow run
+RUN_OWNER = "D3PO_RUN_OWNER"  # we set it in the process of a d3po run; its temporary server inherits it
 START_SECONDS = 120.0
 ADDRESSES = {"prefect": "PREFECT_API_URL", "mlflow": "D3PO_MLFLOW_URL", "label": "D3PO_LABEL_URL"}
 
@@ -26,7 +26,10 @@ Found = tuple[psutil.Process, dict[str, str]]
 
 
 def family(name: str) -> list[psutil.Process]:
-    """What lives of a server: it and what it started, also when it was killed itself; oldest first, flow runs last."""
+    """A server's living processes: itself and what it started; oldest first, flow runs last.
+
+    The children are found even if the server itself was killed.
+    """
     records = read_state().get("processes", {})
     found = [found for found in _of_this_folder() if _name(*found, records) == name]
     found.sort(key=lambda found: (FLOW_RUN in found[1], _created(found[0])))
@@ -34,7 +37,7 @@ def family(name: str) -> list[psutil.Process]:
 
 
 def leader(name: str) -> psutil.Process | None:
-    """A server's own process, None when it does not run."""
+    """A server's own process, None if it does not run."""
     records = read_state().get("processes", {})
     for process, environment in _of_this_folder():
         if FLOW_RUN not in environment and _leads(process) and _name(process, environment, records) == name:
@@ -43,7 +46,7 @@ def leader(name: str) -> psutil.Process | None:
 
 
 def known_ports() -> Ports:
-    """Ports of the servers that run, as their processes have them, else as they were remembered."""
+    """Ports of the running servers, read from their processes, else the remembered ports."""
     state = read_state()
     ports, records = dict(state.get("ports", {})), state.get("processes", {})
     for process, environment in _of_this_folder():
@@ -61,7 +64,7 @@ def living_flow_runs(ports: Ports) -> set[str]:
 
 
 def start(name: str, ports: Ports, login: str) -> None:
-    """Start a server in a session of its own, so that it outlives the shell.
+    """Start a server in its own session, so that it outlives the shell.
 
     Raises:
         D3POError: its log cannot be written.
@@ -77,7 +80,7 @@ def start(name: str, ports: Ports, login: str) -> None:
 
 
 def wait(name: str, ready: Callable[[], bool]) -> None:
-    """Wait until a server that was started is ready.
+    """Wait until a started server is ready.
 
     Raises:
         D3POError: it ended, or takes longer than ``START_SECONDS``.
@@ -92,16 +95,17 @@ def wait(name: str, ready: Callable[[], bool]) -> None:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """Ask the first to end, twice, since a worker may ignore the first time; then all of them; then force them.
+    """Ask the first process to end, twice, then all of them; then kill them.
 
-    Those whose first was killed have nobody to wait for, and may not know how to end by themselves.
+    A worker may ignore the first request. If the leader was killed, its children get only a second: they wait for
+    nobody, and may not be able to end by themselves.
     """
     first = [process for process in processes[:1] if _leads(process)]
     for wave, seconds in ((first, 5), (first, 5), (processes, 5 if first else 1)):
         for process in wave:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
-                process.resume()  # one that was stopped hears nothing
+                process.resume()  # a stopped process does not see the signal
         psutil.wait_procs(wave, timeout=seconds)
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -110,7 +114,7 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 def who_listens(port: int) -> str:
-    """Which program listens on a port, and for which data folder if it is a server of ours; empty when not known."""
+    """The program that listens on a port, and the data folder if it is our server; empty if unknown."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("inet"):
             if connection.status != psutil.CONN_LISTEN or connection.laddr.port != port or not connection.pid:
@@ -124,7 +128,10 @@ def who_listens(port: int) -> str:
 
 
 def end_orphans() -> None:
-    """End temporary Prefect servers of this data folder whose ``d3po run`` was killed; mark those to come as ours."""
+    """End temporary Prefect servers of this data folder whose ``d3po run`` was killed.
+
+    It also marks this process as the owner of those it will start.
+    """
     for process, environment in _all():
         pid, _, created = environment.get(RUN_OWNER, "").partition(" ")
         with contextlib.suppress(ValueError):
@@ -154,19 +161,19 @@ def _of_this_folder() -> list[Found]:
 
 
 def _name(process: psutil.Process, environment: dict[str, str], records: dict[str, dict[str, int]]) -> str | None:
-    """Which server a process belongs to, None when it is none of ours."""
+    """The server that a process belongs to, None if it is not ours."""
     if MARK in environment:
         return environment[MARK]
-    if ADDRESSES["mlflow"] not in environment:  # set by `up` alone
+    if ADDRESSES["mlflow"] not in environment:  # only `up` sets it
         return None
-    with contextlib.suppress(OSError):  # started by an earlier version, which set no mark
+    with contextlib.suppress(OSError):  # an earlier version set no mark
         session = os.getsid(process.pid)
         return next((name for name, record in records.items() if record["pid"] == session), None)
     return None
 
 
 def _leads(process: psutil.Process) -> bool:
-    """Whether it is the first of its session, as every server is."""
+    """Return whether a process is the first of its session, as every server is."""
     with contextlib.suppress(OSError):
         return os.getsid(process.pid) == process.pid
     return False

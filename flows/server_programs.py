@@ -1,4 +1,4 @@
-"""How each server is called: its command line, its environment, its address."""
+"""How to start and reach each server: command line, environment, address."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ from flows.server_files import SERVER_LOGIN, Ports
 NAMES = ("prefect", "mlflow", "label", "worker")
 POOL = "d3po"
 WORKER = "d3po-worker"
-MARK = "D3PO_SERVER"  # says in a process's environment which server it is, or was started by
+MARK = "D3PO_SERVER"  # in a process's environment: the server that it is, or that started it
 LOGIN = "PREFECT_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
@@ -25,7 +25,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
-# Of the shell: they may point to another Prefect server, or hold a login that is not for all.
+# The shell's values may point to another Prefect server, or hold a login that not every server may see.
 LEFT_OUT = ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH", LOGIN, SERVER_LOGIN, MARK)
 
 
@@ -40,12 +40,12 @@ def api_url(ports: Ports) -> str:
 
 
 def own_addresses(port: int) -> list[str]:
-    """The origins of the pages that a server itself serves."""
+    """The origins of a server's own pages."""
     return [f"http://{name}:{port}" for name in (HOST, "localhost")]
 
 
 def client_environment(ports: Ports, login: str) -> dict[str, str]:
-    """Environment of a program that talks to our servers: ours, and the shell's but for its own Prefect server."""
+    """Environment of a client of our servers: the shell's without its Prefect server, plus ours."""
     kept = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     return kept | QUIET | without_proxy(os.environ) | {
         "D3PO_DATA": str(data_folder()),
@@ -61,9 +61,9 @@ def client_environment(ports: Ports, login: str) -> dict[str, str]:
 
 
 def temporary_environment() -> dict[str, str]:
-    """Settings of the temporary server of one ``d3po run``: a login that its own run alone knows, no foreign pages.
+    """Settings of one ``d3po run``'s temporary server: a login that only this run knows, and no foreign pages.
 
-    What it is told lands in the database of ``d3po up``, whose worker would do it.
+    The server writes to the database of ``d3po up``, whose worker would carry out its orders.
     """
     key = os.environ.get(SERVER_LOGIN) or f"d3po:{secrets.token_urlsafe(24)}"
     return {
@@ -73,7 +73,7 @@ def temporary_environment() -> dict[str, str]:
 
 
 def server_environment(name: str, ports: Ports, login: str) -> dict[str, str]:
-    """Environment of a server, marked with its name; each lets in its own pages only."""
+    """Environment of a server, marked with its name; each admits only its own pages."""
     environment = client_environment(ports, login) | {MARK: name}
     if name == "prefect":
         return environment | {
@@ -86,7 +86,7 @@ def server_environment(name: str, ports: Ports, login: str) -> dict[str, str]:
 
 
 def server_command(name: str, ports: Ports) -> list[str]:
-    """Command line of a server. All users can read it: no secret is in it."""
+    """Command line of a server. It holds no secret, because all users can read it."""
     if name == "worker":
         return [*WORKER_PROGRAM, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
     address = ["--host", HOST, "--port", str(ports[name])]

@@ -1,7 +1,7 @@
-"""The local servers of the nightly loop: Prefect, MLflow, the labelling page, and the worker that runs the rounds.
+"""The nightly loop's local servers: Prefect, MLflow, the labelling page, and the worker that runs rounds.
 
-Each is an ordinary command-line program in its own session, so that it outlives the shell that started it. Only
-processes that carry the mark of ``up`` are ever ended.
+Each is an ordinary command-line program in its own session, so it outlives the shell that started it. We only end
+processes that carry the mark of ``up``.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ from flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_ur
 
 __all__ = ["down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
 
-PATIENCE = 5.0  # seconds for an answer of Prefect's server that can be done without
+PATIENCE = 5.0  # seconds to wait for Prefect's server when we can do without an answer
 
 
 def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700) -> list[str]:
-    """Start what is not running yet, deploy, and return lines to show; what fails leaves nothing that it started.
+    """Start the missing servers, deploy, and return lines to show; after a failure, end what it started.
 
     Args:
         prefect_port: port of the Prefect server; all ports stay as they are while any of the servers runs.
@@ -62,7 +62,7 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
         missing = [name for name in NAMES if not leader(name)]
         ports = asked | _ports_in_use()
         for name in [name for name in missing if name in ports]:
-            end(family(name))  # a server that was killed leaves children, which hold its port
+            end(family(name))  # the children of a killed server still hold its port
             require_free_port(name, ports[name])
         state = {**read_state(), "ports": ports}
         write_state(state)
@@ -75,10 +75,10 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
 
 
 def down() -> list[str]:
-    """End what ``up`` started, the worker first, restore the Prefect profile, and return lines to show."""
+    """End the servers, the worker first, restore the Prefect profile, and return lines to show."""
     with contextlib.ExitStack() as stack:
         if server_file("").is_dir():
-            with contextlib.suppress(D3POError):  # a disk that cannot be written is no reason to leave anything running
+            with contextlib.suppress(D3POError):  # a disk we cannot write must not keep servers running
                 stack.enter_context(one_at_a_time())
         state = read_state()
         ended = _end_all()
@@ -88,7 +88,7 @@ def down() -> list[str]:
 
 
 def status() -> list[str]:
-    """Return lines that say what runs, where, and where its log is."""
+    """Return a line per server: its state, its address and its log."""
     ports, running = known_ports(), {name: leader(name) for name in NAMES}
     lines = []
     for name, process in running.items():
@@ -100,12 +100,12 @@ def status() -> list[str]:
 
 
 def prefect_url() -> str | None:
-    """API address of the Prefect server that ``up`` started, None when it does not run."""
+    """API address of the Prefect server that ``up`` started, None if it does not run."""
     return api_url(known_ports()) if leader("prefect") else None
 
 
 def find_prefect() -> bool:
-    """Point this process to the server of ``d3po up``, unless the shell names another; say whether there is any."""
+    """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set."""
     os.environ.update(without_proxy(os.environ))
     if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
         os.environ[LOGIN] = known
@@ -119,7 +119,7 @@ def _where_to_go(ports: Ports) -> list[str]:
         f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)",
         *_how_to_log_in(),
     ]
-    shell = psutil.Process().environ()  # as the shell gave it: `d3po` itself goes past proxies
+    shell = psutil.Process().environ()  # the shell's own: `d3po` already bypasses proxies
     if is_proxied(shell):
         names = without_proxy(shell)["NO_PROXY"]
         lines.append(f"this shell has a proxy; plain `prefect` needs: export NO_PROXY={names}")
@@ -153,7 +153,10 @@ def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:
 
 
 def _end_all() -> list[str]:
-    """End every server, whatever the state of Prefect's, which is asked to mark the runs that are cut off."""
+    """End every server; ask Prefect first to mark the runs that this cuts off.
+
+    A Prefect server that does not answer is ended all the same.
+    """
     lines, ports = [], known_ports()
     for name in reversed(NAMES):
         if name == "prefect" and leader(name):
@@ -169,24 +172,24 @@ def _end_all() -> list[str]:
 
 @contextlib.contextmanager
 def _all_or_none(names: list[str]) -> Iterator[None]:
-    """End these servers again when the block fails, also by Ctrl-C."""
+    """End these servers again if the block fails, also by Ctrl-C."""
     try:
         yield
     except BaseException:
         for name in reversed(names):
             started = leader(name)
-            # Runs of a worker that was killed before live on.
+            # Keep the runs of a worker that was killed earlier.
             end(family(name) if name != "worker" else [started] if started else [])
         raise
 
 
 def _make_stores(missing: list[str]) -> None:
-    """Make the folders of the servers' databases, and MLflow's database whole before its server starts."""
+    """Make the folders of the servers' databases, and complete MLflow's database before its server starts."""
     for folder in ("prefect", "mlflow/artifacts"):
         with disk_errors(data_folder() / folder, SET_DATA):
             (data_folder() / folder).mkdir(parents=True, exist_ok=True)
     with disk_errors(data_folder() / "prefect", SET_DATA):
-        (data_folder() / "prefect").chmod(0o700)  # its database holds what the login keeps from others
+        (data_folder() / "prefect").chmod(0o700)  # the login protects what its database holds
     if "mlflow" in missing and not is_whole(data_folder() / "mlflow" / "mlflow.db", "experiments"):
         from tasks.tracking.store import make_local_store  # loads mlflow
 
@@ -202,7 +205,7 @@ def _ports_in_use() -> Ports:
 
 
 def _polls(ports: Ports, since: datetime) -> bool:
-    """Whether our worker was seen since then; a server too busy to say it is asked again."""
+    """Return whether our worker has polled since then; False if the server is too busy to answer."""
     workers: list[dict[str, Any]] = []
     with contextlib.suppress(D3POError):
         workers = ask(ports, "POST", f"/work_pools/{POOL}/workers/filter", {}, PATIENCE) or []

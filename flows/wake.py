@@ -1,4 +1,4 @@
-"""The flow ``wake``: at a deadline, resume the run that waits for people; it then does what its policy says."""
+"""The flow ``wake``: resume a waiting run at its deadline, so that it follows its policy."""
 
 from prefect import flow
 from prefect.states import Completed, State
@@ -6,7 +6,7 @@ from prefect.states import Completed, State
 from tasks.waiting import wake as wake_run
 
 
-# Tried again while the run is on its way to sleep or the server does not answer: a deadline comes once.
+# A deadline comes only once, so retry while the run is about to sleep or the server does not answer.
 @flow(name="wake", flow_run_name="wake {campaign} round {round_number}", persist_result=False, retries=30,
       retry_delay_seconds=10)  # fmt: skip
 def wake(campaign: str, round_number: int, flow_run_id: str) -> State:

@@ -1,8 +1,8 @@
-"""A run that lives is Running, whatever a worker reports late of the process that was killed before it.
+"""Keep a living run Running, even if a worker reports late that an earlier process of it was killed.
 
 Prefect's worker reports a killed process twice. The second report waits until the worker has imported the flow, which
-took 37 s on a busy machine; a run that was retried meanwhile is then Crashed on Prefect's pages, its place in the
-deployment's queue is given away, and it cannot be suspended any more.
+took 37 s on a busy machine. If the run was retried meanwhile, Prefect then shows it as Crashed, gives its place in the
+deployment's queue away, and can no longer suspend it.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ LOOK_SECONDS = 5.0
 
 @contextlib.contextmanager
 def counts_as_running() -> Iterator[None]:
-    """Within this context the flow run becomes Running again whenever somebody says that it crashed."""
+    """Within this context, the flow run becomes Running again whenever somebody reports a crash."""
     over, run_id, log = threading.Event(), flow_run.id, run_logger()
 
     def look() -> None:
         while not over.wait(LOOK_SECONDS):
-            with contextlib.suppress(Exception):  # a server that is away is somebody else's to report
+            with contextlib.suppress(Exception):  # other code reports a server that is down
                 if revive(UUID(run_id)):
                     log.info("a late report said that this run crashed; it lives and goes on")
 
@@ -43,7 +43,7 @@ def counts_as_running() -> Iterator[None]:
 
 
 def revive(run_id: UUID) -> bool:
-    """Make a run of this process Running that is Crashed; say whether it was."""
+    """Set a Crashed run of this process to Running; return whether it was Crashed."""
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run_id).state
         if state is None or not state.is_crashed():

@@ -1,4 +1,4 @@
-"""Evaluate: the fixed held-out prompts and seeds, drawn by the new checkpoint and scored."""
+"""Evaluate: draw the fixed held-out prompts and seeds with the new checkpoint, and score the images."""
 
 from typing import Any
 
@@ -65,17 +65,17 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
 
 
 def _diversity(config: CampaignConfig, images: np.ndarray) -> float | None:
-    """How much the images of one held-out prompt differ, mean over the prompts."""
+    """How much the images of a held-out prompt differ, averaged over the prompts."""
     per_prompt = images.reshape(-1, config.evaluate.images_per_prompt, *images.shape[1:])
     return float(np.mean([diversity(of_prompt) for of_prompt in per_prompt])) if per_prompt.shape[1] > 1 else None
 
 
 def _grid(config: CampaignConfig, round_number: int, images: np.ndarray) -> str:
-    """One row a prompt, the same prompts and seeds in every round."""
+    """Write the grid: one row per prompt, the same prompts and seeds in every round."""
     settings = config.evaluate
     columns = min(GRID_COLUMNS, settings.images_per_prompt)
     per_prompt = images.reshape(-1, settings.images_per_prompt, *images.shape[1:])
-    # Prompts far apart in the file, since neighbours tend to be alike.
+    # Spread the prompts over the file, since neighbours tend to be alike.
     stride = max(1, len(per_prompt) // settings.grid_prompts)
     chosen = per_prompt[::stride][: settings.grid_prompts, :columns]
     relative = f"images/round={round_number}/grid.png"

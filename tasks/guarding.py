@@ -1,4 +1,4 @@
-"""Guard: look at a round before the next one builds on it."""
+"""Guard: check a round before the next one builds on it."""
 
 from prefect import get_run_logger, task
 
@@ -13,7 +13,7 @@ from tasks.tracking import delivery
 
 @task(name="guard", **STAGE_OPTIONS)
 def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
-    """Compare the round with the base, the round before and the champion, and decide what the next one starts from."""
+    """Compare the round with the base, the previous round and the champion; decide where the next one starts."""
     record = finish_stage(
         config.folder, round_number, "guard", GuardRecord, lambda: judge_checkpoint(config, round_number)
     )
@@ -24,10 +24,10 @@ def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
 
 
 def require_trust(config: CampaignConfig, last_finished: int) -> None:
-    """Refuse to go on with a campaign that the guard stopped, until its configuration says otherwise.
+    """Refuse to continue a campaign that the guard stopped, until its configuration allows it.
 
     Raises:
-        D3POError: the last round was stopped and the policy is still to stop.
+        D3POError: the guard stopped the last round, and the policy is still to stop.
     """
     if config.guard.policy != "stop" or not stage_path(config.folder, last_finished, "guard").exists():
         return

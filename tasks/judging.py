@@ -1,4 +1,4 @@
-"""Judge and derive: scores of every image, how different a group's images look, then preferences by SQL."""
+"""Judge and derive: score every image, measure how much each group differs, then derive preferences by SQL."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -60,7 +60,10 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
 
 
 def _proxies_decide(config: CampaignConfig, round_number: int) -> bool:
-    """Whether proxies decide the groups that no person judged: with labeller 'human' only if the deadline said so."""
+    """Return whether proxies decide the groups that no person judged.
+
+    With labeller 'human' they do so only if the deadline said so.
+    """
     if config.judge.labeller != "human":
         return True
     return read_record(config.folder, round_number, "label", LabelRecord).ended == "proxy"

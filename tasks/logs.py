@@ -1,4 +1,4 @@
-"""Where tasks say something: in the run's log, which Prefect's page shows."""
+"""The log that tasks write to: the run's own, which Prefect's page shows."""
 
 import logging
 
@@ -7,7 +7,7 @@ from prefect.exceptions import MissingContextError
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
-    """The run's own logger; outside of a run this module's."""
+    """The run's own logger; outside a run, this module's."""
     try:
         return get_run_logger()
     except MissingContextError:

@@ -1,4 +1,4 @@
-"""Nights that a machine slept through: their runs are all due when it wakes, and the last of them stands for all."""
+"""Skip missed nights: when a machine wakes, all its runs are due, and only the last one is done."""
 
 from datetime import UTC, datetime
 from uuid import UUID
@@ -16,9 +16,9 @@ from prefect.runtime import flow_run
 
 
 def later_night() -> str | None:
-    """The name of a scheduled run of this deployment that is due too and later than this one; None when none is.
+    """Name of a later scheduled run of this deployment that is due too; None if there is none.
 
-    None as well for a run that somebody asked for, or that had begun before: those are always done.
+    Also None for a run that somebody asked for, or that had begun before: those are always done.
     """
     if not flow_run.id:
         return None

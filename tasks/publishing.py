@@ -1,4 +1,4 @@
-"""Begin and publish: what stands at the two ends of a round."""
+"""Begin and publish: the start and the end of a round."""
 
 import subprocess
 import time
@@ -51,10 +51,10 @@ from tasks.tracking import delivery
 
 
 def check_campaign(config: CampaignConfig) -> list[str]:
-    """Find out what would stop the campaign before anything is loaded or computed; returns what to know besides.
+    """Check the campaign before anything is loaded or computed; return notes for the user.
 
     Raises:
-        D3POError: one line on what is wrong and what to do.
+        D3POError: one line that says what is wrong and what to do.
     """
     check_model(config.model)
     optimizer_class(config.train)
@@ -72,7 +72,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
 
 
 def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
-    """Open the campaign and say which rounds this run finishes; the caller holds the campaign's lock.
+    """Open the campaign and return the rounds that this run finishes; the caller holds the campaign's lock.
 
     Raises:
         D3POError: the configuration does not fit the campaign.
@@ -84,14 +84,14 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
         get_run_logger().warning("accepted: %s", change)
     numbers = rounds_to_do(config.folder, rounds, run_id)
     done = last_finished_round(config.folder)
-    for number in {done, *numbers[:1]}:  # a kill may fall between a round's row and what MLflow is told of it
+    for number in {done, *numbers[:1]}:  # a kill may fall between a round's row and its delivery to MLflow
         sweep_leftovers(config.folder, number)
     last = partition(config.folder, "rounds", done) / "part.parquet"
     if last.exists():
         note_published(config.folder, done)
     report = config.folder / REPORT_FILE
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
-        _report(config)  # its run was killed before it was written
+        _report(config)  # its run was killed before it wrote the report
     delivery.deliver(config)
     show_rounds(config)
     return numbers
@@ -103,14 +103,14 @@ def _held_out(config: CampaignConfig) -> list[str]:
 
 
 def _evaluated(config: CampaignConfig) -> list[str]:
-    """Prompts that the base was evaluated on: what a campaign of an earlier version has to stay with."""
+    """The base's evaluation prompts, which a campaign of an earlier version must keep."""
     path = partition(config.folder, "evaluations", 0) / "part.parquet"
     return [row["prompt"] for row in read_rows(path)] if path.exists() else []
 
 
 @task(name="publish", **STAGE_OPTIONS)
 def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
-    """Write the round's row, which makes it finished, close its MLflow run, and tell Prefect."""
+    """Write the round's row, which finishes the round, close its MLflow run, and tell Prefect."""
     path = partition(config.folder, "rounds", round_number) / "part.parquet"
     if not path.exists():
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
@@ -122,13 +122,13 @@ def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
 
 
 def note_published(campaign: Path, round_number: int) -> None:
-    """Note the digest of a round's row, unless it is noted already; a kill may fall between the row and this."""
+    """Record the digest of a round's row, unless it is there; a kill may fall between the row and this."""
     if not stage_path(campaign, round_number, "publish").with_suffix(".files").exists():
         record_files(campaign, round_number, "publish")
 
 
 def _report(config: CampaignConfig) -> None:
-    """Write the campaign's page again; a round is worth more than its report."""
+    """Rewrite the campaign's report; a failure never fails the round."""
     try:
         write_report(config)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Sample: groups of images from the last checkpoint, with their trajectories."""
+"""Sample: draw groups of images from the last checkpoint, with their trajectories."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ SHEET_IMAGES = 64
 
 @task(name="sample", **STAGE_OPTIONS)
 def sample_images(config: CampaignConfig, round_number: int) -> SampleRecord:
-    """Sample the round's groups with the checkpoint of the round before."""
+    """Sample the round's groups with the previous round's checkpoint."""
     record = finish_stage(config.folder, round_number, "sample", SampleRecord, lambda: _sample(config, round_number))
     delivery.deliver(config)
     return record
@@ -34,7 +34,7 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     total = config.sample.images_per_round
     done = sum(len(shard.members) for shard in shards if shard.rows_path.exists())
     with (
-        scored_meanwhile(config, shards),  # the outermost: nobody waits for a score with the GPU in hand
+        scored_meanwhile(config, shards),  # outermost, so that nobody waits for a score while holding the GPU
         model_turn(config),
         progress(config, round_number, "sample", total, "image", done) as bar,
     ):

@@ -1,8 +1,8 @@
-"""Scores of a round's images; some are there before the stage judge: shards are scored while others are sampled.
+"""Score a round's images, some of them early: finished shards are scored while others are sampled.
 
-Asked early are only scorers that take nothing from the sampling: servers, and beside a GPU the built-in proxies. A
-learned scorer waits for its turn on the device, and a function of the user's may need the device as well. Early scores
-lie beside the shard's rows in staging, where the stage judge finds them, also after a kill.
+Only scorers that take nothing from sampling run early: servers and, if the model is on a GPU, the built-in proxies. A
+learned scorer waits for its turn on the device, and a user's function may need the device as well. Early scores lie
+beside the shard's rows in staging. The stage judge finds them there, also after a kill.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ SCORE_BATCH = 256
 def score_round(
     config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], tell: Tell
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Ask all scorers of the judge: first those that compute here, since a server's answers may cost more.
+    """Run all scorers of the judge; local ones first, since a server's answers may cost more.
 
     Args:
         config: the campaign's configuration.
         round_number: the round.
         samples: its rows of ``samples``, shard after shard.
-        tell: called with how many scores have come.
+        tell: called with the number of new scores.
 
     Returns:
-        Scorer -> a score of every image, and how different the images of each group look.
+        Scorer -> one score per image, and per group how different its images look.
 
     Raises:
-        D3POError: a scorer is not there, or failed.
+        D3POError: a scorer is missing, or failed.
     """
     by_shard = shard_scorers(config)
     scores: dict[str, list[float]] = {name: [] for name in config.judge.scorers}
@@ -72,17 +72,17 @@ def score_round(
 
 @contextlib.contextmanager
 def scored_meanwhile(config: CampaignConfig, shards: list[Shard]) -> Iterator[None]:
-    """Within this context, which is the sampling of a round, its finished shards are scored.
+    """Within this context, which samples a round, score the shards that are finished.
 
-    With a model on the CPU only if a server is among the scorers: anything else would take processors from it. The end
-    waits for the shard that is being scored, unless the sampling failed.
+    If the model runs on the CPU, this needs a server among the scorers: anything else would take cores from the model.
+    The context waits at its end for the shard being scored, unless the sampling failed.
     """
     on_processors = device_type(config.model.device) == "cpu"
     if not config.scoring.while_sampling or (on_processors and not shard_scorers(config)):
         yield
         return
     over = threading.Event()
-    # In the run's context, for its log. A daemon: a server that does not answer keeps no process from ending.
+    # It runs in the run's context, to reach its log. As a daemon, it cannot keep the process alive for a silent server.
     run = contextvars.copy_context().run
     thread = threading.Thread(target=run, args=(_score_finished, config, shards, over), name="score", daemon=True)
     thread.start()
@@ -94,7 +94,7 @@ def scored_meanwhile(config: CampaignConfig, shards: list[Shard]) -> Iterator[No
 
 
 def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading.Event) -> None:
-    """Score shards as they are finished; begin none once the sampling is over."""
+    """Score shards as they finish; start none once the sampling is over."""
     scorers = shard_scorers(config)
     try:
         left = [shard for shard in shards if read_scores(shard, scorers) is None]
@@ -112,7 +112,7 @@ def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading
 
 
 def scored_early(config: CampaignConfig, round_number: int) -> int:
-    """How many scores of a round are known before its stage judge asks for any."""
+    """Number of a round's scores that are known before its stage judge starts."""
     scorers = shard_scorers(config)
     found = [read_scores(shard, scorers) for shard in round_shards(config, round_number)]
     return sum(len(values) for shard in found if shard for values in shard.scores.values())

@@ -1,9 +1,9 @@
-"""Prefect's page is shown what a run does: progress of long stages, a table of the rounds, an event a finished round.
+"""Show a run on Prefect's page: progress of long stages, a table of the rounds, one event per finished round.
 
-All of it is done beside the stages, by one thread, in order: a Prefect server that is slow or down costs a warning and
-no time. Only the event is kept track of. That Prefect was told of a round is noted beside the round's records; a run
-that was killed before makes the campaign's next run tell it again. So the event is sent at least once, and since its id
-follows from campaign and round, the server keeps it once.
+One thread does all this beside the stages, in order: a slow or missing Prefect server costs a warning and no time.
+Only the event is tracked: a file beside the round's records notes that Prefect was told. If a run is killed before
+that, the campaign's next run sends the event again. So it is sent at least once; its id follows from campaign and
+round, so the server keeps it once.
 """
 
 import logging
@@ -31,7 +31,7 @@ from d3po_core.store.stages import finished_numbers, finished_rounds, read_recor
 from tasks.tracking import delivery
 
 EVENT = "d3po.round.completed"
-# A stage that takes less is over before anybody looks; a call takes a busy server some 50 ms.
+# A shorter stage ends before anybody looks; a call takes a busy server some 50 ms.
 FIRST_SECONDS, EVERY_SECONDS = 5.0, 10.0
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ _failing: set[str] = set()
 
 
 def artifact_key(campaign: str, what: str) -> str:
-    """Key under which Prefect keeps the versions of an artifact: small letters, digits and dashes only."""
+    """Key of an artifact in Prefect, which allows only lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", f"d3po-{campaign}-{what}".lower()).strip("-")
 
 
 class StageProgress:
-    """How far a stage is, as an artifact of its run: made when the stage takes long, then renewed now and then.
+    """A stage's progress as an artifact of its run: created if the stage takes long, then updated at times.
 
     Args:
         campaign: the campaign's name.
@@ -59,14 +59,14 @@ class StageProgress:
         self._telling: Future[None] | None = None
 
     def tell(self, share: float, text: Callable[[], str]) -> None:
-        """Say what share, 0 to 1, is done, and in words; most calls do nothing."""
+        """Report the share done, 0 to 1, with a text; most calls do nothing."""
         now = time.monotonic()
         if now >= self._due and (self._telling is None or self._telling.done()):
             self._due = now + EVERY_SECONDS
             self._telling = _show("progress", partial(self._send, 100 * min(share, 1.0), text()))
 
     def end(self, text: Callable[[], str]) -> None:
-        """Say that all is done, if anything was said before."""
+        """Report that all is done, if anything was reported before."""
         if self._telling is not None:
             _show("progress", partial(self._send, 100.0, text()))
 
@@ -78,7 +78,7 @@ class StageProgress:
 
 
 def show_rounds(config: CampaignConfig) -> None:
-    """Tell Prefect of every finished round of the campaign that it was not told of yet."""
+    """Tell Prefect of every finished round of the campaign, unless it has been told already."""
     if any(not _told_path(config.folder, number).exists() for number in finished_numbers(config.folder)):
         _show("rounds", partial(_tell_rounds, config))
 
@@ -107,7 +107,7 @@ def round_event(config: CampaignConfig, record: RoundRecord) -> dict[str, Any]:
 
 
 def round_table(config: CampaignConfig) -> list[dict[str, str]]:
-    """The campaign's finished rounds as rows to look at, the latest first."""
+    """The campaign's finished rounds as table rows, the latest first."""
 
     def shown(score: ScoreSummary | None) -> str:
         return str(score) if score else ""
@@ -143,13 +143,13 @@ def _tell_rounds(config: CampaignConfig) -> None:
 
 
 def _where(config: CampaignConfig) -> str:
-    """Where the report is: on disk, and as a link when MLflow has a page."""
+    """The report's path, and links to it and the curves if MLflow has a page."""
     links = [f"[{what}]({url})" for what, url in delivery.pages(config).items()]
     return " · ".join([*links, f"report: `{config.folder / REPORT_FILE}`"])
 
 
 def _guard_record(campaign: Path, round_number: int) -> GuardRecord | None:
-    if not stage_path(campaign, round_number, "guard").exists():  # finished before there was a guard
+    if not stage_path(campaign, round_number, "guard").exists():  # finished before the guard existed
         return None
     return read_record(campaign, round_number, "guard", GuardRecord)
 
@@ -159,7 +159,7 @@ def _told_path(campaign: Path, round_number: int) -> Path:
 
 
 def _show(what: str, call: Callable[[], None]) -> Future[None] | None:
-    """Make a call beside the run, in the run's context; nothing outside of a run."""
+    """Make a call beside the run, in the run's context; outside a run, do nothing."""
     if FlowRunContext.get() is None and TaskRunContext.get() is None:
         return None
     return _beside.submit(copy_context().run, _try, what, call)
@@ -169,7 +169,7 @@ def _try(what: str, call: Callable[[], None]) -> None:
     try:
         call()
         _failing.discard(what)
-    except Exception as error:  # whatever it is, a round is worth more than its picture
+    except Exception as error:  # no failure here is worth a round
         if what not in _failing:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             logger.warning("Prefect's page does not show the %s (%s); the run goes on", what, reason)

@@ -1,4 +1,4 @@
-"""What the stages of a round share: progress bars, the GPU's turn, and how a failure is told."""
+"""Code that the stages of a round share: progress bars, the GPU's turn, retries after a failure."""
 
 import contextlib
 import time
@@ -18,7 +18,7 @@ from tasks.showing import StageProgress
 GPU_LIMIT = "gpu"
 GPU_LEASE_SECONDS = 60
 
-# Nothing is cached by Prefect: a stage that is finished is known by its record on disk, also to another run.
+# Prefect caches nothing: a stage's record on disk says that it is finished, also to another run.
 STAGE_OPTIONS: dict[str, Any] = {
     "persist_result": False,
     "retries": 1,
@@ -41,7 +41,7 @@ def _is_users_to_mend(state: Any) -> bool:
 def gpu_turn(device_type: str) -> Iterator[None]:
     """On a GPU, wait for the global concurrency limit ``gpu``; a killed process's turn ends with its lease.
 
-    A server without that limit (the temporary one of ``d3po run``) lets everybody go at once.
+    A server without that limit, such as the temporary one of ``d3po run``, lets everyone go at once.
     """
     if device_type != "cuda":
         yield
@@ -52,34 +52,34 @@ def gpu_turn(device_type: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def model_turn(config: CampaignConfig) -> Iterator[None]:
-    """The GPU's turn, if the campaign's model runs there."""
+    """Wait for the GPU's turn if the campaign's model runs there."""
     with gpu_turn(device_type(config.model.device)):
         yield
 
 
 @contextlib.contextmanager
 def scoring_turn(config: CampaignConfig, names: Iterable[str]) -> Iterator[None]:
-    """The GPU's turn, if one of these scorers runs there."""
+    """Wait for the GPU's turn if one of these scorers runs there."""
     with gpu_turn(use_device(names, config.scoring, config.model.device)):
         yield
 
 
-# Its monitor thread outlives the interpreter's shutdown, in which duckdb then complains of leaks.
+# tqdm's monitor thread outlives the interpreter's shutdown; duckdb then complains of leaks.
 tqdm.monitor_interval = 0
 
 
 class Bar:
-    """What a stage tells of its progress: a bar with rate and time left on terminals, and Prefect's page.
+    """A stage's progress: a bar with rate and time left on terminals, and on Prefect's page.
 
-    It also notes on disk how long the stage has taken, for a run that goes on after this one was killed.
+    It also notes on disk how long the stage has taken, for the run that continues after a kill.
 
     Args:
         config: the campaign's.
         round_number: the round.
         stage: the stage's name.
-        total: how many units there are.
+        total: the number of units.
         unit: what is counted.
-        done: how many were done by an earlier run, which says nothing of the rate.
+        done: units that an earlier run did; they do not count for the rate.
     """
 
     def __init__(self, config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int) -> None:
@@ -92,14 +92,14 @@ class Bar:
         self._shown, self._began = StageProgress(config.campaign, stage), time.monotonic()
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count this many more as done."""
         self._bar.update(count)
         self._done += count
         self._shown.tell(self._done / self._total, self._text)
         self._note()
 
     def close(self, whole: bool) -> None:
-        """The stage is over, and did all its work or not."""
+        """End the bar; ``whole`` says whether the stage did all its work."""
         self._bar.close()
         self._note()
         if whole:
@@ -120,7 +120,7 @@ class Bar:
 def progress(
     config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int = 0
 ) -> Iterator[Bar]:
-    """Show a stage's progress; ``done`` units of ``total`` are there already."""
+    """Show a stage's progress; ``done`` of ``total`` units are done already."""
     bar = Bar(config, round_number, stage, total, unit, done)
     try:
         yield bar

@@ -1,7 +1,7 @@
-"""The temporary Prefect server of ``d3po run``: a process of its own session that lives no longer than the run.
+"""The temporary Prefect server of ``d3po run``: a process in its own session that ends with the run.
 
-The run holds the listening socket: a server that dies is started again behind the same address, and requests wait
-meanwhile. ``python -m tasks.temporary_server DESCRIPTOR`` is the server itself; it leaves when its stdin ends, so also
+The run holds the listening socket, so it can restart a dead server behind the same address, while requests wait.
+``python -m tasks.temporary_server DESCRIPTOR`` is the server itself. It ends when its stdin closes, which also happens
 after ``kill -9`` of the run.
 """
 
@@ -21,13 +21,13 @@ from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
 
 HOST = "127.0.0.1"
-# Migrating a database takes Prefect a minute on busy cores; only a server that hangs is ever waited for so long.
+# Prefect needs a minute to migrate a database on busy cores; only a hanging server takes this long.
 START_SECONDS = 300.0
 SAY_SO_SECONDS = 20.0
-# A server that dies as often has a reason that starting it again does not mend.
+# A server that dies this often has a cause that a restart does not fix.
 LIVES = 5
 PROGRAM = (sys.executable, "-m", "tasks.temporary_server")
-# As Prefect starts it: no page, and migrations once.
+# Prefect's own settings for a temporary server: no page, and migrations once.
 SETTINGS = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
@@ -35,20 +35,20 @@ class TemporaryServer:
     """A Prefect server for this process; its address is known at once, and ``wait`` returns when it answers.
 
     Args:
-        lost: called with one line, from another thread, when a server that answered before cannot be kept alive.
-        program: the server's; it gets the number of the listening socket's descriptor as its last argument.
+        lost: called with one line, from another thread, if a server that has answered cannot be kept alive.
+        program: the server's command line; the number of the listening socket's descriptor is appended.
     """
 
     def __init__(self, lost: Callable[[str], None], program: tuple[str, ...] = PROGRAM) -> None:
         self._socket = socket.create_server((HOST, 0))
         self.url = f"http://{HOST}:{self._socket.getsockname()[1]}/api"
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server)
         self._environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | SETTINGS
         self._lost, self._program, self._answered, self._ending = lost, program, False, False
         self._process = self._start()
         threading.Thread(target=self._keep, name="temporary-server", daemon=True).start()
         atexit.register(self.stop)
-        # It has no page, to which Prefect would point.
+        # Prefect would point to the server's page, and it has none.
         logging.getLogger("prefect.flow_runs").addFilter(lambda record: not record.getMessage().startswith("View at "))
 
     def wait(self) -> None:
@@ -79,7 +79,7 @@ class TemporaryServer:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """End the server; it may be called again."""
+        """End the server; safe to call again."""
         self._ending = True
         self._process.terminate()
         try:
@@ -105,7 +105,7 @@ class TemporaryServer:
         self._lost(f"Prefect's temporary server died {LIVES} times{self._reason()}")
 
     def _reason(self) -> str:
-        """The last line that the server said, and how it ended."""
+        """The server's exit status and its last line of output."""
         self._said.seek(0)
         lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
         code = self._process.poll()

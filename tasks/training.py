@@ -1,4 +1,4 @@
-"""Train: the round's preferences into the next checkpoint."""
+"""Train: turn the round's preferences into the next checkpoint."""
 
 from prefect import get_run_logger, task
 

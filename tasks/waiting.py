@@ -1,8 +1,8 @@
-"""Label: a round that people judge waits for them without holding a process or a GPU, and is woken when they are done.
+"""Label: a round that people judge waits for them without a process or a GPU, and wakes when they are done.
 
-The run is suspended, and its whole flow runs again when it is resumed: what is finished is known by its record on disk.
-Why it is resumed (the last judgement, an import, a person in Prefect's page, the deadline) makes no difference: what is
-there is counted again, and a run that was woken too early goes back to sleep.
+Prefect suspends the run, and runs its whole flow again on resume; records on disk say what is finished. The cause of
+the resume (the last judgement, an import, a person on Prefect's page, the deadline) makes no difference: the run counts
+the judgements again, and goes back to sleep if it was woken too early.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from tasks.stage import STAGE_OPTIONS
 from tasks.tracking import delivery
 
 WAKE = "wake/deadline"
-FALLING_ASLEEP_SECONDS = 20  # from the last look at what is missing until Prefect says that the run is suspended
+FALLING_ASLEEP_SECONDS = 20  # from our last count of what is missing until Prefect shows the run as suspended
 DEFAULT_PAGE = "http://127.0.0.1:8700"
 
 
@@ -53,11 +53,13 @@ class GoOn(RunInput):
 
 
 def wait_for_people(config: CampaignConfig, round_number: int) -> None:
-    """Suspend the run until the round's judgements are in, then put them into the tables; nothing for proxies alone.
+    """Suspend the run until the round's judgements are in, then write them to the tables.
+
+    With labeller 'proxy' it does nothing.
 
     Raises:
-        D3POError: the deadline passed and the policy is to fail, or there is nothing to go on with; or the run has no
-            deployment and so cannot be suspended.
+        D3POError: the deadline passed and the policy is to fail; or there is nothing to go on with; or the run has no
+            deployment, so it cannot be suspended.
     """
     if config.judge.labeller == "proxy" or stage_path(config.folder, round_number, "label").exists():
         return
@@ -67,8 +69,8 @@ def wait_for_people(config: CampaignConfig, round_number: int) -> None:
         if ended := _how_it_ended(config, round_number, waiting, progress):
             break
         _announce(config, round_number, waiting, progress)
-        revive(UUID(str(flow_run.id)))  # a run that is said to have crashed cannot be suspended
-        # Returns only when this key was answered: else it raises, and the process ends.
+        revive(UUID(str(flow_run.id)))  # Prefect cannot suspend a run that is marked as Crashed
+        # Returns only when this key was answered; otherwise it raises, and the process ends.
         answer = suspend_flow_run(wait_for_input=GoOn, key=f"labels-{round_number}-{waiting['attempt']}")
         if answer.go_on_with_what_is_there:
             ended = "asked"
@@ -79,7 +81,7 @@ def wait_for_people(config: CampaignConfig, round_number: int) -> None:
 
 @task(name="label", **STAGE_OPTIONS)
 def collect_judgements(config: CampaignConfig, round_number: int, ended: str) -> LabelRecord:
-    """Write what the page's journal holds as tables and record that the round is labelled.
+    """Write the page's journal as tables, and record that the round is labelled.
 
     Raises:
         D3POError: people judged nothing, and the proxies are not to decide.
@@ -109,10 +111,10 @@ def collect_judgements(config: CampaignConfig, round_number: int, ended: str) ->
 
 
 def require_deployment(config: CampaignConfig, round_numbers: list[int]) -> None:
-    """Refuse at once, before anything is sampled, a run that would have to wait for people and cannot.
+    """Before sampling, refuse a run that would have to wait for people but cannot.
 
     Raises:
-        D3POError: the run was not started from a deployment, or the campaign lies where the page does not find it.
+        D3POError: no deployment started the run, or the page cannot find the campaign's folder.
     """
     rounds = [n for n in round_numbers if n > 0]
     if config.judge.labeller == "proxy" or not rounds:
@@ -135,12 +137,12 @@ def require_deployment(config: CampaignConfig, round_numbers: list[int]) -> None
 
 
 def resume_waiting(config: CampaignConfig, round_number: int) -> str:
-    """Wake the run that waits for the round's judgements, and say what happened.
+    """Wake the run that waits for the round's judgements, and return a line about it.
 
     Raises:
         D3POError: no run waits for this round, or judgements are still missing.
     """
-    config = round_config(config.folder, round_number)  # what counts is how the round was begun
+    config = round_config(config.folder, round_number)  # the configuration that the round began with counts
     progress = label_progress(config, round_number)
     if not progress.complete:
         raise D3POError(
@@ -148,7 +150,7 @@ def resume_waiting(config: CampaignConfig, round_number: int) -> str:
             "judge them, or resume the run in Prefect's page and say there that it is to go on"
         )
     run_id = _read_waiting(config, round_number).get("flow_run_id")
-    awake = stage_path(config.folder, round_number, "label")  # the page may have woken it a moment ago
+    awake = stage_path(config.folder, round_number, "label")  # the page may have woken the run a moment ago
     for _ in range(FALLING_ASLEEP_SECONDS):
         state = _state_of(run_id) if run_id else None
         if state is None or state.is_final() or state.is_paused() or awake.exists():
@@ -164,21 +166,21 @@ def resume_waiting(config: CampaignConfig, round_number: int) -> str:
 
 
 def _resume(run_id: str) -> None:
-    """Wake a run; one that somebody else woke first is fine."""
+    """Wake a run; it is fine if somebody else woke it first."""
     with contextlib.suppress(NotPausedError):
         resume_flow_run(UUID(run_id), run_input={})
 
 
 def wake(campaign: str, round_number: int) -> None:
-    """Wake the run that waits for a round on which people are done, if one does; may be called again.
+    """Wake the run that waits for a round, if any, once people are done; safe to call again.
 
     Raises:
-        D3POError: the run is about to suspend: call again in some seconds, or it would sleep on.
+        D3POError: the run is about to suspend; call again in some seconds, or it would sleep on.
     """
     config = round_config(CampaignConfig(campaign=campaign).folder, round_number)
     run_id = _read_waiting(config, round_number).get("flow_run_id")
     if run_id is None or stage_path(config.folder, round_number, "label").exists():
-        return  # not asleep yet, and it counts what is there before it goes to sleep; or awake already
+        return  # the run counts the judgements before it sleeps; or it is already awake
     state = _state_of(run_id)
     if state is not None and state.is_paused():
         _resume(run_id)
@@ -187,12 +189,12 @@ def wake(campaign: str, round_number: int) -> None:
 
 
 def page_url() -> str:
-    """Where the labelling page is: ``D3PO_LABEL_URL``, or where ``d3po up`` starts it."""
+    """Address of the labelling page: ``D3PO_LABEL_URL``, or the one that ``d3po up`` uses."""
     return os.environ.get("D3PO_LABEL_URL") or DEFAULT_PAGE
 
 
 def _how_it_ended(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> str | None:
-    """Why waiting is over, or None while it is not."""
+    """The reason why waiting is over, None while it goes on."""
     if progress.complete:
         return "complete"
     if waiting["deadline"] is None or datetime.now(UTC) < datetime.fromisoformat(waiting["deadline"]):
@@ -211,7 +213,7 @@ def _missing(progress: Progress) -> str:
 
 
 def _begin_waiting(config: CampaignConfig, round_number: int) -> dict[str, Any]:
-    """What is known of the wait, kept on disk: since when, until when, in which run, how often it went to sleep."""
+    """The wait's record on disk: its start, deadline and run, and how often the run went to sleep."""
     run_id, waiting = str(flow_run.id), _read_waiting(config, round_number)
     if waiting.get("flow_run_id") == run_id:
         return waiting
@@ -223,12 +225,12 @@ def _begin_waiting(config: CampaignConfig, round_number: int) -> dict[str, Any]:
     now, hours = datetime.now(UTC), config.judge.people.deadline_hours
     fresh = {"since": now.isoformat(), "deadline": (now + timedelta(hours=hours)).isoformat() if hours else None}
     waiting = {**fresh, **waiting, "flow_run_id": run_id, "attempt": 0}
-    _schedule_wake(config, round_number, waiting)  # before it is noted: a run that dies in between does it again
+    _schedule_wake(config, round_number, waiting)  # first, so that a run that dies before the note schedules it again
     return _write_waiting(config, round_number, waiting)
 
 
 def _schedule_wake(config: CampaignConfig, round_number: int, waiting: dict[str, Any]) -> None:
-    """Schedule the run that wakes this one at its deadline; once, however often it is asked for."""
+    """Schedule the run that wakes this one at its deadline; repeated calls schedule one."""
     deadline, run_id = waiting["deadline"], waiting["flow_run_id"]
     if deadline is None or not deployment.id:
         return
@@ -246,7 +248,7 @@ def _schedule_wake(config: CampaignConfig, round_number: int, waiting: dict[str,
 
 
 def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> None:
-    """Say in the log and in an artifact what is waited for and where to judge."""
+    """Tell in the log and in an artifact what the run waits for, and where to judge."""
     until = f" until {waiting['deadline'][:16]} UTC" if waiting["deadline"] else ""
     said = f"round {round_number} waits for people{until}: {_missing(progress)} to judge at {page_url()}"
     get_run_logger().info(said)

@@ -1,9 +1,9 @@
 """The worker of ``d3po up``: Prefect's process worker without its second report of a crash.
 
-``python -m tasks.worker`` takes the words of ``prefect``. Prefect's runner reports a killed process as soon as it is
-gone. The worker reports the same again once it has imported the flow to look for hooks, up to a minute later: a run
-that was retried in between would be Crashed while it waits to start. A worker of another server is Prefect's own; there
-``tasks.alive`` is all that helps.
+``python -m tasks.worker`` takes the arguments of ``prefect``. Prefect's runner reports a killed process at once. Up to
+a minute later the worker reports it again, once it has imported the flow to look for hooks. A run that was retried in
+between would then be Crashed while it waits to start. Another server may use Prefect's own worker; there only
+``tasks.alive`` helps.
 """
 
 import warnings
@@ -14,10 +14,10 @@ from prefect.workers.process import ProcessWorker
 SECOND_REPORT = "Flow run infrastructure exited with non-zero status code"
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it takes the place of the worker of this type
+    warnings.simplefilter("ignore")  # our class replaces Prefect's worker of this type
 
     class Worker(ProcessWorker):
-        """Leaves out the report that only repeats the runner's."""
+        """A process worker that skips the report that only repeats the runner's."""
 
         type = "process"
 

@@ -1,1 +1,1 @@
-"""Files of people's judgements: read, checked and imported; sheets to fill in."""
+"""Read, check and import files of people's judgements, and write sheets to fill in."""

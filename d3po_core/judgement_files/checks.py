@@ -1,4 +1,4 @@
-"""Hold imported judgements against the rules, all rows at once: bad rows are told, good ones become judgements."""
+"""Check all rows of imported judgements against the rules: report bad rows, and turn good ones into judgements."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from d3po_core.judgement_files.formats import JudgementFile
 from d3po_core.judgement_files.rules import Scope, checks_of, macros, skipped_sql, value_sql
 from d3po_core.store.tables import SCHEMAS
 
-CHUNK = 1 << 17  # rows that are checked at once: bounds the memory
+CHUNK = 1 << 17  # rows per pass, which bounds the memory
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Good rows (columns of ``judgements``), problems (row, column, value, message), and how many rows say nothing.
+    """Good rows (columns of ``judgements``), problems (row, column, value, message), and counts.
 
-    ``num_repeated`` rows say what another row says already.
+    ``num_empty`` rows say nothing; ``num_repeated`` rows repeat another row.
     """
 
     rows: pa.Table
@@ -29,13 +29,13 @@ class Checked:
 
 
 def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
-    """Find all bad rows of a file, and make judgements of the good ones; ``source`` becomes theirs.
+    """Find all bad rows of a file, and make judgements with this ``source`` of the good ones.
 
     Raises:
-        D3POError: the scale is no scale.
+        D3POError: the scale is invalid.
     """
     samples = _with_group_size(scope.samples)
-    # Looked up here, and checked in chunks: one join over a million rows took 1.3 GB.
+    # Look samples up here and check in chunks: one join over a million rows took 1.3 GB.
     own, other = (pc.index_in(file.table[name], samples["sample_id"]) for name in ("sample_id", "other_id"))
     good, num_said = [], 0
     with duckdb.connect(":memory:") as connection:
@@ -53,7 +53,7 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
             connection.execute(
                 _SAID.format(value=value_sql(file.kind, scope.scale), skipped=skipped_sql()), {"rater": scope.rater}
             )
-            # One pass over good rows; messages are only made for what is found.
+            # Good rows take one pass; messages are made only for failed checks.
             found = connection.sql(
                 f"SELECT {', '.join(f'bool_or({check[1]})' for check in checks)} FROM said"
             ).fetchall()
@@ -80,14 +80,14 @@ def _with_group_size(samples: pa.Table) -> pa.Table:
 
 
 def _of_samples(samples: pa.Table, own: pa.ChunkedArray, other: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
-    """What the samples that rows name are, null where there is no such sample."""
+    """Columns of the samples that rows name; null if there is no such sample."""
     taken = {"group_of": ("group_id", own), "other_group_of": ("group_id", other), "prompt_of": ("prompt", own),
              "group_size": ("size", own)}  # fmt: skip
     return {name: samples[column].take(index) for name, (column, index) in taken.items()}
 
 
 def _without_repeats(connection: duckdb.DuckDBPyConnection, good: pa.Table, label: str) -> tuple[pa.Table, int]:
-    """Report rows that say different things of one thing at one time; of rows that say the same the first is kept."""
+    """Report rows that contradict each other at one time; of identical rows keep the first."""
     things, counts = np.unique(good["thing"].to_numpy(), return_counts=True)
     if not (counts > 1).any():
         return good, 0
@@ -122,7 +122,7 @@ SELECT row, rater, sample_id, other_id, value, moment, number(seconds) AS second
 FROM said ANTI JOIN problems USING (row) ORDER BY row
 """
 
-# Equal hashes of different things are told apart here.
+# This tells apart different things with equal hashes.
 _REPEATS = """
 CREATE TEMP TABLE things AS
     SELECT place, row, rater, least(sample_id, coalesce(other_id, sample_id)) AS low,

@@ -1,4 +1,4 @@
-"""Files of other programs as text cells: encodings, delimiters, quotes, ragged rows, files that end too early."""
+"""Read other programs' files as text cells: encodings, delimiters, quotes, ragged rows, truncated files."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from d3po_core.errors import D3POError
 from d3po_core.spreadsheets import FORMULA_START
 
 MAX_BYTES = 1 << 30
-BLOCK_BYTES = 16 << 20  # no record may be longer
+BLOCK_BYTES = 16 << 20  # also the longest record allowed
 PROBLEMS = pa.schema([("row", pa.int64()), ("column", pa.string()), ("value", pa.string()), ("message", pa.string())])
 
 _BINARY = {
@@ -33,7 +33,7 @@ CUT_OFF = "is the file still being written? Import it again when it is whole"
 
 @dataclass(frozen=True)
 class Cells:
-    """Text cells by column name, the number of each row (a spreadsheet's, the header is 1), and unreadable rows."""
+    """Text cells by column name, each row's number (as in a spreadsheet: the header is 1), and unreadable rows."""
 
     columns: dict[str, pa.ChunkedArray]
     rows: np.ndarray
@@ -45,23 +45,23 @@ def clean(cells: pa.ChunkedArray) -> pa.ChunkedArray:
     """Undo ``neutralise``, strip white space, make empty cells null."""
     if pc.any(pc.starts_with(cells, "'")).as_py():
         cells = pc.replace_substring_regex(cells, f"^'('*[{FORMULA_START}])", r"\1")
-    if pc.any(pc.starts_with(cells, '="')).as_py():  # a spreadsheet's way to write text
+    if pc.any(pc.starts_with(cells, '="')).as_py():  # spreadsheets write text this way
         cells = pc.replace_substring_regex(cells, r'^="(.*)"$', r"\1")
     cells = pc.utf8_trim_whitespace(cells)
     return pc.if_else(pc.equal(cells, ""), pa.scalar(None, pa.string()), cells)
 
 
 def fingerprint(path: Path) -> tuple[int, int, int]:
-    """Size, time of the last change and inode: another one means that somebody wrote meanwhile."""
+    """Size, time of the last change and inode; if they change, somebody has written the file."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def read_bytes(path: Path) -> tuple[bytes, tuple[int, int, int]]:
-    """The content of a file that nobody writes at the moment, and its fingerprint.
+    """The content of a file that nobody is writing, and its fingerprint.
 
     Raises:
-        D3POError: no such file, not a plain file, unreadable, empty, too large, or it changed while it was read.
+        D3POError: no such file, not a plain file, unreadable, empty, too large, or changed while it was read.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -84,7 +84,7 @@ def read_bytes(path: Path) -> tuple[bytes, tuple[int, int, int]]:
 
 
 def utf8(content: bytes, name: str) -> bytes:
-    """The content as UTF-8 without a byte order mark; UTF-16 and UTF-32 are known by theirs, or by their zeros.
+    """Convert to UTF-8 without a byte order mark; recognise UTF-16 and UTF-32 by theirs, UTF-16 also by its zeros.
 
     Raises:
         D3POError: another encoding, or another program's binary file.
@@ -115,12 +115,12 @@ def utf8(content: bytes, name: str) -> bytes:
 
 
 def read_cells(content: bytes, name: str, known: frozenset[str]) -> Cells:
-    """Cells of delimited text.
+    """Read delimited text as cells.
 
     Args:
         content: UTF-8.
         name: the file's, for messages.
-        known: names of columns by which the delimiter is recognised.
+        known: column names that help to recognise the delimiter.
 
     Raises:
         D3POError: no header, a column twice, an open quote, or a record longer than ``BLOCK_BYTES``.
@@ -170,12 +170,12 @@ def _ragged(count: int, expected: int) -> str:
 
 
 def column_name(text: str) -> str:
-    """A column's name in lower case with underscores, as headers are read."""
+    """Normalize a header's column name: lower case, with underscores."""
     return re.sub(r"[\s-]+", "_", text.strip().lower())
 
 
 def _title(content: bytes, known: frozenset[str]) -> int:
-    """Bytes of the lines above the header: a sheet's title or ``Table 1``; 0 when the first line is the header."""
+    """Bytes of the lines above the header, such as a sheet's title or ``Table 1``; 0 if there are none."""
     lines = re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)", content[: 1 << 16])[:4]
     counts = [
         max(len(known & {column_name(cell.strip('"')) for cell in text.split(delimiter)}) for delimiter in ",;\t|")
@@ -186,7 +186,7 @@ def _title(content: bytes, known: frozenset[str]) -> int:
 
 
 def _header(content: bytes, name: str, known: frozenset[str]) -> tuple[str, list[str]]:
-    """The delimiter that finds most known columns, and the columns' names in lower case with underscores."""
+    """The delimiter that finds most known columns, and the normalized column names."""
     text = content[: 1 << 16].decode("utf-8", "ignore")
     found: list[tuple[int, int, str, list[str]]] = []
     for delimiter in ",;\t|":
@@ -219,12 +219,12 @@ def _check_end(content: bytes, name: str, table: pa.Table, ragged: list[tuple[in
 
 
 def shown(value: str | None, limit: int = 60) -> str:
-    """A user's text for a message: quoted, on one line, cut, without anything that a terminal would obey."""
+    """A user's text for a message: quoted, on one line, shortened, without terminal control characters."""
     if value is None:
         return "(empty)"
     return ascii_safe(repr(value if len(value) <= limit else value[:limit] + "..."))
 
 
 def ascii_safe(text: str) -> str:
-    """Text whose lone surrogates, which no file can hold, are replaced."""
+    """Replace lone surrogates, which no file can hold."""
     return text.encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
-"""Judgements in the formats that people and other programs write, as text columns of one shape.
+"""Read judgements in the formats of people and other programs as text columns of one shape.
 
-A format is recognised by its columns; docs/judgements.md shows an example of each. What the cells mean and whether
-they are right is checked in ``judgement_checks``.
+A file's columns tell its format; docs/judgements.md shows an example of each. ``checks`` interprets the cells
+and checks them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from d3po_core.judgement_files.delimited import PROBLEMS, Cells, ascii_safe, sho
 from d3po_core.judgement_files.image_names import sample_ids
 from d3po_core.people.rater_names import composed
 
-# What a judgement file says of each row, as text; ``said`` is the choice, the rating or the rank.
+# A judgement file's columns, as text; ``said`` is the choice, the rating or the rank.
 COLUMNS = ("sample_id", "other_id", "said", "rater", "judged_at", "seconds", "position", "group_id", "prompt",
            "campaign", "campaign_id", "round")  # fmt: skip
 OPTIONAL = ("rater", "judged_at", "seconds", "position", "prompt", "campaign", "campaign_id", "round")
@@ -31,7 +31,7 @@ OPTIONAL = ("rater", "judged_at", "seconds", "position", "prompt", "campaign", "
 
 @dataclass(frozen=True)
 class Format:
-    """A table format: its kind of judgement, and which column is what; the last needed one holds what was said."""
+    """A table format: its kind of judgement and our names of its columns; the last needed one is ``said``."""
 
     kind: str
     needed: dict[str, str]
@@ -63,10 +63,10 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What the user says of a file that it does not say itself.
+    """Facts about a file that the user gives because the file lacks them.
 
     Attributes:
-        order: the sample of each position of the published D3PO code's list, a list per group.
+        order: the sample at each position of the published D3PO code's list, one list per group.
         columns: the file's name of each column, by ours: ``{"winner": "better", "loser": "worse"}``.
         control: which control of Label Studio counts.
         left: which column of Label Studio's tasks stood on the left.
@@ -85,11 +85,11 @@ NOTHING_SAID = Reading()
 
 @dataclass(frozen=True)
 class JudgementFile:
-    """A file's rows: ``row`` (int64) and ``COLUMNS`` (text, null where empty), not yet checked.
+    """A file's rows: ``row`` (int64) and ``COLUMNS`` (text, null if empty), not checked yet.
 
     Attributes:
         name: the file's, for messages.
-        format: how it was recognised.
+        format: the recognised format.
         kind: choice, rating or rank.
         noun: what a row is called: row, or item in JSON.
         table: the rows that could be read.
@@ -97,8 +97,8 @@ class JudgementFile:
         problems: rows that could not be read: row, column, value, message.
         decimal_comma: whether 1,5 is a number.
         sha256: digest of the file's bytes.
-        fingerprint: what ``delimited.fingerprint`` said when it was read.
-        notes: what was taken for what, for the report.
+        fingerprint: ``delimited.fingerprint`` of the file when it was read.
+        notes: how the file was interpreted, for the report.
     """
 
     name: str
@@ -115,14 +115,14 @@ class JudgementFile:
 
 
 def read_judgement_file(path: Path, reading: Reading = NOTHING_SAID) -> JudgementFile:
-    """Recognise a file and read its rows as text.
+    """Recognise a file's format and read its rows as text.
 
     Args:
         path: CSV (, ; tab or | between cells; UTF-8, UTF-16 or UTF-32), or JSON: records, lines, or lists of numbers.
-        reading: what the user says of the file.
+        reading: facts that the user gives about the file.
 
     Raises:
-        D3POError: the file as a whole cannot be read: the message says why and what to do.
+        D3POError: the file as a whole cannot be read; the message says why and what to do.
     """
     content, before = delimited.read_bytes(path)
     digest = hashlib.sha256(content).hexdigest()
@@ -158,10 +158,10 @@ def _read_json(text: bytes, name: str, reading: Reading) -> JudgementFile:
 
 
 def load_json(text: bytes, name: str) -> Any:
-    """JSON, or JSON lines as a list.
+    """Parse JSON, or JSON lines as a list.
 
     Raises:
-        D3POError: it is neither; says where.
+        D3POError: it is neither; the message says where.
     """
     try:
         try:
@@ -180,7 +180,7 @@ def load_json(text: bytes, name: str) -> Any:
 
 
 def text_of(value: Any) -> str | None:
-    """A JSON value as a cell would say it."""
+    """A JSON value as the text of a cell."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -189,7 +189,7 @@ def text_of(value: Any) -> str | None:
 
 
 def text_array(values: list[str | None]) -> pa.ChunkedArray:
-    """Text as Arrow, also where JSON smuggled in lone surrogates."""
+    """Text as Arrow; lone surrogates from JSON are replaced."""
     try:
         return pa.chunked_array([pa.array(values, pa.string())])
     except UnicodeEncodeError:
@@ -197,7 +197,7 @@ def text_array(values: list[str | None]) -> pa.ChunkedArray:
 
 
 def _cells_of(items: list[Any]) -> Cells:
-    """Records as cells; what is no object is a problem."""
+    """Records as cells; an item that is no object is a problem."""
     names = list(dict.fromkeys(name for item in items if isinstance(item, dict) for name in item))
     bad = [
         {"row": row, "column": "", "value": ascii_safe(text_of(item) or "null"), "message": "is no JSON object"}
@@ -228,7 +228,7 @@ def _canonical(cells: Cells, name: str, noun: str, reading: Reading) -> Judgemen
 
 
 def _renamed(cells: Cells, name: str, columns: Mapping[str, str]) -> Cells:
-    """The cells under our names where the user said which column is which."""
+    """Rename the columns that the user told us about to our names."""
     found = dict(cells.columns)
     known = _KNOWN - label_studio.OWN
     for ours, said in columns.items():
@@ -270,7 +270,7 @@ def _lists(items: list[Any], chosen: str, name: str) -> JudgementFile:
 
 
 def _of_records(records: list[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, dict[str, pa.ChunkedArray]]:
-    """Numbers and text columns of canonical records."""
+    """Row numbers and text columns of canonical records."""
     names = dict.fromkeys(name for _, record in records for name in record)
     columns = {n: delimited.clean(text_array([text_of(record.get(n)) for _, record in records])) for n in names}
     return np.array([row for row, _ in records], dtype=np.int64), columns
@@ -334,7 +334,7 @@ def _file(
 
 
 def _positional(items: list[Any], name: str, order: Sequence[Sequence[str]] | None) -> JudgementFile:
-    """The published code's list: a number for each image, higher is better, a list a prompt.
+    """Read the published code's list: one list per prompt, one number per image, higher is better.
 
     Source: ``load_data_from_json`` in scripts/utils.py of github.com/yk7333/D3PO.
     """
@@ -363,10 +363,10 @@ def _positional(items: list[Any], name: str, order: Sequence[Sequence[str]] | No
 
 
 def load_order(path: Path) -> list[list[str]]:
-    """The samples of a positional list: a sheet's manifest, or a JSON list with a list of sample ids for each group.
+    """The samples of a positional list, from a sheet's manifest or a JSON list of sample ids per group.
 
     Raises:
-        D3POError: the file says something else.
+        D3POError: the file holds something else.
     """
     found = load_json(delimited.utf8(delimited.read_bytes(path)[0], path.name), path.name)
     order = found.get("order") if isinstance(found, dict) else found

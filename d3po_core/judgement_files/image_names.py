@@ -1,4 +1,4 @@
-"""Which image of a campaign a path, an address or a file name means."""
+"""Find the campaign's image that a path, an address or a file name means."""
 
 import re
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -9,15 +9,15 @@ import pyarrow.compute as pc
 from d3po_core.image_ids import SAMPLE
 
 _EXACT = re.compile(SAMPLE)
-# An upload's prefix may stand before the id, a browser's number of the copy and an ending behind it.
+# An upload's prefix may precede the id; a browser's copy number and an extension may follow it.
 _LAST_PART = re.compile(rf"(?:^|[^a-z0-9])({SAMPLE})(?: ?\([0-9]+\))?(?:\.[a-z]+)?$")
 
 
 def sample_id_of(text: str) -> str | None:
-    """The sample id that a text means, None when it means none.
+    """The sample id that a text means, None if it means none.
 
-    Understood are ids, file names, paths of any system, addresses with a query or fragment, and what Label Studio
-    writes: uploads with a prefix, local files in ``?d=``, HTML with the image's ``src``.
+    It understands ids, file names, paths of any system, addresses with a query or fragment, and Label Studio's forms:
+    uploads with a prefix, local files in ``?d=``, HTML with the image's ``src``.
     """
     if _EXACT.fullmatch(text):
         return text
@@ -36,12 +36,12 @@ def sample_id_of(text: str) -> str | None:
 
 
 def names_sample(value: object) -> bool:
-    """Whether a value is text that means an image of a campaign."""
+    """Return whether a value is text that means an image of a campaign."""
     return isinstance(value, str) and sample_id_of(value) is not None
 
 
 def sample_ids(cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The sample that each cell means; the cell itself where it means none."""
+    """The sample that each cell means, or the cell itself if it means none."""
     known = pc.fill_null(pc.match_substring_regex(cells, f"^{SAMPLE}$"), True)
     if pc.all(known).as_py() is not False:
         return cells

@@ -1,4 +1,4 @@
-"""Import people's judgements: everything is checked before anything is written, and a file is written whole or not."""
+"""Import people's judgements: check everything before writing anything, and write a whole file or none."""
 
 import hashlib
 import json
@@ -47,18 +47,18 @@ def import_file(
     control: str | None = None,
     left: str | None = None,
 ) -> ImportReport:
-    """Check a file of judgements and, when all of it is right, add it to a round. Needs no lock: it only adds a file.
+    """Check a file of judgements and, if it is right, add it to a round. It only adds a file, so it needs no lock.
 
     Args:
         campaign_folder: the campaign's folder.
         campaign_name: its name.
         path: the file, in one of the formats of docs/judgements.md.
-        round_number: the round; when not given the one that the file's ids name, else the last that was sampled.
+        round_number: the round; by default the one that the file's ids name, else the last sampled one.
         rater: who judged the rows that do not say it.
         dry_run: check and report only.
         accept_valid: write the good rows of a file that has bad ones.
         gold: the judgements are known answers to gold questions.
-        late: keep judgements of a round whose preferences were derived before.
+        late: keep judgements of a round whose preferences are already derived.
         order: of a positional list: a manifest's path, or ``sampled`` for groups and members as they were sampled.
         scale: words of an ordered scale of ratings, the worst first.
         columns: the file's name of each column, by ours, such as ``{"winner": "better"}``.
@@ -90,7 +90,7 @@ def import_file(
     if accepted and not dry_run and not already and len(rows):
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(target.parent):  # or two imports of the same file could both find it missing
+        with exclusive(target.parent):  # else two imports of one file could both find it missing
             already = target.exists()
             if not already:
                 written = write_table(campaign_folder, "judgements", number, rows, name=source)
@@ -108,7 +108,7 @@ def import_file(
 
 
 def renaming(said: str | None) -> dict[str, str]:
-    """The file's name of each column by ours, of a text such as ``winner=better,loser=worse``.
+    """Parse a text such as ``winner=better,loser=worse`` into the file's column names by ours.
 
     Raises:
         D3POError: a part has no ``=``.
@@ -121,14 +121,14 @@ def renaming(said: str | None) -> dict[str, str]:
 
 
 def sampled_rounds(campaign_folder: Path) -> list[int]:
-    """Rounds whose images were all sampled, in order; one whose table is gone since is not left out."""
+    """Completely sampled rounds, in order; a round stays listed if its table was lost."""
     files = {path.relative_to(campaign_folder).as_posix() for path in campaign_folder.glob(f"{_SAMPLES}*/part.parquet")}
     files |= {name for name in noted_names(campaign_folder) if name.startswith(_SAMPLES)}
     return sorted(int(name.removeprefix(_SAMPLES).partition("/")[0]) for name in files)
 
 
 def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -> pa.Table:
-    """sample_id, group_id, member, prompt and image_path of a round, in the order in which they were sampled.
+    """sample_id, group_id, member, prompt and image_path of a round, in sampling order.
 
     Raises:
         D3POError: the round has no samples.
@@ -142,7 +142,7 @@ def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -
 
 
 def sampled_order(samples: pa.Table) -> list[list[str]]:
-    """Sample ids of each group, groups and members as they were sampled."""
+    """Sample ids per group; groups and members in sampling order."""
     groups: dict[str, list[str]] = {}
     for group, sample in zip(samples["group_id"].to_pylist(), samples["sample_id"].to_pylist(), strict=True):
         groups.setdefault(group, []).append(sample)
@@ -157,12 +157,12 @@ def _order(
         return sampled_order(read_samples(folder, campaign, number))
     if order is not None:
         return load_order(Path(order))
-    manifest = path.parent / MANIFEST  # a sheet's folder says it by itself
+    manifest = path.parent / MANIFEST  # a sheet's folder holds it
     return load_order(manifest) if _manifest(manifest) and path.suffix == ".json" and path.name != MANIFEST else None
 
 
 def _manifest(path: Path) -> dict[str, object]:
-    """A sheet's manifest; empty when the file is something else."""
+    """A sheet's manifest; empty if the file is something else."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -197,7 +197,7 @@ def _round_of(folder: Path, campaign: str, file: JudgementFile, asked: int | Non
 
 
 def _of_round(folder: Path, file: JudgementFile, number: int) -> tuple[JudgementFile, dict[int, int]]:
-    """The file without the rows of other rounds of the campaign, and how many those are by round."""
+    """The file without rows of the campaign's other rounds, and the number of those per round."""
     own, other = (
         pc.cast(pc.struct_field(pc.extract_regex(file.table[name], ROUND_OF_SAMPLE), "n"), pa.int64())
         for name in ("sample_id", "other_id")
@@ -206,14 +206,14 @@ def _of_round(folder: Path, file: JudgementFile, number: int) -> tuple[Judgement
     rounds = pc.if_else(pc.fill_null(of_one, False), pc.fill_null(own, number), pa.scalar(number))  # else an error
     others = [other for other in sampled_rounds(folder) if other != number]
     away = pc.is_in(rounds, pa.array(others, pa.int64()))
-    if pc.all(away).as_py() or not pc.any(away).as_py():  # all of it: the checks say so
+    if pc.all(away).as_py() or not pc.any(away).as_py():  # if all rows are, the checks report it
         return file, {}
     counts = {count["values"]: count["counts"] for count in pc.value_counts(rounds.filter(away)).to_pylist()}
     return replace(file, table=file.table.filter(pc.invert(away))), counts
 
 
 def _not_on_record(folder: Path, number: int, rows: pa.Table, file: JudgementFile) -> tuple[pa.Table, int]:
-    """The rows that nobody's import said before with the same time, and the number of the others."""
+    """The rows not yet on record with the same time, and the number of the others."""
     if not len(rows) or file.table["judged_at"].null_count == len(file.table):
         return rows, 0
     numbered = rows.append_column("place", pa.array(range(len(rows)), pa.int64()))
@@ -230,7 +230,7 @@ def _not_on_record(folder: Path, number: int, rows: pa.Table, file: JudgementFil
 
 
 def _whose(path: Path, file: JudgementFile) -> list[str]:
-    """A warning when nothing tells which campaign the file is of."""
+    """A warning if nothing tells which campaign the file belongs to."""
     told = any(file.table[name].null_count < len(file.table) for name in ("campaign", "campaign_id", "prompt"))
     if told or _manifest(path.parent / MANIFEST):
         return []
@@ -258,7 +258,7 @@ def _scope(folder: Path, campaign: str, number: int, rater: str | None, gold: bo
             "SELECT max(judged_at)::TIMESTAMP FROM judgements WHERE round = $round AND rater_kind != 'proxy'",
             {"round": number},
         ).fetchall()
-    # What is imported later was said later, also when the clock was set back in between.
+    # A later import must count as said later, even if the clock was set back.
     now = datetime.now(UTC).replace(tzinfo=None)
     now = max(now, last + timedelta(microseconds=1)) if last else now
     own_id = campaign_id(folder) if (folder / CAMPAIGN_FILE).exists() else ""

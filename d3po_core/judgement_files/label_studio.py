@@ -1,7 +1,7 @@
-"""Label Studio's exports: raw JSON, storage files, JSON-MIN and CSV, as judgements of one kind.
+"""Read Label Studio's exports (raw JSON, storage files, JSON-MIN and CSV) as judgements of one kind.
 
-Shapes as its converter writes them (label-studio-sdk, converter/converter.py and converter/exports/csv2.py): raw JSON
-keeps each result's ``type`` and ``from_name``; JSON-MIN and CSV have a column per control, without the type.
+Shapes follow its converter (label-studio-sdk, converter/converter.py and converter/exports/csv2.py): raw JSON keeps
+each result's ``type`` and ``from_name``; JSON-MIN and CSV have one column per control, without the type.
 """
 
 import json
@@ -16,7 +16,7 @@ from d3po_core.judgement_files.words import BAD, CHOICES, GOOD, SKIPS
 
 # Columns of every export; the others are the task's data and the controls.
 OWN = frozenset({"annotator", "annotation_id", "created_at", "updated_at", "lead_time", "id", "agreement", "history"})
-# The key under which a result of each judging type says its value.
+# For each judging type, the key that holds a result's value.
 TYPES = {"pairwise": "selected", "rating": "rating", "ranker": "ranker", "choices": "choices"}
 _WORDS = frozenset((*CHOICES, *GOOD, *BAD, *SKIPS))
 _OF_TASK = ("prompt", "group_id", "position", "campaign", "round")
@@ -25,7 +25,7 @@ _ENDS = (("left", "right"), ("first", "second"), ("a", "b"), ("A", "B"), ("0", "
 
 @dataclass(frozen=True)
 class Result:
-    """What one control says: its name, its type, the value, and the tag of the image (empty when not told)."""
+    """One control's result: its name, type and value, and the image's tag (empty if unknown)."""
 
     control: str
     type: str
@@ -35,7 +35,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What one person said of a task; ``judged`` is false for a task that nobody annotated."""
+    """One person's results on a task; ``judged`` is false if nobody annotated the task."""
 
     row: int
     data: dict[str, Any]
@@ -46,7 +46,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Judgements:
-    """Rows of one kind, each with its number, the file's names of the columns, and what was taken for what."""
+    """Numbered rows of one kind, the file's column names, and notes on the interpretation."""
 
     kind: str
     rows: list[tuple[int, dict[str, Any]]]
@@ -55,12 +55,12 @@ class Judgements:
 
 
 def is_export(columns: dict[str, Any]) -> bool:
-    """Whether the columns are those of a CSV or JSON-MIN export."""
+    """Return whether the columns are those of a CSV or JSON-MIN export."""
     return {"annotator", "annotation_id"} <= columns.keys()
 
 
 def is_raw(items: list[Any]) -> bool:
-    """Whether a JSON list holds tasks with their annotations, or annotations with their task (target storage)."""
+    """Return whether a JSON list holds tasks with annotations, or annotations with their task (target storage)."""
     return any(
         isinstance(item, dict) and (isinstance(item.get("annotations"), list) or _stored(item)) for item in items
     )
@@ -71,7 +71,7 @@ def _stored(item: dict[str, Any]) -> bool:
 
 
 def of_tasks(tasks: list[Any]) -> Iterator[Annotation | int]:
-    """The annotations of raw tasks; the number alone of an item that is none."""
+    """The annotations of raw tasks; an item that is none gives only its number."""
     row = 0
     for task in tasks:
         if isinstance(task, dict) and _stored(task):
@@ -109,7 +109,7 @@ def _annotation(row: int, data: dict[str, Any], annotation: Any) -> Annotation |
 def of_columns(
     columns: dict[str, list[str | None]], rows: Sequence[int], control: str | None, scale: Sequence[str]
 ) -> list[Annotation]:
-    """The annotations of a CSV or JSON-MIN export: each column is a control's or the tasks' data."""
+    """The annotations of a CSV or JSON-MIN export; each column is a control or task data."""
     parsed = {key: [_parsed(cell) for cell in cells] for key, cells in columns.items() if key not in OWN}
     types = {key: kind for key, cells in parsed.items() if (kind := _type(key, cells, control, scale))}
     found = []
@@ -138,7 +138,7 @@ def _parsed(cell: str | None) -> Any:
 
 
 def _type(key: str, cells: list[Any], control: str | None, scale: Sequence[str]) -> str | None:
-    """The type of the control that a column belongs to; None when it holds the tasks' data."""
+    """The type of a column's control, None if the column holds task data."""
     for cell in cells:
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict):
@@ -159,14 +159,14 @@ def judgements(
     """The judgements of one control, or of one rating per image.
 
     Args:
-        annotations: what people said.
+        annotations: people's annotations.
         name: the file's, for messages.
-        control: the control that counts, when several judge.
+        control: the control that counts, if several judge.
         left: the data column whose image stood on the left.
         scale: words of an ordered scale of ratings.
 
     Raises:
-        D3POError: no control judges, several do, or the images cannot be told.
+        D3POError: no control judges, several do, or the images cannot be identified.
     """
     if not any(annotation.judged for annotation in annotations):
         raise D3POError(f"{name}: its tasks have no annotations; label and submit some, then export again")
@@ -203,7 +203,7 @@ def _rest(annotation: Annotation, said: Any) -> dict[str, Any]:
 
 
 def _said(annotation: Annotation, chosen: list[str]) -> Any:
-    """What the control says; an annotation without a result was skipped."""
+    """The control's value; an annotation without a result was skipped."""
     values = [result.value for result in annotation.results if result.control in chosen]
     value = values[0] if len(values) == 1 else values or "skip"
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -245,12 +245,12 @@ def _image_columns(annotations: list[Annotation]) -> list[str]:
 
 
 def _end(text: str) -> str:
-    """What tells a name from its siblings: the digits or the side at its end."""
+    """The ending that distinguishes a name from its siblings: digits or a side."""
     return next((end for ends in _ENDS for end in ends if text.endswith(end) and len(end) > 1), text[-1:])
 
 
 def _ratings(annotations: list[Annotation], chosen: list[str], columns: list[str], name: str) -> Judgements:
-    """A rating per image of a task: the tag that a control stands at names the image's column."""
+    """One rating per image of a task; the tag of a control names the image's column."""
     tags = sorted({r.image or r.control for a in annotations for r in a.results if r.control in chosen})
     of_tag: dict[str, str] = {}
     for tag in tags:
@@ -270,7 +270,7 @@ def _ratings(annotations: list[Annotation], chosen: list[str], columns: list[str
 
 
 def _ranks(annotations: list[Annotation], chosen: list[str]) -> Judgements:
-    """The order that a ranker or its one bucket holds, the best first; items of a list are found by their id."""
+    """The order in a ranker or its only bucket, the best first; items of a list are found by id."""
     rows: list[tuple[int, dict[str, Any]]] = []
     for a in annotations:
         images = {
@@ -294,10 +294,10 @@ def _ranks(annotations: list[Annotation], chosen: list[str]) -> Judgements:
 
 
 def _from_left(found: list[str], name: str, left: str | None) -> list[str]:
-    """Two columns in the order in which they stand on the screen, as ``left`` or their names tell it.
+    """Sort two columns by their place on the screen, given by ``left`` or their names.
 
     Raises:
-        D3POError: neither tells an order; a guess would turn every preference round.
+        D3POError: neither gives an order; a wrong guess would reverse every preference.
     """
     if left is not None:
         if left not in found:

@@ -1,4 +1,4 @@
-"""What follows from imported judgements: how many pairs they put in order, and which groups they leave without one."""
+"""Summarize imported judgements: how many pairs they order, and which groups they leave without a pair."""
 
 import duckdb
 import pyarrow as pa
@@ -28,11 +28,11 @@ LEFT JOIN counted USING (group_id)
 
 
 def outcome(good: pa.Table, file: JudgementFile) -> list[str]:
-    """What good rows of a file say, as lines: pairs in order, groups with one, groups without one and why.
+    """Summary lines for a file's good rows: ordered pairs, groups with one, groups without and why.
 
     Args:
         good: rows of ``judgements``, of one kind.
-        file: the file that they are of.
+        file: the file that they come from.
     """
     if not len(good):
         return []

@@ -1,4 +1,4 @@
-"""Preference data sets in the shapes in which they are published, as rows of choices and ranks.
+"""Read published preference data sets as rows of choices and ranks.
 
 Sources: the columns of Pick-a-Pic v2 (huggingface.co/datasets/yuvalkirstain/pickapic_v2), the files of HPDv2
 (huggingface.co/datasets/ymhao/HPDv2: train.json, test.json), and ImageReward's test file (data/test.json of
@@ -15,19 +15,19 @@ import pyarrow as pa
 WINNERS = (("winner", "loser"), ("chosen", "rejected"), ("image_w", "image_l"), ("good_jpg", "bad_jpg"))
 PICK_A_PIC = ("image_0_uid", "image_1_uid", "label_0", "label_1")
 PICK_A_PIC_OTHERS = {"user_id": "rater", "created_at": "judged_at", "caption": "prompt", "round": "round"}
-# Keys of records with a list of images, and the key of what was said of each.
+# Keys of records with a list of images, and the key of the value of each image.
 _LISTS = {"HPDv2 pairs": ("image_path", "human_preference"), "HPDv2 ranks": ("image_path", "rank"),
           "ImageReward": ("generations", "ranking")}  # fmt: skip
 LIST_KEYS = frozenset(key for keys in _LISTS.values() for key in keys)
 
 
 def winner_columns(found: set[str]) -> tuple[str, str] | None:
-    """The columns of the better and the worse image, if a table has them."""
+    """The columns of the better and the worse image, None if the table lacks them."""
     return next((names for names in WINNERS if set(names) <= found), None)
 
 
 def pick_a_pic_choices(columns: dict[str, pa.ChunkedArray]) -> list[str | None]:
-    """What each row of Pick-a-Pic says: first, second or tie; None where nobody chose (``has_label`` is false)."""
+    """The choice in each row of Pick-a-Pic: first, second or tie; None if ``has_label`` is false."""
     first, second = columns["label_0"].to_pylist(), columns["label_1"].to_pylist()
     labelled = columns["has_label"].to_pylist() if "has_label" in columns else ["true"] * len(first)
     return [
@@ -44,12 +44,12 @@ def _choice(first: str | None, second: str | None) -> str | None:
     except ValueError:
         better = worse = math.nan
     if math.isnan(better) or math.isnan(worse):
-        return f"{first} and {second}"  # no choice; the checks say so with its row
+        return f"{first} and {second}"  # no choice; the checks report it with its row
     return "tie" if better == worse else "first" if better > worse else "second"
 
 
 def list_format(items: list[Any]) -> str | None:
-    """The name of the format of records with lists of images, if they have one."""
+    """The format of records with lists of images, None if they have none."""
     for name, keys in _LISTS.items():
         if any(isinstance(item, dict) and all(isinstance(item.get(key), list) for key in keys) for item in items):
             return name
@@ -57,7 +57,7 @@ def list_format(items: list[Any]) -> str | None:
 
 
 def rows_of_lists(items: list[Any], chosen: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Number and record of every judgement in records with lists of images; a text says why an item has none."""
+    """Number and record of each judgement in records with lists; a text tells why an item has none."""
     images_key, said_key = _LISTS[chosen]
     for number, item in enumerate(items, 1):
         images = item.get(images_key) if isinstance(item, dict) else None
@@ -84,7 +84,7 @@ def _pair(item: dict[str, Any], images: list[Any], said: list[Any]) -> dict[str,
 
 
 def _rankings(item: dict[str, Any], consensus: list[Any]) -> list[tuple[Any, list[Any]]]:
-    """Each person's ranks where the record tells them, else what was agreed."""
+    """Each person's ranks if the record has them, else the consensus."""
     people, ranks = item.get("user_hash"), item.get("raw_annotations")
     if isinstance(people, list) and isinstance(ranks, list) and len(people) == len(ranks) > 0:
         return [(who, ranked if isinstance(ranked, list) else []) for who, ranked in zip(people, ranks, strict=True)]

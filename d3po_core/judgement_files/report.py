@@ -1,4 +1,4 @@
-"""What an import of judgements found and did, and how it is told."""
+"""The report of an import of judgements, and its text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,22 +20,22 @@ class ImportReport:
         file: the file's name.
         campaign: the campaign's name.
         round_number: the round that the judgements belong to.
-        format: how the file was recognised.
+        format: the recognised format.
         noun: what its rows are called.
-        num_rows: rows of the file, the header not counted.
+        num_rows: rows of the file, without the header.
         num_good: rows that are right.
-        num_bad: rows that are not.
-        num_empty: rows in which nothing was filled in; they are left out.
-        raters: how many good rows each rater has.
+        num_bad: rows that are wrong.
+        num_empty: rows that are not filled in; they are left out.
+        raters: number of good rows per rater.
         problems: row, column, value and message of everything that is wrong.
-        written: the Parquet file with the judgements, None when nothing was written.
+        written: the Parquet file with the judgements, None if nothing was written.
         already: the same file was imported before; nothing changed.
-        late: the round's preferences were derived before; its training does not change any more.
-        accepted: the file is right, or its good rows were asked for; false when it must be corrected.
-        num_repeated: rows that say at the same time what another row of the file says; kept once.
-        num_known: rows that an earlier import or the page put on record already.
-        elsewhere: rows of other rounds by round; they are left out.
-        notes: what was taken for what, and what follows.
+        late: the round's preferences are already derived; its training does not change any more.
+        accepted: the file is right, or the user asked for its good rows; false if it must be corrected.
+        num_repeated: rows that repeat another row of the file with the same time; kept once.
+        num_known: rows that are on record already, from an earlier import or the page.
+        elsewhere: number of rows of each other round; they are left out.
+        notes: how the file was interpreted, and the outcome.
     """
 
     file: str
@@ -59,7 +59,7 @@ class ImportReport:
     notes: tuple[str, ...] = ()
 
     def problem_lines(self) -> Iterator[str]:
-        """A line for everything that is wrong: file, row, column, value, and what to do."""
+        """One line per problem: file, row, column, value, and what to do."""
         for batch in self.problems.to_batches(max_chunksize=10_000):
             for problem in batch.to_pylist():
                 said = [problem["column"], "" if problem["value"] is None else shown(problem["value"])]
@@ -67,7 +67,7 @@ class ImportReport:
                 yield f"{self.file} {self.noun} {problem['row']}: {what}"
 
     def summary(self) -> list[str]:
-        """What happened, and the first problems, as lines to print."""
+        """The outcome and the first problems, as lines to print."""
         place = f"round {self.round_number} of campaign {self.campaign!r}"
         lines = [line for line, _ in zip(self.problem_lines(), range(MAX_LINES), strict=False)]
         if len(self.problems) > MAX_LINES:
@@ -100,7 +100,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def write_problems(report: ImportReport, path: Path) -> Path:
-    """Write all problems of a report as lines of text, whole or not at all."""
+    """Write all problems of a report as lines of text, as a whole file or none."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in report.problem_lines())
     return path

@@ -1,6 +1,6 @@
-"""What must hold of imported judgements, as SQL.
+"""The rules for imported judgements, as SQL.
 
-Every check is a column, a condition that finds its bad rows, and what is said of them after row, column and value.
+Every check is a column, a condition that finds its bad rows, and a message that follows row, column and value.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from d3po_core.judgement_files.words import BAD, BETWEEN, CHOICES, GOOD, SKIPS
 from d3po_core.people.rater_names import name_problem, other_spellings
 
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-# As far as zones go: -12:00 to +14:00, and what databases allow beyond.
+# Real zones are -12:00 to +14:00; databases allow somewhat more.
 _OFFSET = r"[+-](0[0-9]|1[0-5])(:?[0-5][0-9])?"
 _ZONE = rf"\s?([Zz]|{_OFFSET})$"
 _TIME = (
@@ -28,7 +28,7 @@ _TIME = (
 
 @dataclass(frozen=True)
 class Scope:
-    """What a file is checked against.
+    """The round, raters and settings that a file is checked against.
 
     Attributes:
         campaign: the campaign's name.
@@ -36,11 +36,11 @@ class Scope:
         samples: sample_id, group_id, member and prompt of the round's images.
         rater: who judged the rows that do not say it.
         rater_kind: human or gold.
-        raters: rater and rater_kind of everybody who judged the round before.
-        now: naive UTC; when rows without a time count as judged.
+        raters: rater and rater_kind of everybody who has judged the round.
+        now: naive UTC; the time of rows without one.
         scale: words of an ordered scale, the worst first; empty for numbers and good or bad.
-        names: names of everybody who judged the campaign before.
-        campaign_id: the campaign's own id, which tells it from another one of the same name.
+        names: names of everybody who has judged the campaign.
+        campaign_id: the campaign's own id, which differs from that of a namesake.
     """
 
     campaign: str
@@ -56,7 +56,7 @@ class Scope:
 
 
 def macros(decimal_comma: bool) -> str:
-    """SQL functions that read numbers and times; they give null for what is none."""
+    """SQL functions that read numbers and times; they return null for invalid text."""
     text = r"if(regexp_full_match(x, '[+-]?[0-9]+,[0-9]+'), replace(x, ',', '.'), x)" if decimal_comma else "x"
     return rf"""
     CREATE MACRO as_real(x) AS if(regexp_full_match(x, '{_NUMBER}'), try_cast(x AS DOUBLE), NULL);
@@ -74,7 +74,7 @@ def macros(decimal_comma: bool) -> str:
 
 
 def value_sql(kind: str, scale: Sequence[str]) -> str:
-    """SQL for the number that a cell says; null where it says none."""
+    """SQL for the number in a cell; null if there is none."""
     words: dict[str, float] = {}
     if kind == "choice":
         words = dict(CHOICES)
@@ -89,7 +89,7 @@ def value_sql(kind: str, scale: Sequence[str]) -> str:
         words = dict.fromkeys(GOOD, 1) | dict.fromkeys(BAD, 0) | dict.fromkeys(BETWEEN, 0.5)
     cases = " ".join(f"WHEN {_quoted(word)} THEN {number}" for word, number in words.items())
     numbers = "NULL" if kind == "choice" or scale else "number(said)"
-    if kind == "choice":  # the chosen image's own id is no guess either
+    if kind == "choice":  # the chosen image's own id is unambiguous too
         numbers = "CASE WHEN said = sample_id THEN 1 WHEN said = other_id THEN -1 END"
     return f"CASE lower(said) {cases} ELSE {numbers} END" if cases else numbers
 
@@ -171,7 +171,7 @@ def _name_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, 
 
 def _sample_checks(column: str, group: str, scope: Scope) -> Iterator[tuple[str, str, str]]:
     here = f"round {scope.round_number} of campaign {_quoted(scope.campaign)}".replace("'", "''")
-    # Of the file's row: alone, sample_id would be that of the samples that the message looks through.
+    # Use the file's row: a bare sample_id would be that of the samples in the message's subquery.
     named = rf"regexp_extract(said.{column}, '^({GROUP}){MEMBER}$', 1)"
     its_round = rf"regexp_extract(said.{column}, '^r([0-9]+)-g[0-9]+{MEMBER}$', 1)"
     yield column, f"{column} IS NULL", "'is empty; expected the id of an image'"
@@ -219,14 +219,14 @@ def _said_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, 
 
 
 def _in_threes(separator: str) -> str:
-    """Numbers whose digits are grouped in threes, such as 1,250 and 12,345,678."""
+    """Regular expression for digits grouped in threes, such as 1,250 and 12,345,678."""
     return rf"[+-]?[1-9][0-9]{{0,2}}(\{separator}[0-9]{{3}})+"
 
 
 def _ambiguous_separators(file: JudgementFile) -> list[str]:
-    """Separators that group digits in threes and of which no cell of the column shows that they mark a fraction.
+    """Separators that group digits in threes, if no cell of the column shows that they mark a fraction.
 
-    A point marks a fraction in files that have no comma for it; a comma is no number at all in those.
+    In files without a decimal comma, a point marks a fraction and a comma is no number at all.
     """
     cells = pc.unique(pc.drop_null(file.table["said"]))
     found = []

@@ -1,4 +1,4 @@
-"""Sheets for raters without the page: a folder with the images, a CSV to fill in, and a page that opens offline."""
+"""Sheets for raters without the page: a folder with images, a CSV to fill in, and a page that works offline."""
 
 import csv
 import io
@@ -60,7 +60,7 @@ figcaption { font: 0.85rem ui-monospace, monospace }
 
 @dataclass(frozen=True)
 class SheetReport:
-    """A sheet that was written: its folder, round, mode, number of rows to fill in, and images."""
+    """A written sheet: its folder, round, mode, number of rows to fill in, and images."""
 
     folder: Path
     round_number: int
@@ -78,28 +78,28 @@ def export_sheet(
     seed: int | None = None,
     groups: Collection[str] | None = None,
 ) -> SheetReport:
-    """Write what a rater without the page needs, whole or not at all; ``d3po import`` reads the filled-in CSV.
+    """Write a sheet for a rater without the page, whole or not at all; ``d3po import`` reads the filled-in CSV.
 
-    The order of a group's images is drawn for each sheet, so that no image stands first for every rater; it is
+    Each sheet draws its own order of a group's images, so that no image comes first for every rater. The order is
     recorded as ``position`` and in the manifest.
 
     Args:
         config: the campaign.
-        folder: where to; must not exist yet, or be empty.
-        round_number: the round; the last that was sampled when not given.
-        mode: what the rater does; the campaign's ``judge.people.mode`` when not given.
-        rater: name that is filled in already.
-        seed: of the order; follows from campaign, round and rater when not given.
-        groups: ids of the groups to judge; all of the round when not given.
+        folder: the new folder; it must not exist yet, or be empty.
+        round_number: the round; by default the last sampled one.
+        mode: what the rater does; by default the campaign's ``judge.people.mode``.
+        rater: name to fill in already.
+        seed: of the order; by default it follows from campaign, round and rater.
+        groups: ids of the groups to judge; by default all of the round.
 
     Raises:
-        D3POError: no such round, group or image; or the folder holds something.
+        D3POError: no such round, group or image; or the folder is not empty.
     """
     sampled = sampled_rounds(config.folder)
     number = round_number if round_number is not None else max(sampled, default=1)
     people = rules_of(config.folder, number).judge.people
     mode = mode or people.mode
-    # From text, so that the same sheet is drawn again by any Python; torch's generators would take seconds to load.
+    # Seeded by text, so any Python draws the same sheet; torch's generators would take seconds to load.
     generator = random.Random(f"{config.seed} {config.campaign} {number} {rater}" if seed is None else str(seed))
     chosen = _shuffled(config, number, generator, groups)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -123,7 +123,7 @@ def export_sheet(
 
 
 def csv_text(header: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    """CSV whose cells no spreadsheet runs as formulas; a column that a row lacks is empty."""
+    """CSV whose cells no spreadsheet runs as formulas; missing columns of a row are empty."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\r\n")
     writer.writerow(header)
@@ -183,7 +183,7 @@ def _write(folder: Path, table: str, page: str, manifest: dict[str, Any], images
                 shutil.copyfile(image, temporary / IMAGES / image.name)
             except FileNotFoundError:
                 raise D3POError(f"{image} is missing; restore it, or sample the round again") from None
-        # With a byte order mark: spreadsheets take a CSV without one for their country's old encoding.
+        # Without a byte order mark, spreadsheets read a CSV in their country's old encoding.
         (temporary / CSV_FILE).write_bytes(b"\xef\xbb\xbf" + table.encode())
         (temporary / PAGE_FILE).write_text(page, encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

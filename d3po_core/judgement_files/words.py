@@ -1,4 +1,4 @@
-"""The words that every format of judgements knows, in lower case, and what they mean."""
+"""The words that every format of judgements knows, in lower case, and their meaning."""
 
 CHOICES = {
     **dict.fromkeys(("first", "left"), 1),
@@ -10,6 +10,6 @@ CHOICES = {
 }
 GOOD = ("good", "yes", "true", "win", "exclusive_win", "accept", "wahr", "vrai")
 BAD = ("bad", "no", "false", "lose", "exclusive_lose", "reject", "falsch", "faux")
-# Diffusion-KTO's images that won some comparisons and lost others: between good and bad.
+# Diffusion-KTO's images that won some comparisons and lost others count as between good and bad.
 BETWEEN = ("intersections", "win_lose", "tie")
 SKIPS = ("skip", "not sure", "unsure", "don't know", "no opinion")

@@ -1,4 +1,4 @@
-"""Who may judge: a token for every rater's name, in one file that only its owner can read."""
+"""Control who may judge: one token per rater's name, in a file that only its owner can read."""
 
 import hashlib
 import hmac
@@ -16,7 +16,7 @@ from d3po_core.store.files import disk_errors, exclusive
 
 RATERS_FILE = "raters.json"
 
-# A secret too short to be one would let anybody in, an empty one even those without a cookie.
+# A short secret would let anybody in, and an empty one even those without a cookie.
 _Secret = Annotated[str, Field(min_length=32, max_length=256, pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -28,11 +28,11 @@ class _File(BaseModel):
 
 
 class AccessError(D3POError):
-    """The file of the raters cannot be used, so that nobody can be let in; says where it lies."""
+    """The raters' file cannot be used, so nobody can be let in; the message names the file."""
 
 
 class Raters:
-    """The raters' tokens; a rater who is added by another process is known at once.
+    """The raters' tokens; a rater that another process adds is known at once.
 
     Args:
         data: the data folder.
@@ -45,10 +45,10 @@ class Raters:
         self._values = _File(secret=secrets.token_hex(32), raters={})
 
     def token(self, rater: str) -> str:
-        """A rater's token, made when the name is new.
+        """A rater's token, created for a new name.
 
         Raises:
-            D3POError: the name has characters it may not have, or the file cannot be written.
+            D3POError: the name is not valid, or the file cannot be written.
         """
         if problem := name_problem(rater):
             raise D3POError(f"rater {rater!r}: {problem}; give --rater such a name")
@@ -64,7 +64,7 @@ class Raters:
         return sorted(self._read().raters)
 
     def rater_of(self, token: str) -> str | None:
-        """Whose token it is; takes as long for a wrong token as for a right one."""
+        """The rater with this token, None if wrong; a wrong token takes as long as a right one."""
         found = None
         for rater, known in self._read().raters.items():
             if hmac.compare_digest(known.encode(), token.encode(errors="replace")):
@@ -72,7 +72,7 @@ class Raters:
         return found
 
     def opaque(self, *parts: str) -> str:
-        """A name for something that says nothing about it, and is the same after a restart."""
+        """A name that reveals nothing about the parts, and stays the same after a restart."""
         key = bytes.fromhex(self._read().secret)
         return hashlib.blake2b("\x1f".join(parts).encode(), key=key, digest_size=16).hexdigest()
 
@@ -98,7 +98,7 @@ class Raters:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with disk_errors(self.path):
             temporary.unlink(missing_ok=True)
-            # Private from its first byte on, not only after it is whole.
+            # Private from its first byte, not only once it is complete.
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
                 stream.write(values.model_dump_json(indent=1))
             os.replace(temporary, self.path)

@@ -1,10 +1,10 @@
-"""The web application of the labelling page; every page is rendered here, and a little JavaScript exchanges its middle.
+"""The labelling page's web application; it renders every page, and a little JavaScript replaces the page's middle.
 
 /                 campaigns and blind comparisons that wait for people
 /enter?key=TOKEN  turns the token of a link into a cookie
 /c/NAME           the labelling page of a campaign, or as /c/CAMPAIGN~ID of a blind comparison; /next, /judge and /undo
                   below it answer with the middle of the page
-/i/TOKEN          an image, by a name that says nothing about it and is another one for every rater
+/i/TOKEN          an image, under a name that reveals nothing and differs for every rater
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from d3po_core.ways import WAYS
 COOKIE = "d3po_label"
 COOKIE_SECONDS = 60 * 60 * 24 * 90
 WATCH_SECONDS = 2.0
-# What took longer was left lying; the page says null then.
+# A longer time means that the rater was away; the page then sends null.
 MAX_SECONDS = 60 * 60 * 24
 MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png",
          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
@@ -47,7 +47,7 @@ Submission = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Judged(BaseModel):
-    """What the page sends when a rater has judged or skipped."""
+    """The page's message when a rater has judged or skipped."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -59,7 +59,7 @@ class Judged(BaseModel):
 
 
 class Undone(BaseModel):
-    """What the page sends when a rater takes back an entry."""
+    """The page's message when a rater takes back an entry."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,7 +68,7 @@ class Undone(BaseModel):
 
 
 class _Page:
-    """What the routes share: campaigns, raters, templates, and the table of image names."""
+    """State that the routes share: campaigns, raters, templates, and the table of image names."""
 
     def __init__(self, data: Path, make_desk: MakeDesk, per_second: float) -> None:
         self._data, self.raters, self.desks = data, Raters(data), Desks(data / "runs", make_desk)
@@ -90,7 +90,7 @@ class _Page:
         return self.raters.rater_of(request.cookies.get(COOKIE, ""))
 
     def shown(self, text: str) -> str:
-        """A message for raters: where the data folder lies is nothing to them."""
+        """A message for raters, without the path of the data folder."""
         return text.replace(f"{self._data}/", "")
 
     def image_url(self, rater: str, deck: Deck, sample_id: str) -> str:
@@ -99,7 +99,7 @@ class _Page:
         return f"/i/{token}"
 
     def image(self, rater: str, token: str) -> Path | None:
-        if token not in self._images:  # a page from before a restart: name all images that it may show
+        if token not in self._images:  # the page is older than a restart: name all images that it may show
             for deck in self.desks.decks():
                 if (rater, deck.sampling) not in self._named:
                     self._named.add((rater, deck.sampling))
@@ -108,7 +108,7 @@ class _Page:
         return self._images.get(token)
 
     def middle(self, rater: str, desk: Desk) -> str:
-        """The page's middle for what the rater sees now."""
+        """The page's middle for the rater's current view."""
         view = desk.view(rater)
         images, ahead = (
             [self.image_url(rater, view.deck, sample_id) for sample_id in ids] if view.deck else []
@@ -137,9 +137,9 @@ def create_app(
         priority: see ``desk.Desk``.
         mode: how people judge, in place of the configuration's.
         hosts: names by which the page may be reached.
-        per_second: how many judgements a second a rater may send; three times as many at once.
+        per_second: judgements per second that a rater may send; bursts may be three times as large.
         retry_seconds: pause after ``on_complete`` or ``on_compared`` raised.
-        on_compared: called likewise when people have judged a blind comparison of a round; wakes nothing.
+        on_compared: called likewise when people have judged a blind comparison of a round; it wakes no run.
     """
 
     def make_desk(folder: Path, comparison: str | None) -> Desk:
@@ -151,7 +151,7 @@ def create_app(
     ended = threading.Event()
 
     def watch() -> None:
-        # Rounds end without a request too: by judgements that are brought in, or before this server was started.
+        # Rounds also end without a request: by imported judgements, or before this server started.
         while not ended.wait(WATCH_SECONDS):
             page.desks.watch()
 
@@ -181,20 +181,20 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
     @app.get("/enter")
     def enter(request: Request, key: str = "", instead: str = "") -> Response:
         rater = page.raters.rater_of(key)
-        if rater is None:  # only wrong ones are counted: nobody's tries keep another one's link from working
+        if rater is None:  # count only wrong tries, so that nobody can block another's link
             if not page.tries.allows(request.client.host if request.client else ""):
                 raise HTTPException(429, "Too many tries; wait a moment.")
             raise HTTPException(401, "This link is not valid (any more). Ask for a new one: d3po label --rater NAME")
         current = page.rater(request)
         if current is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            # The browser keeps a strict cookie back from such a request; on one that comes from here it is sent.
+            # The browser sends no strict cookie with a cross-site request, but does with one from our own page.
             return page.html("enter.html", rater=rater, url=f"/enter?key={quote(key)}")
-        agreed = page.raters.opaque("instead", current or "", rater)  # no page elsewhere knows it
+        agreed = page.raters.opaque("instead", current or "", rater)  # no other site's page knows it
         if current not in (None, rater) and not hmac.compare_digest(agreed.encode(), instead.encode(errors="replace")):
             return page.html(
                 "other.html", rater=rater, current=current, url=f"/enter?key={quote(key)}&instead={agreed}"
             )
-        # A page that goes on by itself, not a redirect: a strict cookie is not sent along a redirect from elsewhere.
+        # A page that moves on by itself: browsers send no strict cookie along a redirect from another site.
         response = page.html("enter.html", rater=rater, url="/")
         response.set_cookie(COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
         return response
@@ -220,7 +220,7 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
         path = page.image(_signed_in(page, request), token)
         if path is None or path.suffix not in MEDIA or not path.is_file():
             raise HTTPException(404, "There is no such image.")
-        # No date and no tag: they would say when the image was made.
+        # No date and no tag: they would reveal when the image was made.
         headers = {"cache-control": "private, max-age=86400, immutable"}
         return Response(path.read_bytes(), media_type=MEDIA[path.suffix], headers=headers)
 
@@ -267,12 +267,12 @@ def _add_errors(app: FastAPI, page: _Page) -> None:
 
     @app.exception_handler(RequestValidationError)
     def odd(request: Request, _: RequestValidationError) -> Response:
-        # Never what was sent: it may be what no answer can hold, and is nobody's business.
+        # Never repeat the input: it is private, and may not fit into an answer.
         return answer(request, 422, "This is not what the page sends; reload it.")
 
     @app.exception_handler(AccessError)
     def closed(request: Request, error: AccessError) -> Response:
-        if str(error) != page.closed:  # once, however often somebody knocks
+        if str(error) != page.closed:  # print it once, however many requests come
             print(error, file=sys.stderr, flush=True)
             page.closed = str(error)
         return answer(request, 503, "Nobody can be let in at the moment; the page's own log says why.")

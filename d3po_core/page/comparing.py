@@ -1,4 +1,4 @@
-"""A blind comparison at the labelling page: a desk whose deck is pairs of held-out images, for which no run waits."""
+"""Blind comparisons on the labelling page: a desk with pairs of held-out images, for which no run waits."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from d3po_core.people.tally import Deck
 
 
 def desk_name(campaign: Path, comparison: BlindComparison) -> str:
-    """The comparison's part of addresses; no campaign can be called so."""
+    """The comparison's part of addresses, which no campaign's name can equal."""
     return f"{campaign.name}~{comparison.id}"
 
 
 class ComparisonDesk(Desk):
-    """One comparison; what is said of it never reaches a round, and its last answer can be taken back too.
+    """One comparison; its answers never reach a round, and even the last one can be taken back.
 
     Args:
         campaign: the campaign's folder.
         comparison_id: the comparison.
-        on_complete: called in the background with (campaign's name, round number) when every pair has its raters; again
-            when that is so again after an answer was taken back, or pairs were added.
+        on_complete: called in the background with (campaign's name, round number) when every pair has its raters;
+            called again if that happens again after an answer was taken back or pairs were added.
         retry_seconds: pause after ``on_complete`` raised.
     """
 
@@ -33,7 +33,7 @@ class ComparisonDesk(Desk):
         self, campaign: Path, comparison_id: str, on_complete: OnComplete, retry_seconds: float = 10.0
     ) -> None:
         super().__init__(campaign, on_complete, retry_seconds=retry_seconds)
-        # A lock of its own: a run that waits to be woken must not wait for what is told of a comparison.
+        # Use a separate lock: waking a run must not wait for reports about a comparison.
         self._completion = Completion(campaign, on_complete, retry_seconds, lock=f"{FOLDER}/.told.lock")
         self._id, self._round = comparison_id, 0
         self.title = title_of(comparison_id)
@@ -45,7 +45,7 @@ class ComparisonDesk(Desk):
         raise D3POError(f"this comparison is no longer in {self.campaign}; restore the files of its comparisons")
 
     def _look(self) -> None:
-        """Follow the comparison on disk: pairs and raters that were added, images that were removed."""
+        """Follow the comparison on disk: added pairs and raters, removed images."""
         try:
             comparison = self._comparison()
             pairs = comparison.pairs
@@ -57,7 +57,7 @@ class ComparisonDesk(Desk):
                 raise D3POError("nothing can be shown: the images of this comparison are no longer on disk")
             self._journal = self._journal or Journal(self.campaign)
             self._open(comparison_deck(self.campaign, comparison, there))
-        except Exception as error:  # shown, and looked at again
+        except Exception as error:  # show it, and look again later
             self._deck, self._stamp, self._problem = None, None, described(error)
             return
         gone = len(pairs) - len(there)
@@ -69,13 +69,13 @@ class ComparisonDesk(Desk):
         self._completion.begin(self._journal, f"{deck.sampling}@{self._tally.last_seq}", self._round)
 
     def _check_there(self, deck: Deck) -> None:
-        """What was compared stays worth keeping when its images were removed since."""
+        """Do nothing: an answer is worth keeping even if its images are gone."""
 
     def _late_note(self, deck: Deck) -> str:
         return "Kept, although it is no longer asked."
 
     def _earlier(self, number: int, sampling: str, mode: str) -> Deck:
-        """All pairs: also one whose images were removed while it was looked at."""
+        """All pairs, also those whose images were removed while somebody looked at them."""
         if sampling != self._id:
             raise GoneError("this page is out of date; reload it")
         with self._lock:

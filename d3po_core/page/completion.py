@@ -1,4 +1,4 @@
-"""Tell the training run, once, that people are done with a round; try again until it is told."""
+"""Tell the training run once that people have finished a round; retry until it succeeds."""
 
 import threading
 from collections.abc import Callable
@@ -14,14 +14,14 @@ NOTE = "told"
 class Completion:
     """Calls ``on_complete(campaign, round_number)`` in the background.
 
-    That it returned is noted in the journal: neither another server nor a restart calls it again. Only a server that
-    dies while the call runs leaves open whether it came through; then it is made again.
+    When the call returns, the journal notes it, so neither another server nor a restart repeats it. If a server dies
+    during the call, nobody knows whether it came through, so it is repeated.
 
     Args:
         campaign: the campaign's folder.
-        on_complete: what to call.
+        on_complete: the function to call.
         retry_seconds: how long to wait after it raised.
-        lock: file in the campaign's folder that keeps a second caller out; calls that must not wait for each other have
+        lock: file in the campaign's folder that keeps a second caller out; calls that must not wait for each other use
             different ones.
     """
 
@@ -36,7 +36,7 @@ class Completion:
         self.ended = threading.Event()
 
     def begin(self, journal: Journal, sampling: str, round_number: int) -> None:
-        """Make the call, unless it was made or is being made."""
+        """Make the call, unless it was made before or is under way."""
         with self._lock:
             if sampling in self._begun:
                 return
@@ -52,6 +52,6 @@ class Completion:
                         journal.note(sampling, NOTE, "yes")
                 self.error = None
                 return
-            except Exception as error:  # whatever the caller's own call may raise: it is shown, and tried again
+            except Exception as error:  # whatever the call raised: show it and retry
                 self.error = f"{error or type(error).__name__}"
             self.ended.wait(self._retry_seconds)

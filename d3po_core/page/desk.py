@@ -1,4 +1,4 @@
-"""One campaign at the labelling page: what a rater sees next, and what becomes of what the rater says."""
+"""One campaign on the labelling page: choose what a rater sees next, and store what the rater answers."""
 
 import re
 import threading
@@ -21,43 +21,43 @@ from d3po_core.store.campaign import round_config
 from d3po_core.store.tables import partition
 from d3po_core.ways import WAYS
 
-# What shows how a round stands is looked up on disk at most this often.
+# Minimum time between two looks at the round's state on disk.
 LOOK_SECONDS = 0.5
 PRIORITY_SECONDS = 10.0
 RATE_ANSWERS = 20
 GONE = "the images that were judged are gone: the round was dropped or sampled again; reload the page"
-# Round, sampling, attempt, question; no number that a path or the journal could not take.
+# Round, sampling, attempt, question; all numbers fit into a path and the journal.
 TICKET = re.compile(r"([0-9]{1,9})\.([0-9a-f]{1,64})\.([0-9]{1,9})\.([a-z_]{1,16}:[\x21-\x7e]{1,300})")
 Priority = Callable[[CampaignConfig, int, Sequence[tuple[str, ...]]], np.ndarray]
 
 
 class GoneError(D3POError):
-    """What was judged is not asked any more and cannot be kept."""
+    """The judged question is not asked any more, and the answer cannot be stored."""
 
 
 class UnfitError(D3POError):
-    """An answer that does not fit its question; sending it again does not help."""
+    """An answer does not fit its question; sending it again does not help."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a rater sees.
+    """A rater's view.
 
     Attributes:
         state: ``question``, ``idle`` (nothing left for this rater), ``done`` (the deck has enough) or ``waiting``
             (no deck to judge).
-        deck: what is asked in all, None when there is nothing.
-        question: what is asked.
-        shown: its sample ids as they stand on the page.
+        deck: all questions, None if there are none.
+        question: the current question.
+        shown: its sample ids in page order.
         ahead: sample ids of the questions that probably come next.
-        ticket: names question and attempt when it is answered.
+        ticket: identifies question and attempt in the answer.
         again: whether the rater skipped this question before.
         undo: number of the rater's last entry, which may be taken back.
         progress: of the round.
         given, asked: answers as this rater's page counts them; see ``Tally.steps``.
         own: answers of this rater in the round.
-        rate: answers a minute of this rater lately, None when there are too few.
-        problem: what went wrong in the background, for people to see.
+        rate: this rater's recent answers per minute, None if there are too few.
+        problem: a failure in the background, for people to see.
     """
 
     state: str
@@ -77,28 +77,28 @@ class View:
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """The unit of the page's counts."""
         if self.deck is None or self.deck.mode == "pair":
             return "pairs"
         return "groups" if self.deck.config.judge.people.raters_per_group == 1 else "answers"
 
 
 class Desk:
-    """A campaign's journal and the round that waits for people; may be used by many threads.
+    """A campaign's journal and the round that waits for people; threads may share it.
 
-    What else can be judged has a subclass, which finds another deck (``comparing.ComparisonDesk``).
+    A subclass with another deck serves other things to judge (``comparing.ComparisonDesk``).
 
     Args:
         campaign: the campaign's folder.
         on_complete: called in the background with (campaign's name, round number) when a round has enough.
-        priority: gives [Q] numbers, questions with high ones are asked first; gets the round's configuration, its
-            number and the sample ids of each question. When not given the order is random.
+        priority: gets the round's configuration, its number and the sample ids of each question, and returns [Q]
+            numbers; questions with high ones come first. Without it the order is random.
         mode: how people judge, in place of the configuration's.
         retry_seconds: pause after ``on_complete`` raised.
     """
 
     blind, title = False, ""
-    # Whether what is complete is used at once, so that nothing can be taken back any more.
+    # If true, a complete deck is used at once, and nothing can be taken back any more.
     final = True
 
     def __init__(
@@ -117,7 +117,7 @@ class Desk:
         self._prioritised: tuple[float, int] = (0.0, -1)
 
     def close(self) -> None:
-        """Stop what runs in the background and close the journal."""
+        """Stop the background work and close the journal."""
         self._completion.ended.set()
         with self._lock:
             if self._journal:
@@ -125,7 +125,7 @@ class Desk:
             self._journal, self._deck, self._stamp, self._looked = None, None, None, 0.0
 
     def current(self) -> Deck | None:
-        """The round that is asked, with all that is in the journal by now; None when people have nothing to do."""
+        """The current round's deck, up to date with the journal; None if people have nothing to do."""
         with self._lock:
             if time.monotonic() - self._looked >= LOOK_SECONDS:
                 self._look()
@@ -141,11 +141,11 @@ class Desk:
             return self._deck
 
     def view(self, rater: str) -> View:
-        """What a rater sees now; what keeps it from being known is its problem, so that other campaigns go on."""
+        """The rater's current view; a failure becomes its problem, so that other campaigns go on."""
         with self._lock:
             try:
                 deck = self.current()
-            except Exception as error:  # whatever damage there may be: it is said, and looked at again
+            except Exception as error:  # whatever the damage: show it, and look again later
                 return View("waiting", problem=described(error))
             if deck is None:
                 return View("waiting", problem=self._problem)
@@ -176,13 +176,13 @@ class Desk:
     def judge(
         self, rater: str, ticket: str, submission: str, answer: Sequence[float] | None, seconds: float | None
     ) -> str:
-        """Keep an answer, or a skip (``answer`` None); it is on disk when this returns.
+        """Store an answer, or a skip (``answer`` None); return once it is on disk.
 
         Returns:
-            A note for the rater, empty when there is nothing to say.
+            A note for the rater, empty if there is nothing to say.
 
         Raises:
-            GoneError: the round's images are gone, or the ticket names nothing.
+            GoneError: the round's images are gone, or the ticket is unknown.
             UnfitError: the answer does not fit the question.
             D3POError: it could not be written.
         """
@@ -197,7 +197,7 @@ class Desk:
         )  # fmt: skip
         self._check_there(deck)
         kept, new = self._journal.append(said)
-        self._check_there(deck)  # gone while it was written: kept under a name that nobody asks for any more
+        self._check_there(deck)  # if the round went meanwhile, nobody asks for this entry's sampling again
         if not new and kept.submission != submission:
             return "You judged this in another window; that judgement was kept. Undo takes it back."
         current = self.current()
@@ -206,7 +206,7 @@ class Desk:
         return ""
 
     def undo(self, rater: str, number: int, submission: str) -> str:
-        """Take back an entry of the rater's; that is on disk when this returns.
+        """Take back an entry of the rater; return once that is on disk.
 
         Returns:
             A note for the rater.
@@ -214,7 +214,7 @@ class Desk:
         Raises:
             D3POError: it could not be written.
         """
-        # Again when the rater's other window said something on the same question at the same moment.
+        # Retry once, in case the rater's other window judged the same question at the same moment.
         for _ in range(2):
             with self._lock:
                 deck = self.current()
@@ -242,7 +242,7 @@ class Desk:
         return "Taken back."
 
     def _look(self) -> None:
-        """Follow the campaign on disk: another round, judgements that were brought in."""
+        """Follow the campaign on disk: another round, imported judgements."""
         try:
             number = waiting_round(self.campaign)
             sampling = None if number is None else sampling_of(self.campaign, number)
@@ -263,13 +263,13 @@ class Desk:
                     self._journal.note(sampling, "mode", self._mode)
                 self._open(load_deck(self.campaign, config, number, self._mode))
         except Exception as error:
-            # Not the rater's fault and often only too early, as when the proxies are still at it: look again later.
+            # Not the rater's fault, and often only too early, such as before the proxies finish: look again later.
             self._deck, self._stamp, self._problem = None, None, described(error)
             return
         self._stamp, self._problem = stamp, None
 
     def _tell(self, deck: Deck) -> None:
-        """What happens when the deck has enough; called again at every look."""
+        """Report that the deck has enough; called at every look."""
         assert self._journal is not None
         self._completion.begin(self._journal, deck.sampling, deck.round_number)
 
@@ -278,7 +278,7 @@ class Desk:
             raise GoneError(GONE)
 
     def _late_note(self, deck: Deck) -> str:
-        """What a rater is told whose judgement was kept when its deck was no longer asked."""
+        """The note to a rater whose judgement was stored after its deck was finished."""
         return f"Kept. Round {deck.round_number} had gone on by then, so training may not have used it."
 
     def _open(self, deck: Deck) -> None:
@@ -289,7 +289,7 @@ class Desk:
         self._prioritised = (0.0, -1)
 
     def _prioritise(self) -> None:
-        """Ask for priorities in the background when there is something new to base them on."""
+        """Compute priorities in the background if there are new judgements."""
         at, seq = self._prioritised
         if self._priority is None or seq == self._tally.last_seq or time.monotonic() - at < PRIORITY_SECONDS:
             return
@@ -299,7 +299,7 @@ class Desk:
     def _set_priority(self, priority: Priority, deck: Deck, queue: Queue) -> None:
         try:
             queue.set_priority(priority(deck.config, deck.round_number, [q.sample_ids for q in deck.questions]))
-        except Exception as error:  # the order is worth less than the judgements: they go on without it
+        except Exception as error:  # judging can go on without an order
             self._problem = f"the order of questions is random: {error or type(error).__name__}"
 
     def _asked(self, ticket: str) -> tuple[Deck, Question, int]:
@@ -315,7 +315,7 @@ class Desk:
         return deck, deck.questions[deck.number_of[question_id]], attempt
 
     def _earlier(self, number: int, sampling: str, mode: str) -> Deck:
-        """The deck of a page that was opened before the round went on, or before the mode was changed."""
+        """The deck of a page that was opened before the round went on or the mode changed."""
         if mode not in WAYS or sampling_of(self.campaign, number) != sampling:
             raise GoneError(GONE)
         with self._lock:
@@ -324,7 +324,7 @@ class Desk:
 
 
 def described(error: Exception) -> str:
-    """An error as people read it; what nobody foresaw is named."""
+    """An error as text for people; an unexpected one has its type's name."""
     return str(error) if isinstance(error, D3POError) else f"{type(error).__name__}: {error}"
 
 

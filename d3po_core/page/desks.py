@@ -1,4 +1,4 @@
-"""What people may judge: the desks of all campaigns and blind comparisons, each on its own when it is damaged."""
+"""All that people may judge: the desks of campaigns and blind comparisons; a damaged one does not stop the others."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ MakeDesk = Callable[[Path, str | None], Desk]
 
 
 class Listed(NamedTuple):
-    """Something that people may judge, or why it cannot be shown."""
+    """An item that people may judge, or the reason why it cannot be shown."""
 
     name: str
     desk: Desk | None
@@ -29,7 +29,7 @@ class Listed(NamedTuple):
 
 
 class Desks:
-    """All desks, made when they are asked for; may be used by many threads.
+    """All desks, created on demand; threads may share them.
 
     Args:
         runs: the folder of the campaigns.
@@ -42,12 +42,12 @@ class Desks:
         self._lock = threading.Lock()
 
     def open(self) -> list[Desk]:
-        """The desks that were made."""
+        """The desks created so far."""
         with self._lock:
             return list(self._desks.values())
 
     def listed(self) -> list[Listed]:
-        """Campaigns with people as judges, and blind comparisons; a damaged one is a problem of its own."""
+        """Campaigns judged by people, and blind comparisons; a damaged one is listed with its problem."""
         folders = [path.parent for path in sorted(self.runs.glob(f"*/{CAMPAIGN_FILE}"))]
         found = [one for folder in folders for one in self._tried(folder, self._campaign)]
         return found + [one for folder in folders for one in self._tried(folder, self._compared)]
@@ -55,7 +55,7 @@ class Desks:
     def _tried(self, folder: Path, listing: Callable[[Path], list[Listed]]) -> list[Listed]:
         try:
             return listing(folder)
-        except Exception as error:  # whatever damage there may be: the other campaigns go on
+        except Exception as error:  # whatever the damage, the other campaigns go on
             return [Listed(folder.name, None, described(error))]
 
     def _campaign(self, folder: Path) -> list[Listed]:
@@ -72,10 +72,10 @@ class Desks:
         return [Listed(name, self.desk(name)) for name in names]
 
     def watch(self) -> None:
-        """Look whether rounds are complete; an error is shown and ends nothing."""
+        """Check whether rounds are complete; an error is shown and stops nothing."""
         try:
             for one in self.listed():
-                with contextlib.suppress(Exception):  # the desk says it to everybody who looks
+                with contextlib.suppress(Exception):  # the desk shows it to every visitor
                     if one.desk is not None:
                         one.desk.current()
             self.problem = ""
@@ -83,10 +83,10 @@ class Desks:
             self.problem = f"rounds are not watched at the moment: {described(error)}"
 
     def decks(self) -> list[Deck]:
-        """What is asked now at the desks that were made; nothing of those that are damaged."""
+        """The current decks of the desks created so far, without the damaged ones."""
         found = []
         for desk in self.open():
-            with contextlib.suppress(Exception):  # the desk says it to everybody who looks
+            with contextlib.suppress(Exception):  # the desk shows it to every visitor
                 found.append(desk.current())
         return [deck for deck in found if deck is not None]
 
@@ -101,11 +101,11 @@ class Desks:
         """The desk of that name.
 
         Raises:
-            HTTPException: 404, there is none.
+            HTTPException: 404, if there is none.
         """
         with self._lock:
             if name not in self._desks:
-                # Compared with what is there, never joined to a path.
+                # Compare the name with existing ones; never join it to a path.
                 there: dict[str, tuple[Path, str | None]] = {
                     path.parent.name: (path.parent, None) for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")
                 }

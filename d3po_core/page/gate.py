@@ -1,4 +1,4 @@
-"""What stands before every request: known hosts, own origin, small bodies, a pace, headers for the browser."""
+"""Checks before every request: known hosts, own origin, small bodies, a pace; and headers for the browser."""
 
 import threading
 import time
@@ -24,10 +24,10 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware that answers what it does not like itself.
+    """ASGI middleware that refuses bad requests itself.
 
     Args:
-        application: what it stands before.
+        application: the application behind it.
         hosts: names under which the page may be reached; any other ``Host`` is a rebound or mistyped name.
     """
 
@@ -46,7 +46,7 @@ class Guard:
         refusal = self._refusal(scope["method"], headers)
         body = b""
         if refusal is None and scope["method"] == "POST":
-            # Read here, and only so far: a length that is not said, or a lie, is limited too.
+            # Read the body here, up to the limit, since its length may be missing or wrong.
             more = True
             while more and len(body) <= MAX_BODY:
                 message = await receive()
@@ -93,7 +93,7 @@ class Guard:
 
 
 class Pace:
-    """How often a caller may do something: a bucket that refills.
+    """Limits how often a caller may do something, with a bucket that refills.
 
     Args:
         per_second: rate at which it refills.
@@ -106,10 +106,10 @@ class Pace:
         self._levels: dict[str, tuple[float, float]] = {}
 
     def allows(self, caller: str) -> bool:
-        """Whether the caller may do it now; if so it counts."""
+        """Return whether the caller may do it now; if so, count it."""
         now = time.monotonic()
         with self._lock:
-            if len(self._levels) > 10_000:  # callers that nobody knows must not fill the memory
+            if len(self._levels) > 10_000:  # unknown callers must not fill the memory
                 self._levels.clear()
             level, at = self._levels.get(caller, (self._burst, now))
             level = min(self._burst, level + (now - at) * self._rate)

@@ -1,8 +1,8 @@
-"""Which question a rater gets next.
+"""Choose the question that a rater gets next.
 
-In this order: a question with a known answer, at every third turn or so until the rater has had them all; questions of
-groups that still need raters, those that nobody else looks at first, then by priority, then those with the fewest
-raters, then at random by rater; at last those that the rater skipped once.
+About every third turn is a question with a known answer, until the rater has had them all. The other turns are
+questions of groups that still need raters: first those that nobody else looks at, then by priority, then those with the
+fewest raters, then at random per rater. Last come those that the rater skipped once.
 """
 
 import random
@@ -12,7 +12,7 @@ import numpy as np
 
 from d3po_core.people.tally import SKIPPED, UNSEEN, Deck, Question, Tally
 
-# How many questions are set aside for a rater: the one that is shown, and those whose images are fetched meanwhile.
+# Questions set aside per rater: the one shown, and those whose images the page loads in advance.
 AHEAD = 3
 LEASE_SECONDS = 180.0
 GOLD_SHARE = 1 / 3
@@ -22,7 +22,7 @@ class Queue:
     """The order of a deck's questions for every rater.
 
     Args:
-        tally: who has judged what.
+        tally: counts of who has judged what.
     """
 
     def __init__(self, tally: Tally) -> None:
@@ -38,7 +38,7 @@ class Queue:
         """Ask questions with high numbers first.
 
         Raises:
-            ValueError: not one finite number a question.
+            ValueError: not one finite number per question.
         """
         priority = np.asarray(priority, float)
         if priority.shape != self._priority.shape or not np.isfinite(priority).all():
@@ -51,17 +51,18 @@ class Queue:
         self._aside[rater] = [index, *(other for other in aside if other != index)]
 
     def next(self, rater: str) -> list[int]:
-        """The rater's next question and those that probably follow; they are set aside for the rater for a while."""
+        """The rater's next question and its likely successors, set aside for the rater for a while."""
         tally, status = self._tally, self._tally.status(rater)
         needed = tally.open_questions()
         known, fresh = (status == UNSEEN) & tally.deck.gold, (status == UNSEEN) & needed
         if not (known | fresh).any():
-            fresh = (status == SKIPPED) & (needed | tally.deck.gold)  # one that never came back would be known
+            fresh = (status == SKIPPED) & (needed | tally.deck.gold)  # else raters would recognise skipped gold
         aside = [index for index in self._aside.get(rater, []) if known[index] or fresh[index]]
         turn = int((status != UNSEEN).sum())
         while len(aside) < AHEAD:
             known[aside] = fresh[aside] = False
-            # Nothing but the order depends on it, so that a restart goes on alike; nobody can tell which are known.
+            # This decides only the order. It is seeded, so a restart continues alike, and nobody can tell which are
+            # known.
             draw = random.Random(f"{tally.deck.sampling} {rater} {turn + len(aside)}").random()
             mask = known if known.any() and (draw < GOLD_SHARE or not fresh.any()) else fresh
             if not mask.any():
@@ -92,6 +93,6 @@ class Queue:
 
 
 def shown_order(deck: Deck, rater: str, question: Question) -> tuple[str, ...]:
-    """The question's samples as they stand on this rater's page: at random by rater, the same at every look."""
+    """The question's samples in this rater's page order: random per rater, the same at every look."""
     generator = random.Random(f"{deck.sampling} {rater} {question.question_id}")
     return tuple(generator.sample(question.sample_ids, len(question.sample_ids)))

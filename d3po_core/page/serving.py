@@ -1,4 +1,4 @@
-"""The server of the labelling page: it closes connections that wait, or that take too long over one exchange."""
+"""The labelling page's server: it closes idle connections, and those with a slow exchange."""
 
 import asyncio
 from typing import Any
@@ -13,24 +13,24 @@ EXCHANGE_SECONDS = 60.0
 class BoundedProtocol(H11Protocol):
     """Ends a connection whose request and answer together take longer than EXCHANGE_SECONDS.
 
-    uvicorn bounds only the time between an answer and the first byte of the next request. A connection that never sends
-    anything, sends a byte now and then, or never reads its answer would stay open for ever.
+    uvicorn only limits the time between an answer and the first byte of the next request. Without this, a connection
+    that never sends anything, sends a byte now and then, or never reads its answer would stay open for ever.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to count."""
+        """Start the timer."""
         super().connection_made(transport)
         self._count_anew()
 
     def on_response_complete(self) -> None:
-        """Begin to count for what comes next on this connection."""
+        """Restart the timer for the next exchange on this connection."""
         self._count_anew()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop counting."""
+        """Stop the timer."""
         self._stop()
         super().connection_lost(exc)
 
@@ -44,7 +44,7 @@ class BoundedProtocol(H11Protocol):
 
 
 def serve(app: Any, host: str, port: int) -> None:
-    """Serve an ASGI application until the process is told to end; nothing that it is asked for is logged."""
+    """Serve an ASGI application until the process is told to stop; log no requests."""
     uvicorn.run(
         app, host=host, port=port, http=BoundedProtocol, ws="none", log_level="error", access_log=False,
         server_header=False, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=3,

@@ -1,1 +1,1 @@
-"""What a round asks of people, and the journal of what they said."""
+"""The questions that a round asks people, and the journal of their answers."""

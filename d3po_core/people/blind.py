@@ -1,13 +1,13 @@
-"""Blind comparisons: people say which of two held-out images is better, one of a round and one of a reference.
+"""Blind comparisons: people choose the better of two held-out images, one of a round and one of a reference.
 
-Both images are of the same prompt and seed. What is asked of a round and its reference is one file,
-``comparisons/<round>-<reference>.json``, which only grows: asking again for more pairs adds some, and what was said
-stays. Answers go into the page's journal under the comparison's id, never into ``judgements``, so that held-out prompts
-cannot be trained on; from there they come into the table ``comparisons``.
+Both images have the same prompt and seed. A round and its reference share one file,
+``comparisons/<round>-<reference>.json``, which only grows: asking for more pairs adds some, and all answers stay.
+Answers go into the page's journal under the comparison's id, and from there into the table ``comparisons``. They never
+go into ``judgements``, so nothing can train on held-out prompts.
 
-Nothing that a rater sees tells which image is whose: the id is random, pairs are numbered, and each pair is stored one
-way or the other at random. Left and right are drawn from what stands on the page (``shown_order``) and could be
-computed from it, but not which of the two stored images is the round's.
+Nothing that a rater sees tells which image is whose: the id is random, pairs are numbered, and each pair is stored in
+random order. Left and right follow from what the page shows (``shown_order``), so a rater could compute them, but not
+which of the two stored images is the round's.
 """
 
 import json
@@ -35,7 +35,7 @@ MODE = "pair"
 
 
 class Pair(BaseModel):
-    """Two held-out images of one prompt and seed; ``turned``: the reference's is the first of the question's images."""
+    """Two held-out images of one prompt and seed; if ``turned``, the question shows the reference's first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,14 +47,14 @@ class Pair(BaseModel):
     turned: bool
 
     def on_disk(self, campaign: Path) -> bool:
-        """Whether both images are there."""
+        """Return whether both image files exist."""
         return (campaign / self.image_path).is_file() and (campaign / self.against_path).is_file()
 
 
 class BlindComparison(BaseModel):
-    """What is asked about a round and its reference: pairs in the order in which they were chosen.
+    """The pairs asked about a round and its reference, in the order they were chosen.
 
-    ``raters`` is how many people are asked about each pair.
+    ``raters`` is the number of people asked about each pair.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,19 +67,19 @@ class BlindComparison(BaseModel):
 
 
 class Begun(NamedTuple):
-    """A comparison as it stands, and how many of the pairs that could be asked have lost an image."""
+    """A comparison, and how many of the possible pairs have lost an image."""
 
     comparison: BlindComparison
     missing: int
 
 
 def title_of(comparison_id: str) -> str:
-    """What people call a comparison by; says nothing about its rounds."""
+    """A comparison's name for people; it does not reveal the rounds."""
     return f"blind comparison {comparison_id[:4]}"
 
 
 def comparison_path(campaign: Path, round_number: int, against: int) -> Path:
-    """The file that says what is asked about a round and its reference."""
+    """The file with the questions about a round and its reference."""
     return campaign / FOLDER / f"{round_number}-{against}.json"
 
 
@@ -97,18 +97,18 @@ def begin_comparison(
     campaign: Path, round_number: int, against: int, pairs: int, raters: int = 1,
     draw: random.Random | None = None,
 ) -> Begun:  # fmt: skip
-    """Ask people about a round against a reference, or more of them; done again, it changes nothing.
+    """Ask people about a round against a reference, or add pairs; a repeated call changes nothing.
 
-    Pairs are drawn at random, as many of each prompt as of any other. Not by what the images or their scores look like:
-    the win rate over pairs chosen so would not be that over all.
+    Pairs are drawn at random, equally many per prompt. The images and their scores play no part: the win rate over
+    pairs chosen by them would not be the win rate over all.
 
     Args:
         campaign: the campaign's folder.
-        round_number: the finished round, whatever the guard said of it.
+        round_number: the finished round, whatever the guard's verdict.
         against: the reference, another finished round; 0 is the base model.
-        pairs: how many pairs in all; fewer when there are fewer. Pairs that are asked already stay.
-        raters: how many people are asked about each pair; more than are asked already, or nothing changes.
-        draw: where randomness comes from; the operating system when not given, so that nobody can draw it again.
+        pairs: the total number of pairs, or as many as there are. Pairs that are asked already stay.
+        raters: people per pair; this can only grow.
+        draw: source of randomness; by default the operating system, so that nobody can repeat the draw.
 
     Raises:
         D3POError: a round is not finished, the two are one, they share no held-out prompt and seed, or no such pair
@@ -134,12 +134,12 @@ def begin_comparison(
 
 
 def comparison_deck(campaign: Path, comparison: BlindComparison, there: Iterable[int] | None = None) -> Deck:
-    """What a comparison asks, as the labelling page asks it: each pair is a group of its own.
+    """A comparison's questions for the labelling page; each pair is a group of its own.
 
     Args:
         campaign: the campaign's folder.
         comparison: the comparison.
-        there: numbers of the pairs to ask; all when not given.
+        there: numbers of the pairs to ask; by default all.
 
     Raises:
         D3POError: the round's configuration cannot be read.
@@ -161,15 +161,15 @@ def comparison_deck(campaign: Path, comparison: BlindComparison, there: Iterable
 
 
 def comparison_progress(campaign: Path, comparison: BlindComparison) -> Progress:
-    """How far people are with a comparison, on the page; reads and changes nothing."""
+    """People's progress with a comparison on the page; changes nothing."""
     return Tally(comparison_deck(campaign, comparison), read_entries(campaign, comparison.id)).progress()
 
 
 def collect_comparisons(campaign: Path) -> list[Path]:
-    """Write what people said in blind comparisons, and no file holds yet, into the table ``comparisons``.
+    """Write new answers of blind comparisons into the table ``comparisons``.
 
     Returns:
-        The files that were written now.
+        The files written by this call.
 
     Raises:
         D3POError: the journal cannot be read, or the disk is full or read-only.
@@ -182,7 +182,7 @@ def collect_comparisons(campaign: Path) -> list[Path]:
 
 
 def _rows(comparison: BlindComparison, entry: Entry) -> list[dict[str, Any]]:
-    """An entry as a row of ``comparisons``; skips and undos give one without a value."""
+    """An entry as a row of ``comparisons``; a skip or undo gives a row without a value."""
     pair = comparison.pairs[int(entry.question_id.removeprefix(f"{MODE}:"))]
     position = entry.shown.index(pair.sample_id)
     return [
@@ -220,7 +220,7 @@ def _check_rounds(campaign: Path, round_number: int, against: int) -> None:
 
 
 def _pairs_on_disk(campaign: Path, round_number: int, against: int) -> tuple[list[Pair], int]:
-    """Pairs of the same prompt and seed that can be shown, and how many have lost an image."""
+    """Pairs of the same prompt and seed with both images, and the number of pairs that lost one."""
     with connect(campaign) as connection:
         rows = connection.execute(_SHARED, {"round": round_number, "against": against}).fetchall()
     names = ("prompt", "sample_id", "against_id", "image_path", "against_path")
@@ -248,7 +248,7 @@ ORDER BY prompt, seed
 
 
 def _chosen(pairs: list[Pair], asked: Counter[str], count: int, draw: random.Random) -> list[Pair]:
-    """Pairs at random, from prompts with few of them first; each turned at random."""
+    """Draw pairs at random, first from prompts with few of them; turn each at random."""
     by_prompt: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_prompt[pair.prompt].append(pair)

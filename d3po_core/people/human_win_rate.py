@@ -1,7 +1,7 @@
-"""How often people prefer a checkpoint's held-out images to a reference's, seen blind: a win rate with its interval.
+"""Human win rate: how often people, seeing both blind, prefer a checkpoint's held-out images to a reference's.
 
-A tie is half a win; of a pair that several people judged their mean counts once. The interval is over
-prompts, as in ``comparison``: it speaks of other prompts, judged by the same people.
+A tie is half a win. If several people judged a pair, their mean counts once. The interval is over prompts, as in
+``comparison``: it predicts other prompts, judged by the same people.
 """
 
 from datetime import datetime
@@ -21,13 +21,13 @@ class HumanWinRate(BaseModel):
     Attributes:
         round: the round.
         against: the reference's round, 0 for the base.
-        win_rate: share of pairs in which the round's image is preferred, ties half, with its 95 % interval.
-        num_units: prompts over which the interval is; pairs when there is only one prompt.
+        win_rate: share of pairs in which people prefer the round's image, ties half, with its 95 % interval.
+        num_units: prompts that the interval is over; pairs if there is only one prompt.
         num_pairs: pairs that somebody judged.
-        num_judgements: what people said of them and did not take back.
-        num_ties: how many of those said that both are equal.
-        num_raters: people who said it.
-        last_at: when the last one was said, naive UTC.
+        num_judgements: judgements of them that were not taken back.
+        num_ties: judgements that call both images equal.
+        num_raters: people who judged.
+        last_at: time of the last judgement, naive UTC.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,7 +44,7 @@ class HumanWinRate(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the interval leaves out one half and there are units enough."""
+        """``better`` or ``worse`` if the interval excludes one half and there are enough units."""
         if self.num_units >= MIN_UNITS and self.win_rate.low > 0.5:
             return BETTER
         if self.num_units >= MIN_UNITS and self.win_rate.high < 0.5:
@@ -57,14 +57,14 @@ class HumanWinRate(BaseModel):
         return f"round {self.against}" if self.against else "base"
 
     def turned(self) -> "HumanWinRate":
-        """The same, with round and reference in each other's place."""
+        """The same rate with round and reference swapped."""
         rate = self.win_rate
         win_rate = ScoreSummary(mean=1 - rate.mean, low=1 - rate.high, high=1 - rate.low)
         return self.model_copy(update={"round": self.against, "against": self.round, "win_rate": win_rate})
 
 
 def human_win_rates(campaign: Path) -> list[HumanWinRate]:
-    """A win rate for each round and reference of which people judged a pair; reads the view ``human_comparisons``."""
+    """A win rate per judged round and reference, from the view ``human_comparisons``."""
     with connect_views(campaign) as connection:
         totals = connection.sql(_TOTALS).to_arrow_table().to_pylist()
         pairs = connection.sql(_PAIRS).fetchnumpy()
@@ -79,7 +79,7 @@ def human_win_rates(campaign: Path) -> list[HumanWinRate]:
 
 
 def human_win_rate(rates: list[HumanWinRate], round_number: int, against: int) -> HumanWinRate | None:
-    """That of a round against a reference, also if they were compared the other way round; None if they were not."""
+    """The rate of a round against a reference, swapped if they were compared the other way; None if never."""
     for rate in rates:
         if (rate.round, rate.against) == (round_number, against):
             return rate

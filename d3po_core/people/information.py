@@ -1,8 +1,8 @@
-"""What a person's judgement of a group is expected to tell: which groups to ask first.
+"""Expected information of a person's judgement of a group, which decides the groups to ask first.
 
-A group teaches only through pairs that somebody wins. Of a group whose images are all right, or all wrong, nothing is
-learned; and images that look alike tend to be judged alike. A group that was judged already says more when its raters
-disagree. Names end in their axis: G groups, M members.
+A group teaches only through pairs that have a winner. A group whose images are all good or all bad teaches nothing, and
+people tend to judge similar images alike. A group that was judged already tells more if its raters disagree. Names end
+in their axis: G groups, M members.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from d3po_core.people.journal import judgement_rows, read_entries, sampling_of
 from d3po_core.preferences.deriving import collect_votes
 from d3po_core.store.tables import connect, table_from_rows
 
-FADE = 0.7  # what a prompt's pairs still count a round later: the policy has moved on
+FADE = 0.7  # weight of a prompt's pairs one round later, since the policy has changed
 
 
 def expected_information(
@@ -28,16 +28,16 @@ def expected_information(
     raters_G: np.ndarray,
     disagreement_G: np.ndarray,
 ) -> np.ndarray:
-    """Expected information of one more judgement of each group, ``[G]``, positive; only its order means something.
+    """Expected information of one more judgement per group, ``[G]``, positive; only its order means something.
 
-    The chance that a pair of the prompt is decided, times how different the images look; for groups that raters judged
-    before, times what another rater may still change.
+    It is the chance that a pair of the prompt gets a winner, times how different the images look. For groups that
+    raters have judged, it is also multiplied by what another rater may still change.
 
     Args:
         dissimilarity_G: from ``dissimilarity``.
-        decided_G: pairs of the group's prompt that somebody won in earlier rounds, fading with time.
+        decided_G: pairs of the group's prompt with a winner in earlier rounds, fading with time.
         pairs_G: all pairs of the prompt in earlier rounds, fading likewise.
-        raters_G: how many people judged the group already.
+        raters_G: people who have judged the group.
         disagreement_G: how contrary their votes are, from 0 (all alike) to 1 (half against half).
     """
     chance_G = (1 + decided_G) / (2 + pairs_G)
@@ -46,7 +46,7 @@ def expected_information(
 
 
 def group_information(campaign: Path, round_number: int) -> dict[str, float]:
-    """Expected information of each of a round's groups, from the tables and the page's journal: no image is opened."""
+    """Expected information of each group of a round, from the tables and the journal; opens no image."""
     with connect(campaign) as connection:
         _add_journal(connection, campaign, round_number)
         collect_votes(connection, round_number)
@@ -57,20 +57,20 @@ def group_information(campaign: Path, round_number: int) -> dict[str, float]:
 
 
 def _add_journal(connection: duckdb.DuckDBPyConnection, campaign: Path, round_number: int) -> None:
-    """Let the view ``judgements`` hold what was judged on the page since its journal was last exported."""
+    """Add the page's judgements since the journal's last export to the view ``judgements``."""
     sampling = sampling_of(campaign, round_number)
     rows = [row for entry in (read_entries(campaign, sampling) if sampling else []) for row in judgement_rows(entry)]
     if rows:
         table = table_from_rows("judgements", rows)
         connection.register("_journal", table.append_column("round", pa.array([round_number] * len(table), pa.int64())))
-        # A row that was exported already is there twice, which changes no rater's last word.
+        # A row may be there twice if it was exported, which changes no rater's last word.
         said = "SELECT * FROM judgements UNION ALL BY NAME SELECT * FROM _journal"
         connection.execute(f"CREATE TEMP TABLE said_so_far AS {said}")
         connection.execute("CREATE OR REPLACE TEMP VIEW judgements AS SELECT * FROM said_so_far")
 
 
 def question_priority(config: CampaignConfig, round_number: int, questions: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """Expected information of each question, ``[Q]``: that of the group its images are of.
+    """Expected information of each question, ``[Q]``, taken from its group.
 
     Args:
         config: the campaign's configuration.

@@ -1,16 +1,15 @@
-"""The journal of a campaign's labelling page: what people said, on disk before anybody is told that it is.
+"""The journal of a campaign's labelling page: it stores each answer on disk before the page confirms it.
 
-One SQLite file in the campaign's folder, ``labels.sqlite``. It only ever grows: taking a judgement back is an entry of
-its own, and triggers refuse to change or delete one. Each entry names the sampling whose images were judged, so that a
-round that was dropped and sampled again never gets the judgements of images that are gone.
+It is one SQLite file in the campaign's folder, ``labels.sqlite``, and it only grows: taking a judgement back adds an
+entry, and triggers refuse to change or delete one. Each entry names the sampling of its images. So if a round is
+dropped and sampled again, it never gets the judgements of the old images.
 
-    submission   made by the page before it sends; the same one sent twice is one entry
-    attempt      how many entries the rater's question had before; two windows that show the same question
-                 therefore send the same attempt, and the second is told that the first was kept. One that was never
-                 offered is refused: kept, it would one day be in the way of the true one
+    submission   the page's id for what it sends; sent twice, it is one entry
+    attempt      how many entries the rater's question had before. Two windows that show the same question send the
+                 same attempt, and the second is told that the first was kept. We refuse an attempt that was never
+                 offered: stored, it would later block the true one
 
-A journal that is renamed or replaced while it is open takes nothing more: what it held open would go on growing where
-nobody looks for it.
+An open journal that is renamed or replaced accepts nothing more: the open file would grow where nobody looks.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from d3po_core.ways import WAYS
 
 JOURNAL_FILE = "labels.sqlite"
 SOURCE = "page"
-# Names of the files that this module writes; every other file of judgements was brought in by somebody else.
+# Prefix of files that this module writes; all other files of judgements come from elsewhere.
 FILE_PREFIX = "page-"
 
 _TABLES = """
@@ -68,18 +67,18 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Submission:
-    """What a rater did with a question.
+    """A rater's action on a question.
 
     Attributes:
         submission: unique name that the page made.
-        sampling: whose images; see ``sampling_of``, or the id of a blind comparison.
+        sampling: of the images; see ``sampling_of``, or the id of a blind comparison.
         rater: who.
         question_id: which question.
         attempt: number of the rater's earlier entries on that question.
         action: ``answer``, ``skip`` or ``undo``.
         mode: pair, mark_bad, best or rank.
-        shown: sample ids in the order in which they stood on the page.
-        answer: one number an image of ``shown``; pair: (1, -1), (-1, 1) or (0, 0); mark_bad: 0 bad, 1 good; best and
+        shown: sample ids in the order on the page.
+        answer: one number per image of ``shown``; pair: (1, -1), (-1, 1) or (0, 0); mark_bad: 0 bad, 1 good; best and
             rank: 1 is best. None unless the action is ``answer``.
         seconds: how long it took, None if unknown.
         undoes: ``seq`` of the entry that an undo takes back.
@@ -100,18 +99,18 @@ class Submission:
 
 @dataclass(frozen=True)
 class Entry(Submission):
-    """A submission that is on disk, its number in the journal and its time (naive UTC, growing with the number)."""
+    """A stored submission with its journal number and time (naive UTC, growing with the number)."""
 
     seq: int = 0
     judged_at: datetime = datetime.min
 
 
 class ConflictError(D3POError):
-    """A submission that contradicts what is on record; it was not kept, and sending it again does not help."""
+    """A submission contradicts the journal; it was not stored, and sending it again does not help."""
 
 
 def sampling_of(campaign: Path, round_number: int) -> str | None:
-    """Name of what was sampled in a round, another one when the round is sampled again; None if nothing is."""
+    """Id of a round's sampling, new if the round is sampled again; None if it is not sampled."""
     path = stage_path(campaign, round_number, "sample")
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -120,11 +119,11 @@ def sampling_of(campaign: Path, round_number: int) -> str | None:
 
 
 class Journal:
-    """A campaign's journal; one object may be used by many threads, one file by many processes.
+    """A campaign's journal; threads may share one object, processes one file.
 
     Args:
         campaign: the campaign's folder.
-        read_only: whether nothing is written, so that the folder need not be writable; the file must be there.
+        read_only: write nothing, so the folder may be read-only; the file must exist.
 
     Raises:
         D3POError: the file cannot be opened.
@@ -139,7 +138,7 @@ class Journal:
                 self._file = os.stat(self.path)
                 return
             _require_journal(self.path)
-            # Autocommit: transactions are begun and ended by hand, so that it is plain where the disk is waited for.
+            # Autocommit: we begin and end transactions by hand, so the code shows where it waits for the disk.
             self._connection = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
@@ -148,7 +147,7 @@ class Journal:
 
     @property
     def in_place(self) -> bool:
-        """Whether the file that was opened is still the one at its place."""
+        """Return whether the path still leads to the file that was opened."""
         try:
             return os.path.samestat(self._file, os.stat(self.path))
         except OSError:
@@ -160,15 +159,15 @@ class Journal:
             self._connection.close()
 
     def append(self, said: Submission) -> tuple[Entry, bool]:
-        """Put a submission on disk, and return only then.
+        """Store a submission; return once it is on disk.
 
         Returns:
-            The entry, and whether it is new. It is not when this submission was kept before, or when the rater said
-            something on this question since the page asked; then the entry is what was kept instead.
+            The entry, and whether it is new. It is old if this submission was stored before, or if the rater has
+            answered the question since the page asked; then the entry is the stored one.
 
         Raises:
-            ConflictError: something else was kept under this submission's name, or the attempt was never offered.
-            D3POError: it could not be written; nothing was kept.
+            ConflictError: another submission has this name, or the attempt was never offered.
+            D3POError: it could not be written; nothing was stored.
         """
         with self._transaction() as connection:
             same = self._rows("WHERE submission = ?", (said.submission,))
@@ -185,7 +184,7 @@ class Journal:
             if kept:
                 return kept[0], False
             latest = connection.execute("SELECT judged_at FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-            # A later entry has a later time even when the clock is set back: the last word counts by time.
+            # Times must grow even if the clock is set back, because the last word counts by time.
             judged_at = max(time.time_ns() // 1000, latest[0] + 1 if latest else 0)
             cursor = connection.execute(
                 f"INSERT INTO entries ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -205,7 +204,7 @@ class Journal:
             return self._rows("WHERE sampling = ? AND seq > ? ORDER BY seq", (sampling, after))
 
     def note(self, sampling: str, name: str, value: str) -> bool:
-        """Keep a note on a sampling; returns whether it is new or changed."""
+        """Store a note on a sampling; return whether it is new or changed."""
         with self._transaction() as connection:
             return bool(
                 connection.execute(
@@ -223,7 +222,7 @@ class Journal:
 
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
-        """Keep every other writer of the journal out, in this process and in others."""
+        """Keep all other writers of the journal out, in this process and in others."""
         with self._transaction():
             yield
 
@@ -269,7 +268,7 @@ class Journal:
 
 
 def read_entries(campaign: Path, sampling: str) -> list[Entry]:
-    """All entries of a sampling; none, and no file made, when the campaign has no journal."""
+    """All entries of a sampling; without a journal none, and no file is created."""
     if not (campaign / JOURNAL_FILE).exists():
         return []
     with contextlib.closing(Journal(campaign, read_only=True)) as journal:
@@ -277,9 +276,9 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
 
 
 def next_attempt(entries: Iterable[Entry]) -> int:
-    """The attempt of a rater's next entry on a question, from the earlier ones.
+    """The attempt of a rater's next entry on a question, given the earlier ones.
 
-    Their number; more only where an older journal holds an attempt that was made up.
+    It is their number, or more if an older journal holds an attempt that was never offered.
     """
     return max((entry.attempt + 1 for entry in entries), default=0)
 
@@ -299,7 +298,7 @@ def judgement_rows(entry: Entry) -> list[dict[str, Any]]:
     rows = []
     for position, sample_id in enumerate(entry.shown):
         if pair and sample_id != first:
-            continue  # one row a pair, the same way round whatever the order on the page
+            continue  # one row per pair, in an order that does not depend on the page
         rows.append(
             {
                 "rater": entry.rater, "rater_kind": "human", "kind": WAYS[entry.mode].kind, "sample_id": sample_id,
@@ -312,7 +311,7 @@ def judgement_rows(entry: Entry) -> list[dict[str, Any]]:
 
 
 def export_judgements(campaign: Path, round_number: int) -> list[Path]:
-    """Write what the journal holds of a round and no file does yet into its ``judgements``; see ``export_entries``."""
+    """Write a round's new journal entries into ``judgements``; see ``export_entries``."""
     sampling = sampling_of(campaign, round_number)
     return export_entries(campaign, sampling, "judgements", round_number, judgement_rows) if sampling else []
 
@@ -320,10 +319,10 @@ def export_judgements(campaign: Path, round_number: int) -> list[Path]:
 def export_entries(
     campaign: Path, sampling: str, table: str, round_number: int, rows_of: Callable[[Entry], list[dict[str, Any]]]
 ) -> list[Path]:
-    """Write what the journal holds of a sampling and no file does yet into a table.
+    """Write a sampling's new journal entries into a table.
 
-    A file is named by the sampling and the entries it holds, so that a name always has the same content; what is
-    on disk says what was exported. May be called at any time, by several processes at once.
+    A file's name holds the sampling and the entries' numbers, so one name always has the same content, and the files on
+    disk tell what was exported. Several processes may call this at any time.
 
     Args:
         campaign: the campaign's folder.
@@ -333,7 +332,7 @@ def export_entries(
         rows_of: makes an entry's rows.
 
     Returns:
-        The files that were written now; none when there is nothing new.
+        The files written by this call; none if there is nothing new.
 
     Raises:
         D3POError: the journal cannot be read, or the disk is full or read-only.
@@ -351,7 +350,7 @@ def export_entries(
 
 
 def unexported_judgements(campaign: Path) -> list[dict[str, Any]]:
-    """Rows of ``judgements``, each with its round, that the journal holds and no file does yet; changes nothing.
+    """The journal's rows of ``judgements`` that no file holds yet, with their rounds; changes nothing.
 
     Raises:
         D3POError: the journal cannot be read.
@@ -368,16 +367,17 @@ def unexported_judgements(campaign: Path) -> list[dict[str, Any]]:
 
 
 def _exported(campaign: Path, sampling: str, table: str, round_number: int) -> int:
-    """Number of the last entry of a sampling that a file of the table holds; 0 when none does."""
+    """Number of a sampling's last entry in the table's files; 0 if there is none."""
     name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
     found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
     return max((int(match[2]) for match in found if match), default=0)
 
 
 def _require_journal(path: Path) -> None:
-    """Make sure that a journal whose entries are in the tables is still there.
+    """Refuse to start a new journal if tables hold entries of a lost one.
 
-    A new one would number its entries from 1 again, and those that files hold by number would never be written.
+    A new journal would number its entries from 1 again, and those whose numbers the files already have would never be
+    exported.
     """
     if path.exists():
         return
@@ -390,7 +390,7 @@ def _require_journal(path: Path) -> None:
 
 
 def _connected_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that only reads, also where the folder is read-only and SQLite can put nothing beside the file."""
+    """Connect read-only, even if SQLite cannot write beside the file in a read-only folder."""
     uri = path.absolute().as_uri()
     try:
         connection, made = _opened(f"{uri}?mode=ro")
@@ -400,14 +400,14 @@ def _connected_to_read(path: Path) -> sqlite3.Connection:
         connection, made = _opened(f"{uri}?immutable=1")
     if made:
         return connection
-    connection.close()  # of a page that ended while it made the file
+    connection.close()  # a page ended while it created the file
     connection, _ = _opened("file::memory:")
     connection.executescript(_TABLES)
     return connection
 
 
 def _opened(uri: str) -> tuple[sqlite3.Connection, bool]:
-    """A connection, and whether there are entries to read."""
+    """A connection, and whether it has entries to read."""
     connection = sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
     try:
         found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone()

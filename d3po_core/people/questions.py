@@ -1,7 +1,7 @@
-"""What a round asks of people, read from a campaign's folder, and how far they are.
+"""A round's questions for people, read from a campaign's folder, and people's progress.
 
-Raters whose judgements were brought in from elsewhere count like those on the page, for every question of which they
-held at least two images against each other.
+Judgements imported from elsewhere count like those on the page, for every question in which the rater compared at least
+two images.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from d3po_core.people.tally import Deck, Progress, Question, Tally
 from d3po_core.store.stages import stage_path
 from d3po_core.store.tables import partition, read_rows
 
-# Above this many images not all pairs are asked, only those to the neighbours on two rings.
+# With more images than this, we ask only the pairs of neighbours on two rings.
 ALL_PAIRS_UP_TO = 5
 
 
@@ -36,9 +36,9 @@ def waiting_round(campaign: Path) -> int | None:
 def groups_for_people(config: CampaignConfig, round_number: int) -> list[str]:
     """Groups of a round that people judge, in the order of the samples.
 
-    None with labeller ``proxy``, all with ``human``; with ``mixed`` the share ``judge.people.share`` (rounded up) whose
-    best and worst image the proxies tell apart least, in units of each scorer's spread over the round and times its
-    weight, if it has one. Among equals the earlier group is taken.
+    None with labeller ``proxy``, all with ``human``. With ``mixed``, the share ``judge.people.share`` (rounded up) with
+    the smallest gap between best and worst image by the proxies. The gap is in units of each scorer's spread over the
+    round, times its weight, if any. Among equals, earlier groups come first.
 
     Raises:
         D3POError: the proxies have not judged the round yet.
@@ -47,7 +47,7 @@ def groups_for_people(config: CampaignConfig, round_number: int) -> list[str]:
 
 
 def label_progress(config: CampaignConfig, round_number: int) -> Progress:
-    """What people did of a round so far, on the page and elsewhere; reads and changes nothing.
+    """People's progress with a round, on the page and elsewhere; changes nothing.
 
     Raises:
         D3POError: the round is not sampled, or labeller ``mixed`` waits for the proxies.
@@ -57,9 +57,9 @@ def label_progress(config: CampaignConfig, round_number: int) -> Progress:
 
 
 def count_judgements(campaign: Path, round_number: int) -> int:
-    """How many questions of a round people have answered, on the page and elsewhere.
+    """Number of a round's questions that people have answered, on the page and elsewhere.
 
-    One that a rater answered again, or took back, is one. A question is a group, or a pair of a choice.
+    A question that a rater answered again, or took back, counts once. A question is a group, or a pair of a choice.
     """
     sampling = sampling_of(campaign, round_number)
     entries = read_entries(campaign, sampling) if sampling else []
@@ -80,13 +80,13 @@ def _question_of(row: dict[str, Any], group_of: dict[str, str]) -> tuple[str, ..
 
 
 def load_deck(campaign: Path, config: CampaignConfig, round_number: int, mode: str | None = None) -> Deck:
-    """Read what a round asks.
+    """Read a round's questions.
 
     Args:
         campaign: the campaign's folder.
         config: the round's configuration.
         round_number: the round.
-        mode: how people judge; when not given, as the labelling page last did, else as the configuration says.
+        mode: how people judge; by default the labelling page's last mode, else the configuration's.
 
     Raises:
         D3POError: the round is not sampled, or labeller ``mixed`` waits for the proxies.
@@ -121,8 +121,8 @@ def load_deck(campaign: Path, config: CampaignConfig, round_number: int, mode: s
 def group_questions(group_id: str, rows: Sequence[dict[str, str]], mode: str) -> list[Question]:
     """The questions that a mode asks about one group.
 
-    ``pair``: all pairs up to five images; of n more, the 2n pairs of neighbours at distance 1 and about the root of n
-    in a circle, which connect every two images in few steps. Other modes: one question.
+    ``pair``: all pairs, up to five images. For n > 5 images in a circle: the 2n pairs of neighbours at distance 1 and
+    about the root of n, which connect any two images in few steps. Other modes: one question.
     """
     prompt, ids = rows[0]["prompt"], [row["sample_id"] for row in rows]
     if mode != "pair":
@@ -173,7 +173,7 @@ def _groups_for_people(
 def _said_elsewhere(
     campaign: Path, round_number: int, group_of: dict[str, str]
 ) -> dict[tuple[str, str], dict[str, list[set[str]]]]:
-    """By kind of rater and group: each rater's sets of images that were held against each other."""
+    """By kind of rater and group: each rater's sets of images that they compared."""
     last_word: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in sorted(_brought_in(campaign, round_number), key=lambda row: row["judged_at"]):
         if row["rater_kind"] != "proxy" and row["sample_id"] in group_of:
@@ -193,7 +193,7 @@ def _said_elsewhere(
 
 
 def _who_answered(question: Question, said: dict[str, list[set[str]]]) -> frozenset[str]:
-    """Raters who held at least two of the question's images against each other."""
+    """Raters who compared at least two of the question's images."""
     images = set(question.sample_ids)
     return frozenset(rater for rater, sets in said.items() if any(len(images & judged) > 1 for judged in sets))
 

@@ -1,4 +1,4 @@
-"""The one rule for the names of raters, in the page, the command line and imported files."""
+"""The rule for raters' names on the page, on the command line and in imported files."""
 
 import re
 import unicodedata
@@ -8,14 +8,14 @@ MAX_NAME = 100
 
 
 def composed(name: str) -> str:
-    """The name with composed letters (NFC) and single spaces, so that what looks the same is the same."""
+    """The name with composed letters (NFC) and single spaces, so that names that look equal are equal."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", name)).strip()
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text is no rater's name; None when it is one.
+    """The reason why a text is not a valid rater's name, None if it is valid.
 
-    A name has up to ``MAX_NAME`` printable characters of any alphabet, single spaces among them, no slashes.
+    A name has up to ``MAX_NAME`` printable characters of any alphabet, single spaces among them, and no slashes.
     """
     if 0 < len(name) <= MAX_NAME and name.isprintable() and name == composed(name) and not set(name) & set("/\\"):
         return None
@@ -23,7 +23,7 @@ def name_problem(name: str) -> str | None:
 
 
 def other_spellings(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Names that differ only in capitals from a name said before them, and that name; ``known`` names come first."""
+    """Names that differ only in case from an earlier name, with that name; ``known`` names come first."""
     first: dict[str, str] = {}
     exact = set(known)
     for name in (*exact, *names):

@@ -1,9 +1,9 @@
-"""What is known about a campaign's raters: how much, how fast, how biased, how right, and how far they agree.
+"""Statistics of a campaign's raters: amount, speed, bias, accuracy and agreement.
 
-Agreement is taken over votes on pairs, whatever the way of judging: 1, 0 or -1 for the first image, neither, the
-second. Which of two images is the first is only the order of their members, so that every pair also counts mirrored;
-alpha then needs no convention, and is defined also when all votes happen to be for the first. Its distance is the
-interval one: a tie lies half-way between the two sides.
+Agreement is computed over votes on pairs, for every mode of judging: 1, 0 or -1 for the first image, neither, the
+second. The order of the two images means nothing, so each pair also counts mirrored. Alpha then needs no convention,
+and is defined even if all votes are for the first. Its distance is the interval one: a tie lies half-way between the
+sides.
 
 Source: Krippendorff, Content Analysis (2004), through the package ``krippendorff``.
 """
@@ -48,25 +48,25 @@ LAST_ROUND = 2**31
 
 @dataclass(frozen=True)
 class RaterSummary:
-    """One person. Shares are in [0, 1], with their 95 % interval; None is what cannot be known yet.
+    """One person. Shares are in [0, 1], with 95 % intervals; None means not known yet.
 
     Attributes:
         rater: the name.
-        judgements: questions that the rater has answered, as the labelling page counts them: a group that was marked or
-            ranked is one, whatever the number of its images, and so is a pair of a choice. An answer that was taken
-            back is none, one that was replaced is the same one.
-        skips: questions of which the rater never said anything else.
+        judgements: questions that the rater has answered, as the labelling page counts them: a marked or ranked group
+            is one, whatever its number of images, and so is a pair of a choice. A withdrawn answer does not count, and
+            a replaced one counts once.
+        skips: questions that the rater only ever skipped.
         taken_back: times that the rater took an answer back.
-        groups: groups of which something that the rater said stands.
-        seconds: median seconds a judgement.
+        groups: groups with at least one standing answer of the rater.
+        seconds: median seconds per judgement.
         gold_answered, gold_right: gold questions (see d3po_core.preferences.gold); a half-right answer counts in part.
         gold_low, gold_high: interval of the share of right gold answers.
-        left_out: whether the whole of that interval is below the accuracy floor; such a rater has no vote.
-        reliability: share of votes that are what Dawid-Skene holds to be true; 1/2 is guessing.
-        agreement: share of the other people's votes on the same pairs that are equal.
-        placed: choices between two images of which one was chosen and whose places are known.
+        left_out: whether that whole interval is below the accuracy floor; such a rater has no vote.
+        reliability: share of votes that match the truth as Dawid-Skene estimates it; 1/2 is guessing.
+        agreement: share of other people's votes on the same pairs that are equal.
+        placed: choices of one of two images whose places are known.
         first_share, first_low, first_high: share of them that chose the image in the first place.
-        first_p: probability that a rater without a preference for a place is this far from one half (binomial test).
+        first_p: probability that a rater without a bias for a place is this far from one half (binomial test).
     """
 
     rater: str
@@ -91,12 +91,12 @@ class RaterSummary:
 
 @dataclass(frozen=True)
 class RaterReport:
-    """All people of a campaign or of a round, those who are left out too; None where nobody can be compared.
+    """All people of a campaign or a round, also those left out; None if there is nobody to compare.
 
     Attributes:
-        raters: a summary a person, by name.
-        alpha: Krippendorff's alpha of their votes; 1 is perfect, 0 what chance gives.
-        agreement: share of equal votes among all two people's votes on the same pair.
+        raters: a summary per person, by name.
+        alpha: Krippendorff's alpha of their votes; 1 is perfect, 0 is chance.
+        agreement: share of equal votes over all two people who voted on the same pair.
         pairs: pairs that a person voted on.
         pairs_of_several: pairs that at least two people voted on.
     """
@@ -109,7 +109,7 @@ class RaterReport:
 
 
 def connect_with_journal(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """A campaign's tables, with what the labelling page holds of them and no file does yet; changes nothing.
+    """Connect to a campaign's tables plus the page's judgements that no file holds yet; changes nothing.
 
     Raises:
         D3POError: the journal cannot be read.
@@ -125,7 +125,7 @@ def connect_with_journal(campaign: Path) -> duckdb.DuckDBPyConnection:
 
 
 def people_votes(connection: duckdb.DuckDBPyConnection, last_round: int = LAST_ROUND) -> pa.Table:
-    """People's and gold's votes of all rounds up to one: ``collect_votes``, with the round before the names of groups.
+    """Votes of people and gold of all rounds up to one: ``collect_votes``, with the round before group names.
 
     Args:
         connection: a campaign's tables, from ``d3po_core.store.tables.connect``.
@@ -136,7 +136,7 @@ def people_votes(connection: duckdb.DuckDBPyConnection, last_round: int = LAST_R
                  WHERE rater_kind != 'proxy' AND round <= $last"""
     samples = f"""SELECT * REPLACE ({named}, round || '/' || group_id AS group_id) FROM samples
                   WHERE round IN (SELECT round FROM judgements WHERE rater_kind != 'proxy') AND round <= $last"""
-    # All rounds as one, in memory: a query a round would open every file of the campaign once a round.
+    # Treat all rounds as one, in memory: one query per round would open every file of the campaign each time.
     with duckdb.connect(":memory:") as memory:
         memory.register("judgements", connection.sql(people, params={"last": last_round}).to_arrow_table())
         memory.register("samples", connection.sql(samples, params={"last": last_round}).to_arrow_table())
@@ -145,19 +145,19 @@ def people_votes(connection: duckdb.DuckDBPyConnection, last_round: int = LAST_R
 
 
 def earlier_gold(connection: duckdb.DuckDBPyConnection, round_number: int) -> dict[str, GoldScore]:
-    """How people answered the gold questions of the rounds before this one, for ``deciding.decide``."""
+    """People's gold scores of all earlier rounds, for ``deciding.decide``."""
     return gold_scores(people_votes(connection, last_round=round_number - 1))
 
 
 def rater_report(
     connection: duckdb.DuckDBPyConnection, accuracy_floor: float, round_number: int | None = None
 ) -> RaterReport:
-    """What is known about the people who judged.
+    """Summarize the people who judged.
 
     Args:
         connection: a campaign's tables, from ``d3po_core.store.tables.connect``.
         accuracy_floor: ``judge.people.accuracy_floor``.
-        round_number: only this round; gold scores are always those of all rounds until then.
+        round_number: only this round; gold scores always cover all rounds up to it.
     """
     first, last = (0, LAST_ROUND) if round_number is None else (round_number, round_number)
     everything = people_votes(connection, last_round=last)
@@ -189,10 +189,10 @@ def rater_report(
 
 
 def round_metrics(connection: duckdb.DuckDBPyConnection, round_number: int, accuracy_floor: float) -> dict[str, float]:
-    """The report of a round as flat numbers for a tracker; empty when no person judged, None is left out.
+    """A round's report as flat numbers for a tracker, without Nones; empty if no person judged.
 
-    Names: ``raters/alpha`` and so on, and ``rater/<name>/judgements`` and so on for each person; signs that MLflow
-    does not take become ``_``.
+    Names: ``raters/alpha`` and so on, and ``rater/<name>/judgements`` and so on per person; characters that MLflow does
+    not accept become ``_``.
     """
     report = rater_report(connection, accuracy_floor, round_number)
     if not report.raters:
@@ -213,9 +213,9 @@ def round_metrics(connection: duckdb.DuckDBPyConnection, round_number: int, accu
 
 
 def krippendorff_alpha(votes_RP: np.ndarray) -> float | None:
-    """Alpha of R raters' votes (-1, 0, 1; nan is none) on P pairs, each pair also mirrored; None if it is undefined.
+    """Alpha of R raters' votes (-1, 0, 1; nan is none) on P pairs, each also mirrored; None if undefined.
 
-    It is undefined when no pair has two votes, or when all of those votes are ties.
+    It is undefined if no pair has two votes, or if all of those votes are ties.
     """
     mirrored = np.concatenate([votes_RP, -votes_RP], axis=1)
     counts = np.stack([(mirrored == value).sum(0) for value in (-1, 0, 1)], axis=1)
@@ -226,7 +226,7 @@ def krippendorff_alpha(votes_RP: np.ndarray) -> float | None:
 
 
 def _vote_table(votes: pa.Table) -> pd.DataFrame:
-    """People's votes, a row a rater and a column a pair; nan where a rater said nothing."""
+    """People's votes, one row per rater and one column per pair; nan for no vote."""
     frame = votes_frame(votes)
     people = frame[frame.rater_kind == "human"]
     people = people.assign(pair=people.groupby(PAIR).ngroup())
@@ -234,7 +234,7 @@ def _vote_table(votes: pa.Table) -> pd.DataFrame:
 
 
 def _equal_votes(table_RP: pd.DataFrame) -> tuple[dict[str, int], dict[str, int]]:
-    """For each rater, how many of the others' votes on the same pairs are equal, and how many there are."""
+    """Per rater: how many of the others' votes on the same pairs are equal, and how many there are."""
     counts_P3 = np.stack([(table_RP == value).to_numpy().sum(0) for value in (-1, 0, 1)], axis=1)
     equal, compared = {}, {}
     for rater, votes_P in zip(table_RP.index, table_RP.to_numpy(dtype=float), strict=True):

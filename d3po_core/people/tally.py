@@ -1,11 +1,11 @@
-"""Who has judged what, and what is still needed: a round's questions, and the journal's entries added up.
+"""Count who has judged what and what is missing, from a round's questions and the journal's entries.
 
 A question shows images of one prompt and is answered in one of four ways: ``pair`` (which of two is better),
-``mark_bad`` (which of the group are bad), ``best`` (which one is best), ``rank`` (from best to worst). A question
-names its images by sample_id alone and where they lie is looked up beside it, so that the images of one question may
-as well come from two checkpoints.
+``mark_bad`` (which of the group are bad), ``best`` (which one is best), ``rank`` (from best to worst). It names its
+images by sample_id only, and their files are looked up separately, so one question's images may come from two
+checkpoints.
 
-A rater is done with a question by answering it, or by skipping it twice: what was skipped once comes back at the end.
+A rater finishes a question by answering it, or by skipping it twice: after the first skip it comes back at the end.
 A group is done when every question of it has ``raters_per_group`` raters.
 """
 
@@ -26,7 +26,7 @@ UNSEEN, SKIPPED, ANSWERED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Question:
-    """Images of one prompt to be judged together; ``sample_ids`` in the order of the table, not of the page."""
+    """Images of one prompt to judge together; ``sample_ids`` are in table order, not page order."""
 
     question_id: str
     group_id: str
@@ -36,19 +36,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Deck:
-    """All that a round asks, or a blind comparison.
+    """All questions of a round or a blind comparison.
 
     Attributes:
         campaign: the campaign's folder.
-        config: the configuration with which the round was begun.
-        round_number: the round; 0 in a blind comparison, whose page does not say which rounds it compares.
-        sampling: name of what was sampled; see ``journal.sampling_of``, or the id of a blind comparison.
+        config: the configuration that the round began with.
+        round_number: the round; 0 in a blind comparison, whose page hides the rounds.
+        sampling: id of the sampling; see ``journal.sampling_of``, or the id of a blind comparison.
         mode: pair, mark_bad, best or rank.
-        questions: the questions, group by group; first those of the groups for people.
+        questions: the questions, group by group; groups for people come first.
         group_of: [Q] number of each question's group.
         num_groups: groups for people; higher numbers belong to groups asked only because their answer is known.
         image_paths: file of each sample, relative to the campaign.
-        elsewhere: [Q] people whose judgements of a question were brought in from elsewhere.
+        elsewhere: [Q] people whose judgements of a question were imported.
         gold: [Q] whether the answer is known.
     """
 
@@ -72,15 +72,15 @@ class Deck:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far people are with a round.
+    """People's progress with a round.
 
     Attributes:
         groups_needed: groups that must be done before the round goes on.
         groups_done: groups for people that have enough raters; may exceed ``groups_needed``.
-        judgements: answers of people that stand, given on the page or brought in.
+        judgements: people's standing answers, given on the page or imported.
         raters: people who judged.
         asked: answers that all groups need together.
-        missing: those of them that are still to be given.
+        missing: those of them that are not given yet.
         complete: whether the round can go on.
     """
 
@@ -94,7 +94,7 @@ class Progress:
 
 
 def answer_problem(mode: str, answer: Sequence[float], size: int) -> str | None:
-    """What is wrong with an answer (as in ``journal.Submission``) to a question of ``size`` images; None if nothing."""
+    """The problem with an answer (as in ``journal.Submission``) to a question of ``size`` images; None if valid."""
     values = sorted(answer)
     if len(answer) != size:
         return f"{len(answer)} values for {size} images"
@@ -102,10 +102,10 @@ def answer_problem(mode: str, answer: Sequence[float], size: int) -> str | None:
 
 
 class Tally:
-    """Who has judged what: the journal's entries and the judgements from elsewhere, added up.
+    """Counts of who has judged what, from the journal's entries and imported judgements.
 
     Attributes:
-        deck: what is asked.
+        deck: the questions.
         counts: [Q] raters who are done with each question.
         last_seq: number of the last entry that was added.
     """
@@ -126,7 +126,7 @@ class Tally:
         self.add(entries)
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Add entries, in the order of the journal; those of questions that this deck does not ask change nothing."""
+        """Add entries in journal order; entries on questions outside this deck change no count."""
         for entry in entries:
             self.last_seq = max(self.last_seq, entry.seq)
             key = entry.rater, entry.question_id
@@ -142,7 +142,7 @@ class Tally:
             self._recount(entry)
 
     def status(self, rater: str) -> np.ndarray:
-        """[Q] UNSEEN, SKIPPED (once) or ANSWERED, by the rater; not to be changed."""
+        """[Q] the rater's UNSEEN, SKIPPED (once) or ANSWERED; do not modify it."""
         if rater not in self._status:
             elsewhere = [rater in raters for raters in self._done_by]
             self._status[rater] = np.where(elsewhere, ANSWERED, UNSEEN).astype(np.int8)
@@ -161,11 +161,11 @@ class Tally:
         return (self.counts < self._needed) & (self.deck.group_of < self.deck.num_groups)
 
     def progress(self) -> Progress:
-        """How far the round is."""
+        """The round's progress."""
         deck, for_people = self.deck, self.deck.group_of < self.deck.num_groups
         done = np.bincount(deck.group_of[(self.counts >= self._needed) & for_people], minlength=deck.num_groups)
         groups_done = int((done == self._sizes).sum())
-        # 0.07 * 100 is above 7 by a rounding error; a hundredth of a millionth of a group is none.
+        # 0.07 * 100 exceeds 7 by a rounding error, so subtract a tiny part of a group.
         needed = math.ceil(deck.config.judge.people.enough * deck.num_groups - 1e-8)
         raters = {rater for rater, answers in self._answers.items() if answers}
         missing = int(np.maximum(self._needed - self.counts[for_people], 0).sum())
@@ -176,10 +176,10 @@ class Tally:
         )  # fmt: skip
 
     def steps(self, rater: str) -> tuple[int, int]:
-        """Answers that are given and answers that are asked, as the rater's page counts them.
+        """Answers given and answers asked, as the rater's page counts them.
 
-        Each answer of the rater's own adds one, also that to a question whose answer is known: those count for each
-        rater alone. Counted over all people they would not move what the page shows, and so be told from the others.
+        Each of the rater's answers adds one, also to a gold question: those count per rater. Counted over all people,
+        they would not move the page's number, and so the rater could tell them from the others.
         """
         gold, for_people = self.deck.gold, self.deck.group_of < self.deck.num_groups
         shared = for_people & ~gold

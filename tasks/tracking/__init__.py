@@ -1,1 +1,1 @@
-"""MLflow is told what stages left on disk."""
+"""Send to MLflow what stages left on disk."""

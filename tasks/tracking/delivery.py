@@ -1,7 +1,7 @@
-"""MLflow is told, not asked: one parent run a campaign, one child run a round.
+"""Deliver results to MLflow: one parent run per campaign, one child run per round. No decision reads from it.
 
-What MLflow is told is what stages left on disk, so it can be told at any later time: ``deliver`` sends everything that
-was not delivered yet. A server that is down costs a warning, never a round. Delivering twice changes nothing.
+Everything comes from what stages left on disk, so it can be sent at any later time: ``deliver`` sends all that is not
+delivered yet. A server that is down costs a warning, never a round. Delivering twice changes nothing.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from tasks.tracking.store import (
 
 STAGES = tuple(LOGGERS)
 
-# After it failed MLflow is left alone for so many times as long as that took: a store that does not answer costs a run
+# After a failure, back off for PAUSE times as long as the failed call took. So a store that does not answer costs a run
 # a tenth of its time at most.
 PAUSE = 10
 _left_alone_until: dict[str, float] = {}
@@ -42,16 +42,16 @@ logger = logging.getLogger(__name__)
 
 
 def deliver(config: CampaignConfig) -> None:
-    """Tell MLflow of every finished stage, and of what people said of checkpoints, that it was not told of yet."""
+    """Send MLflow every finished stage and every blind comparison that it does not have yet."""
     _deliver_stages(config)
     deliver_comparisons(config)
 
 
 def deliver_comparisons(config: CampaignConfig) -> None:
-    """Tell MLflow how often people prefer a round, seen blind, where it was not told so yet.
+    """Send MLflow how often people prefer a round, seen blind, unless it has been told already.
 
-    Only of rounds of which it knows everything else: this is also called while a run advances the campaign, and only
-    one of the two may make the round's run.
+    It covers only rounds that are otherwise delivered. It may run while another process advances the campaign, and only
+    one of the two may create the round's run.
     """
     try:
         rates = _rates(config.folder)
@@ -96,7 +96,7 @@ def _deliver_stages(config: CampaignConfig) -> None:
             campaign_run = _existing_run(config) or campaign_run_id(config)
             waiting = [stage for stage in finished if not is_marked(_mark(config.folder, stage), campaign_run)]
             for round_number, order in waiting:
-                # What a round was made with, which may not be what this run was started with.
+                # The round's own configuration may differ from this run's.
                 config_then = _config_of(config, round_number)
                 run_id = round_run_id(config_then, round_number)
                 LOGGERS[STAGES[order]](client, config_then, round_number, run_id)
@@ -106,7 +106,10 @@ def _deliver_stages(config: CampaignConfig) -> None:
 
 
 def _existing_run(config: CampaignConfig) -> str | None:
-    """The campaign's run, if the store knows it; marks of an earlier version are then its, else another store's."""
+    """The campaign's run, if the store knows it.
+
+    Marks of an earlier version then count for this store, else for another one.
+    """
     found = existing_campaign_run(config)
     if has_old_marks(config.folder):
         name_old_marks(config.folder, found)
@@ -114,7 +117,7 @@ def _existing_run(config: CampaignConfig) -> str | None:
 
 
 def _warn(what: str, error: Exception) -> None:
-    """Whatever keeps MLflow from listening, the round is worth more than its log."""
+    """Warn that MLflow failed; no failure there is worth a round."""
     run_logger().warning(
         "MLflow at %s did not take %s (%s); they are kept and delivered with the next one",
         masked(tracking_uri()), what, masked(" ".join(str(error).split()))[:200],
@@ -127,37 +130,37 @@ def _is_left_alone() -> bool:
 
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
-    """Ask MLflow something; when that fails, leave it alone for ``PAUSE`` times as long as it took."""
+    """Call MLflow in this context; after a failure, back off for ``PAUSE`` times as long as the call took."""
     started = time.monotonic()
     try:
         yield
     except Exception:
-        forget_runs()  # one may have been deleted
+        forget_runs()  # somebody may have deleted one
         now = time.monotonic()
         _left_alone_until[tracking_uri()] = now + PAUSE * (now - started)
         raise
 
 
 def _config_of(config: CampaignConfig, round_number: int) -> CampaignConfig:
-    """The configuration that a round was begun with; ``runs_dir`` as the run gave it, which MLflow shows."""
+    """The configuration that a round began with; ``runs_dir`` as the run gave it, because MLflow shows it."""
     if not stage_path(config.folder, round_number, "config").exists():
         return config
     return round_config(config.folder, round_number).model_copy(update={"runs_dir": config.runs_dir})
 
 
 def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
-    """The child run of a round, or None when MLflow cannot be reached."""
+    """The child run of a round, None if MLflow cannot be reached."""
     return _asked(partial(round_run_id, config, round_number))
 
 
 def pages(config: CampaignConfig) -> dict[str, str]:
-    """Addresses of MLflow's pages of the campaign: its report, and its curves; none when MLflow has no page."""
+    """Addresses of the campaign's report and curves in MLflow; none if MLflow has no page."""
     parts = {"report": "artifacts/report.html", "curves in MLflow": "model-metrics"}
     return {name: page for name, part in parts.items() if (page := _asked(partial(run_page, config, part)))}
 
 
 def _asked(question: Callable[[], str | None]) -> str | None:
-    """MLflow's answer, None when there is none."""
+    """MLflow's answer, None if there is none."""
     if _is_left_alone():
         return None
     try:
@@ -168,7 +171,7 @@ def _asked(question: Callable[[], str | None]) -> str | None:
 
 
 def _finished(campaign: Path) -> list[tuple[int, int]]:
-    """Round and order of every finished stage of which MLflow is told."""
+    """Round and order of every finished stage that MLflow should know."""
     records = [path for path in campaign.glob("stages/round=*/*.json") if path.stem in STAGES]
     finished = [(path.parent.name, path.stem) for path in records]
     finished += [(path.parent.name, "publish") for path in campaign.glob("rounds/round=*/part.parquet")]

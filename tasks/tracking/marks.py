@@ -1,7 +1,7 @@
-"""What of a campaign was delivered to which MLflow store: marks beside the records of stages.
+"""Marks beside the stages' records: which MLflow store already has what.
 
-A mark holds the ids of the campaign's MLflow runs that were told: another server, or a run that was made again, knows
-nothing yet. Marks of earlier versions are empty; they count for a store that holds the campaign when it is first asked.
+A mark holds the ids of the campaign's MLflow runs that got the stage. Another server, or a run that was made again, has
+nothing yet. Marks of earlier versions are empty; they count for a store that holds the campaign when first asked.
 """
 
 import json
@@ -11,17 +11,17 @@ from pathlib import Path
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import stage_path
 
-# Stands in a mark of an earlier version that was not this store's: delivering twice changes nothing.
+# Written into an earlier version's mark that is not this store's; a second delivery changes nothing.
 ELSEWHERE = "another store"
 
 
 def mark_path(campaign: Path, round_number: int, stage: str) -> Path:
-    """The mark of a stage."""
+    """Path of a stage's mark."""
     return stage_path(campaign, round_number, stage).with_suffix(".delivered")
 
 
 def is_marked(path: Path, campaign_run: str) -> bool:
-    """Whether the store of this campaign's run was told."""
+    """Return whether the store of this campaign's run was told."""
     return path.exists() and campaign_run in path.read_text().splitlines()
 
 
@@ -34,16 +34,16 @@ def mark(path: Path, campaign_run: str) -> None:
 
 
 def has_old_marks(campaign: Path) -> bool:
-    """Whether there are marks that do not say of which store they are."""
+    """Return whether there are marks that name no store."""
     return next(_old_marks(campaign), None) is not None
 
 
 def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
-    """Say of which store the marks of an earlier version are.
+    """Assign the marks of an earlier version to a store.
 
     Args:
         campaign: the campaign's folder.
-        campaign_run: the campaign's run in the store that is asked now; None when it had none.
+        campaign_run: the campaign's run in the current store; None if it has none.
     """
     for path in list(_old_marks(campaign)):
         mark(path, campaign_run or ELSEWHERE)
@@ -54,12 +54,12 @@ def _old_marks(campaign: Path) -> Iterator[Path]:
 
 
 def told(path: Path, campaign_run: str) -> str | None:
-    """What the store of this campaign's run was told last, of something that changes."""
+    """The latest value that the store of this campaign's run was told, None if it was told none."""
     return _all_told(path).get(campaign_run)
 
 
 def note_told(path: Path, campaign_run: str, what: str) -> None:
-    """Note what the store of this campaign's run was told."""
+    """Note the value that the store of this campaign's run was told."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(_all_told(path) | {campaign_run: what}))
 

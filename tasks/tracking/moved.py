@@ -1,7 +1,7 @@
-"""Our own MLflow store follows its data folder: MLflow keeps absolute places, and would write into the old ones.
+"""Keep our MLflow store working when its data folder moves: MLflow stores absolute paths, and would use the old ones.
 
-Only the database in the data folder, and only what was kept beside it: an experiment whose artifacts were sent
-elsewhere stays as it is. A copy of a data folder points to itself, and its original is left alone.
+This changes only the database in the data folder, and only paths inside that folder: an experiment with artifacts
+elsewhere stays as it is. A copied data folder points to itself, and its original is left alone.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 ARTIFACTS = "mlflow/artifacts"
-# Where MLflow keeps places of artifacts, and texts of ours that name the data folder.
+# Columns where MLflow keeps artifact locations, and columns of our texts that name the data folder.
 PLACES = (
     ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"), ("model_versions", "source"),
@@ -19,10 +19,10 @@ TEXTS = (("tags", "value"), ("datasets", "dataset_source"), ("model_versions", "
 
 
 def follow_folder(database: Path, experiment: str) -> Path | None:
-    """Point everything in the store to where it lies now, in one transaction; returns the old data folder, if any.
+    """Rewrite the store's paths to its present folder, in one transaction; return the old folder, if any.
 
     Args:
-        database: ``<data folder>/mlflow/mlflow.db``; nothing is done while it is not there.
+        database: ``<data folder>/mlflow/mlflow.db``; without it, nothing is done.
         experiment: name of the experiment whose artifacts lie in the data folder.
     """
     if not database.exists():

@@ -1,4 +1,4 @@
-"""What each stage tells MLflow, read from what it left on disk."""
+"""Send each stage's results to MLflow, read from what it left on disk."""
 
 import hashlib
 import statistics
@@ -45,7 +45,7 @@ from tasks.tracking.store import (
     tracking_uri,
 )
 
-# Of the policy that each update found, and of the one after the round's last update.
+# Values of the policy before each update, and after the round's last update.
 BEFORE = ("margin_before", "pair_accuracy_before", "kl_before")
 AFTER = ("margin_after", "pair_accuracy_after", "kl_after")
 
@@ -99,7 +99,7 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     steps = read_rows(partition(config.folder, "update_steps", round_number) / "part.parquet")
     curves = ("loss", *BEFORE, "clip_fraction", "grad_norm", "drowned", "seconds")
     last = record.finished_at
-    # A round of an older version lacks some.
+    # Rounds of an older version lack some columns.
     rows = [
         (f"update/{name}", row[name], row["update"], row["finished_at"])
         for row in updates for name in curves if name in row
@@ -124,7 +124,7 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     values["seconds/train"] = record.seconds
     log_both(client, config, round_number, run_id, record.finished_at, values)
     file = weights_file(config.folder / record.checkpoint)
-    if file.name == LORA_FILE:  # a whole network is large: it comes once, with the model
+    if file.name == LORA_FILE:  # a whole network is large, so it is sent only with the model
         with tempfile.TemporaryDirectory() as folder:
             client.log_artifact(run_id, copyfile(file, f"{folder}/{LORA_FILE}"))  # MLflow copies the mode too
     client.set_tag(run_id, "d3po.lora_sha256", record.lora_sha256)
@@ -167,8 +167,8 @@ def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_
     client.set_tag(run_id, "d3po.git_commit", row["git_commit"] or "unknown")
     client.set_tag(run_id, "d3po.config_sha256", row["config_sha256"])
     if round_number == 0:
-        set_aliases(client, config, dict.fromkeys(ALIASES, 0))  # of a former campaign under the same name
-    elif stage_path(config.folder, round_number, "guard").exists():  # else it was finished before there was a guard
+        set_aliases(client, config, dict.fromkeys(ALIASES, 0))  # clear those of a former campaign with the same name
+    elif stage_path(config.folder, round_number, "guard").exists():  # else the round is older than the guard
         _publish_model(client, config, round_number, run_id, row)
     client.set_terminated(run_id, "FINISHED", milliseconds(row["finished_at"]))
     report = config.folder / REPORT_FILE
@@ -181,7 +181,7 @@ def _log_publish(client: Client, config: CampaignConfig, round_number: int, run_
 
 
 def _publish_model(client: Client, config: CampaignConfig, round_number: int, run_id: str, row: dict[str, Any]) -> None:
-    """The checkpoint as a model with its held-out metrics, and as a version with aliases and the lines that load it."""
+    """Log the checkpoint as a model with held-out metrics, and register a version with aliases and loading code."""
     guard = read_record(config.folder, round_number, "guard", GuardRecord)
     evaluated = read_record(config.folder, round_number, "evaluate", EvaluateRecord)
     preferences = partition(config.folder, "preferences", round_number) / "part.parquet"
@@ -206,8 +206,8 @@ def _publish_model(client: Client, config: CampaignConfig, round_number: int, ru
     describe_version(client, config, model, version, text)
     describe(client, run_id, text)
     aliases = {"champion": guard.champion}
-    if guard.go_on_from == round_number:  # a rejected checkpoint is kept and marked, but no alias leads to it
-        # Not `latest`: MLflow keeps that word for itself, as the newest version, rejected or not.
+    if guard.go_on_from == round_number:  # keep and mark a rejected checkpoint, but point no alias to it
+        # Not `latest`: MLflow reserves it for the newest version, rejected or not.
         aliases |= {"current": round_number, "previous": start_of(config.folder, round_number)}
     set_aliases(client, config, aliases)
 
@@ -241,7 +241,7 @@ def _about_campaign(config: CampaignConfig, round_number: int) -> str:
 
 
 def log_human_win_rate(client: Client, config: CampaignConfig, rate: HumanWinRate, run_id: str) -> None:
-    """How often people prefer the round's images to a reference's: in its run, the campaign's and its model."""
+    """Log how often people prefer the round to a reference, in the round's run, the campaign's run and the model."""
     name = f"held_out/human_win_rate_{rate.reference.replace(' ', '_')}"
     values: dict[str, float | None] = {
         name: rate.win_rate.mean, f"{name}_low": rate.win_rate.low, f"{name}_high": rate.win_rate.high,

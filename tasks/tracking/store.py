@@ -1,6 +1,6 @@
-"""MLflow's store: one parent run a campaign, one child run a round, one model a checkpoint.
+"""MLflow's store: one parent run per campaign, one child run per round, one model per checkpoint.
 
-The only module that imports mlflow. Everything here may be called again for the same thing and then changes nothing.
+Only this module imports mlflow. Every function is safe to call again: repeating a call changes nothing.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ EXPERIMENT = "d3po"
 BATCH = 1000
 REPORT_BYTES = 5_000_000
 
-# Digits of a logged number that mean something; MLflow's tables show as many as they get.
+# Significant digits of a logged number; MLflow's tables show as many as they get.
 DIGITS = 6
-# MLflow itself would ask a server that does not answer eight times, for two minutes each.
+# By default MLflow tries a silent server eight times, two minutes each.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 _run_ids: dict[tuple[str, str, int | None], str] = {}
 
 
 def tracking_uri() -> str:
-    """``MLFLOW_TRACKING_URI``, or the sqlite database in the data folder that ``make up`` serves."""
+    """``MLFLOW_TRACKING_URI``, or the data folder's sqlite database, which ``make up`` serves."""
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(local_database())
 
 
@@ -47,7 +47,7 @@ def local_database() -> Path:
 
 
 def make_local_store() -> None:
-    """Make the database in the data folder, whole or not at all, unless it is there.
+    """Make the database in the data folder unless it exists, complete or not at all.
 
     Raises:
         D3POError: the folder cannot be written.
@@ -55,28 +55,28 @@ def make_local_store() -> None:
     _prepare()
     from mlflow import MlflowClient
 
-    # MLflow's last step is the experiment "Default".
+    # MLflow creates the experiment "Default" last.
     make_database(
         local_database(), lambda file: MlflowClient(sqlite_url(file)).search_experiments(max_results=1), "experiments"
     )
 
 
 def page_url() -> str | None:
-    """Where MLflow's page is, without a login: the server, or the one that ``d3po up`` starts on the local store."""
+    """Address of MLflow's page, without a login: the server's, or that of ``d3po up`` for the local store."""
     uri = tracking_uri()
     return without_login(uri) if uri.startswith("http") else os.environ.get("D3PO_MLFLOW_URL")
 
 
 def run_page(config: CampaignConfig, part: str) -> str | None:
-    """Address of a part of the campaign run's page, None when MLflow has no page."""
+    """Address of a part of the campaign run's page, None if MLflow has no page."""
     if not (page := page_url()):
         return None
     run = f"experiments/{experiment(mlflow_client())}/runs/{campaign_run_id(config)}"
-    return f"{page.rstrip('/')}/#/{run}/{part}?workflowType=machine_learning"  # else it opens in its other mode
+    return f"{page.rstrip('/')}/#/{run}/{part}?workflowType=machine_learning"  # else the page opens in its other mode
 
 
 def log_report(client: Client, config: CampaignConfig, report: Path) -> None:
-    """Replace the report in the campaign's run and say where it lies; one above ``REPORT_BYTES`` is only named."""
+    """Replace the report in the campaign's run and tag its path; above ``REPORT_BYTES``, only tag the path."""
     parent = campaign_run_id(config)
     client.set_tag(parent, "d3po.report", str(report))
     if report.stat().st_size <= REPORT_BYTES:
@@ -84,34 +84,34 @@ def log_report(client: Client, config: CampaignConfig, report: Path) -> None:
 
 
 def round_run_id(config: CampaignConfig, round_number: int) -> str:
-    """The child run of a round, made when there is none; a resumed round goes on in its run."""
+    """The child run of a round, created if missing; a resumed round continues in its run."""
     parent = campaign_run_id(config)
     name = f"{config.campaign} round {round_number:03d}" if round_number else f"{config.campaign} base"
     return _find_or_create(config, round_number, name, {"mlflow.parentRunId": parent})
 
 
 def campaign_run_id(config: CampaignConfig) -> str:
-    """The parent run of a campaign."""
+    """The parent run of a campaign, created if missing."""
     return _find_or_create(config, None, f"campaign {config.campaign}", {})
 
 
 def mlflow_client() -> Client:
-    """A client of the tracking store, which is made when it is a local one and not there yet."""
+    """A client of the tracking store; a missing local store is created."""
     _prepare()
     from mlflow import MlflowClient, set_tracking_uri
 
-    if not os.environ.get("MLFLOW_TRACKING_URI"):  # at a process's first call: MLflow then sets it itself
+    if not os.environ.get("MLFLOW_TRACKING_URI"):  # true only at a process's first call: MLflow then sets it itself
         make_local_store()
         follow_local_store()
     elif tracking_uri().startswith("sqlite:///"):
         Path(tracking_uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    # The registry looks models up through the process's own setting.
+    # The registry finds models through the process's own setting.
     set_tracking_uri(tracking_uri())
     return MlflowClient(tracking_uri())
 
 
 def _prepare() -> None:
-    """Set MLflow's patience and make it quiet; it reads its settings when it is imported."""
+    """Set MLflow's timeouts and make it quiet; it reads its settings on import."""
     for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401 (sets the levels of its loggers)
@@ -121,12 +121,12 @@ def _prepare() -> None:
 
 
 def follow_local_store() -> None:
-    """Point the store in the data folder to where it lies now, in case it was moved or copied."""
+    """Update the paths in the data folder's store, in case the folder was moved or copied."""
     follow_folder(local_database(), EXPERIMENT)
 
 
 def experiment(client: Client) -> str:
-    """Id of the experiment that holds all campaigns; made when there is none, restored when it was deleted."""
+    """Id of the experiment that holds all campaigns; created if missing, restored if deleted."""
     existing = client.get_experiment_by_name(EXPERIMENT)
     if existing is not None:
         if existing.lifecycle_stage == "deleted":
@@ -136,7 +136,7 @@ def experiment(client: Client) -> str:
                 "delivered without it; to be rid of one campaign, delete its run", EXPERIMENT,
             )  # fmt: skip
         return str(existing.experiment_id)
-    # With a local store the artifacts' place must be absolute, or it follows the working directory.
+    # With a local store the location must be absolute, or it follows the working directory.
     local = tracking_uri().startswith("sqlite")
     location = (data_folder() / "mlflow" / "artifacts").as_uri() if local else None
     tags = {"mlflow.experimentKind": "custom_model_development"}
@@ -144,12 +144,12 @@ def experiment(client: Client) -> str:
 
 
 def existing_campaign_run(config: CampaignConfig) -> str | None:
-    """The parent run of a campaign, None when the store has none."""
+    """The parent run of a campaign, None if the store has none."""
     return _find(mlflow_client(), config, None)
 
 
 def forget_runs() -> None:
-    """Look runs up again: one may have been deleted since."""
+    """Forget the known runs and look them up again: somebody may have deleted one."""
     _run_ids.clear()
 
 
@@ -162,7 +162,7 @@ def _find_or_create(config: CampaignConfig, round_number: int | None, name: str,
 
 
 def _find(client: Client, config: CampaignConfig, round_number: int | None) -> str | None:
-    """A campaign's or a round's run; one that was deleted is restored: what it was told is not told again."""
+    """The run of a campaign or round; a deleted run is restored, because its data is not sent again."""
     from mlflow.entities import ViewType
 
     wanted = (
@@ -210,7 +210,7 @@ def _log_params(client: Client, run_id: str, config: CampaignConfig) -> None:
 
 
 def log_metrics(client: Client, run_id: str, rows: list[tuple[str, float | None, int, datetime]]) -> None:
-    """Log (name, value, step, time) in batches; the time is that of the stage, so that a repetition is no new point."""
+    """Log (name, value, step, time) in batches; with the stage's time, a repeated call adds no new point."""
     from mlflow.entities import Metric
 
     metrics = [Metric(n, _rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
@@ -223,7 +223,7 @@ def _rounded(value: float) -> float:
 
 
 def milliseconds(when: datetime) -> int:
-    """Milliseconds since the epoch; times without a zone, as tables keep them, are UTC."""
+    """Milliseconds since the epoch; a time without a zone, as in our tables, is UTC."""
     return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
@@ -231,7 +231,7 @@ def log_both(
     client: Client, config: CampaignConfig, round_number: int, run_id: str, when: datetime | None,
     values: dict[str, float | None],
 ) -> None:  # fmt: skip
-    """Log a round's summary in its own run, and in the campaign's with the round as step: a curve over rounds."""
+    """Log a round's summary in its run, and in the campaign's with the round as step: a curve over rounds."""
     assert when is not None
     rows = [(name, value, round_number, when) for name, value in values.items()]
     log_metrics(client, run_id, rows)
@@ -239,7 +239,7 @@ def log_both(
 
 
 def log_lineage(client: Client, config: CampaignConfig, round_number: int, run_id: str, table: str) -> None:
-    """Point from the run to the Parquet files that it wrote or read, by path and digest."""
+    """Link the Parquet files that the run wrote or read, by path and digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
@@ -252,12 +252,12 @@ def log_lineage(client: Client, config: CampaignConfig, round_number: int, run_i
 
 
 def log_grid_once(client: Client, config: CampaignConfig, round_number: int, grid: Path) -> None:
-    """Add the held-out grid to the campaign run's image slider, whose step is the round, unless it is there."""
+    """Add the held-out grid to the campaign run's image slider, with the round as step, unless it is there."""
     from PIL import Image
 
     parent = campaign_run_id(config)
     present = [artifact.path for artifact in client.list_artifacts(parent, "images")]
-    # MLflow writes 'key%step%N%timestamp...' on some stores and 'key+step+N+timestamp...' on others.
+    # Some stores write 'key%step%N%timestamp...', others 'key+step+N+timestamp...'.
     if any(Path(path).name.replace("+", "%").startswith(f"held_out%step%{round_number}%") for path in present):
         return
     with Image.open(grid) as image:
@@ -268,15 +268,15 @@ def log_checkpoint(
     client: Client, config: CampaignConfig, round_number: int, run_id: str, folder: Path, tags: dict[str, str],
     metrics: dict[str, float | None], when: datetime,
 ) -> "LoggedModel":  # fmt: skip
-    """Log a checkpoint as a model of its run with its held-out metrics, and as a version of the campaign's model.
+    """Log a checkpoint as a model of its run, with its held-out metrics, unless it is there.
 
     Args:
         client: of the store.
         config: of the campaign.
         round_number: the checkpoint's round.
         run_id: the round's run.
-        folder: holds the weights and nothing else that is not to be shipped.
-        tags: of the model and of the version.
+        folder: holds the weights, and nothing else, since all of it is shipped.
+        tags: of the model.
         metrics: of the model; MLflow sorts models by them.
         when: time of the metrics.
     """
@@ -300,7 +300,7 @@ def log_to_model(
     client: Client, config: CampaignConfig, round_number: int, run_id: str, metrics: dict[str, float | None],
     when: datetime,
 ) -> None:  # fmt: skip
-    """Add metrics to the model that is a round's checkpoint, if it was logged."""
+    """Add metrics to the model of a round's checkpoint, if it was logged."""
     identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(round_number)}
     if (model := _logged_model(client, identity)) is not None:
         _log_model_metrics(client, model, round_number, run_id, metrics, when)
@@ -327,7 +327,7 @@ def _log_model_metrics(
 def register_version(
     client: Client, config: CampaignConfig, model: "LoggedModel", run_id: str, tags: dict[str, str]
 ) -> str:  # fmt: skip
-    """The version of the campaign's registered model that is this checkpoint; made when there is none."""
+    """The version of the campaign's registered model for this checkpoint; created if missing."""
     from mlflow.exceptions import MlflowException
 
     name = registered_name(config)
@@ -352,7 +352,7 @@ def _register(client: Client, name: str, model: "LoggedModel", run_id: str, tags
 
 
 def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel") -> list["LoggedModel"]:
-    """The campaign's checkpoints that MLflow has, but this one, in order of rounds."""
+    """The campaign's other checkpoints in MLflow, in order of rounds."""
     wanted, found, token = f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}'", [], None
     while True:
         page = client.search_logged_models([experiment(client)], wanted, page_token=token)
@@ -362,7 +362,7 @@ def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel"
 
 
 def describe_version(client: Client, config: CampaignConfig, model: "LoggedModel", version: str, text: str) -> None:
-    """Set a version's description, and let the model's page point to the version."""
+    """Set a version's description, and link the version on the model's page."""
     name = registered_name(config)
     client.update_model_version(name, version, description=text)
     client.set_logged_model_tags(
@@ -371,7 +371,7 @@ def describe_version(client: Client, config: CampaignConfig, model: "LoggedModel
 
 
 def set_aliases(client: Client, config: CampaignConfig, rounds: dict[str, int]) -> None:
-    """Point the registered model's aliases to the versions of these rounds; of a round without version, to nothing."""
+    """Point the registered model's aliases to these rounds' versions; remove aliases of rounds without one."""
     name, identity = registered_name(config), campaign_id(config.folder)
     versions = client.search_model_versions(f"name = '{name}'")
     own = [version for version in versions if version.tags.get("d3po.campaign_id") == identity]
