@@ -52,7 +52,7 @@ def undisturbed(run_rounds: Callable[..., int], data: Path) -> dict[str, Any]:
 # Kills spread evenly over all commits of files in two rounds, before and after them in turn: campaign and goal, the
 # evaluation of the base, shards and their images, judgements, preferences, updates in progress, the checkpoint, the
 # round's row. D3PO_KILLS=40 kills at more points.
-KILLS = int(os.environ.get("D3PO_KILLS", "8"))
+KILLS = int(os.environ.get("D3PO_KILLS", "6"))
 
 
 @pytest.mark.timeout(900)

@@ -20,7 +20,7 @@ from d3po_core.judgement_files.importing import import_file
 from d3po_core.store.tables import check_table
 from tests.core.sampled import sampled_campaign, samples
 
-EXAMPLES = int(os.environ.get("D3PO_FUZZ_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("D3PO_FUZZ_EXAMPLES", "150"))
 VALID = [file.read_bytes() for file in sorted((PROJECT_ROOT / "data/examples/judgements").iterdir())]
 KNOWN = {row["sample_id"]: row["group_id"] for row in samples(3).to_pylist()}
 OUTCOMES: Counter[str] = Counter()
