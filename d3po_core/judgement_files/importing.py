@@ -33,7 +33,6 @@ GOLD_RATER = "gold"
 
 def import_file(
     campaign_folder: Path,
-    campaign_name: str,
     path: Path,
     round_number: int | None = None,
     rater: str | None = None,
@@ -51,7 +50,6 @@ def import_file(
 
     Args:
         campaign_folder: the campaign's folder.
-        campaign_name: its name.
         path: the file, in one of the formats of docs/judgements.md.
         round_number: the round; by default the one that the file's ids name, else the last sampled one.
         rater: who judged the rows that do not say it.
@@ -68,17 +66,17 @@ def import_file(
     Raises:
         D3POError: the file as a whole, the campaign or the round do not fit; nothing is written then.
     """
-    positions = _order(campaign_folder, campaign_name, path, round_number, order)
+    positions = _order(campaign_folder, path, round_number, order)
     file = read_judgement_file(path, Reading(positions, columns or {}, control, left, scale))
-    _check_manifest(campaign_folder, campaign_name, path)
-    number = _round_of(campaign_folder, campaign_name, file, round_number)
+    _check_manifest(campaign_folder, path)
+    number = _round_of(campaign_folder, file, round_number)
     file, elsewhere = _of_round(campaign_folder, file, number)
-    derived = _check_not_derived(campaign_folder, campaign_name, number, late)
+    derived = _check_not_derived(campaign_folder, number, late)
     rater = _rater(file, rater, gold)
     identity = json.dumps([file.sha256, rater, gold, positions, list(scale)])
     source = f"import-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     target = partition(campaign_folder, "judgements", number) / f"{source}.parquet"
-    checked = check_judgements(file, _scope(campaign_folder, campaign_name, number, rater, gold, scale), source)
+    checked = check_judgements(file, _scope(campaign_folder, number, rater, gold, scale), source)
     if fingerprint(path) != file.fingerprint:
         raise D3POError(f"{path.name}: changed while it was checked; {CUT_OFF}")
     rows, num_known = _not_on_record(campaign_folder, number, checked.rows, file)
@@ -96,7 +94,7 @@ def import_file(
                 written = write_table(campaign_folder, "judgements", number, rows, name=source)
     counts = pc.value_counts(checked.rows["rater"].combine_chunks()) if len(checked.rows) else []
     return ImportReport(
-        file=path.name, campaign=campaign_name, round_number=number, format=file.format, noun=file.noun,
+        file=path.name, campaign=campaign_folder.name, round_number=number, format=file.format, noun=file.noun,
         num_rows=len(file.table) + len(file.problems), num_good=len(checked.rows), num_bad=checked.num_bad,
         num_empty=checked.num_empty, raters={str(c["values"]): c["counts"].as_py() for c in counts},
         problems=checked.problems, written=written, already=already,
@@ -127,7 +125,7 @@ def sampled_rounds(campaign_folder: Path) -> list[int]:
     return sorted(int(name.removeprefix(_SAMPLES).partition("/")[0]) for name in files)
 
 
-def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -> pa.Table:
+def read_samples(campaign_folder: Path, round_number: int) -> pa.Table:
     """sample_id, group_id, member, prompt and image_path of a round, in sampling order.
 
     Raises:
@@ -136,7 +134,9 @@ def read_samples(campaign_folder: Path, campaign_name: str, round_number: int) -
     path = partition(campaign_folder, "samples", round_number) / "part.parquet"
     if round_number not in sampled_rounds(campaign_folder):
         known = ", ".join(map(str, sampled_rounds(campaign_folder))) or "none"
-        raise D3POError(f"round {round_number} of campaign {campaign_name!r} has no images; rounds that have: {known}")
+        raise D3POError(
+            f"round {round_number} of campaign {campaign_folder.name!r} has no images; rounds that have: {known}"
+        )
     require_files(campaign_folder, [path.relative_to(campaign_folder).as_posix()])
     return pq.ParquetFile(path).read(columns=["sample_id", "group_id", "member", "prompt", "image_path"])
 
@@ -149,12 +149,10 @@ def sampled_order(samples: pa.Table) -> list[list[str]]:
     return list(groups.values())
 
 
-def _order(
-    folder: Path, campaign: str, path: Path, round_number: int | None, order: str | None
-) -> list[list[str]] | None:
+def _order(folder: Path, path: Path, round_number: int | None, order: str | None) -> list[list[str]] | None:
     if order == "sampled":
         number = round_number if round_number is not None else max(sampled_rounds(folder), default=1)
-        return sampled_order(read_samples(folder, campaign, number))
+        return sampled_order(read_samples(folder, number))
     if order is not None:
         return load_order(Path(order))
     manifest = path.parent / MANIFEST  # a sheet's folder holds it
@@ -170,19 +168,19 @@ def _manifest(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) and "campaign_id" in found and "order" in found else {}
 
 
-def _check_manifest(folder: Path, campaign: str, path: Path) -> None:
+def _check_manifest(folder: Path, path: Path) -> None:
     manifest = _manifest(path.parent / MANIFEST)
     if manifest and (folder / CAMPAIGN_FILE).exists() and manifest["campaign_id"] != campaign_id(folder):
         raise D3POError(
             f"{path.name}: is of a sheet of campaign {shown(str(manifest.get('campaign')))}, started at another time "
-            f"than {campaign!r}; import it into its own --campaign"
+            f"than {folder.name!r}; import it into its own --campaign"
         )
 
 
-def _round_of(folder: Path, campaign: str, file: JudgementFile, asked: int | None) -> int:
+def _round_of(folder: Path, file: JudgementFile, asked: int | None) -> int:
     sampled = sampled_rounds(folder)
     if not sampled:
-        raise D3POError(f"campaign {campaign!r} in {folder} has no images to judge yet; sample a round first")
+        raise D3POError(f"campaign {folder.name!r} in {folder} has no images to judge yet; sample a round first")
     number = asked
     if number is None:
         named = pc.struct_field(pc.extract_regex(file.table["sample_id"], ROUND_OF_SAMPLE), "n")
@@ -190,7 +188,7 @@ def _round_of(folder: Path, campaign: str, file: JudgementFile, asked: int | Non
         number = int(max(rounds, key=lambda r: (r["counts"], r["values"]))["values"]) if rounds else sampled[-1]
     if number not in sampled:
         raise D3POError(
-            f"{file.name}: is of round {number}, of which campaign {campaign!r} has no images; "
+            f"{file.name}: is of round {number}, of which campaign {folder.name!r} has no images; "
             f"rounds that have: {', '.join(map(str, sampled))}; is it the file of another campaign?"
         )
     return number
@@ -238,17 +236,17 @@ def _whose(path: Path, file: JudgementFile) -> list[str]:
             "one may have the same names"]  # fmt: skip
 
 
-def _check_not_derived(folder: Path, campaign: str, number: int, late: bool) -> bool:
+def _check_not_derived(folder: Path, number: int, late: bool) -> bool:
     derived = stage_path(folder, number, "derive").exists()
     if derived and not late:
         raise D3POError(
-            f"the preferences of round {number} of campaign {campaign!r} are derived already: its training would not "
-            "change; add --late to keep these judgements on record all the same"
+            f"the preferences of round {number} of campaign {folder.name!r} are derived already: its training would "
+            "not change; add --late to keep these judgements on record all the same"
         )
     return derived
 
 
-def _scope(folder: Path, campaign: str, number: int, rater: str | None, gold: bool, scale: Sequence[str]) -> Scope:
+def _scope(folder: Path, number: int, rater: str | None, gold: bool, scale: Sequence[str]) -> Scope:
     with connect(folder) as connection:
         raters = connection.sql(
             "SELECT DISTINCT rater, rater_kind FROM judgements WHERE round = $round", params={"round": number}
@@ -263,7 +261,7 @@ def _scope(folder: Path, campaign: str, number: int, rater: str | None, gold: bo
     now = max(now, last + timedelta(microseconds=1)) if last else now
     own_id = campaign_id(folder) if (folder / CAMPAIGN_FILE).exists() else ""
     return Scope(
-        campaign, number, read_samples(folder, campaign, number), rater, "gold" if gold else "human", raters,
+        folder.name, number, read_samples(folder, number), rater, "gold" if gold else "human", raters,
         now, scale, sorted(names), own_id,
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ def _shuffled(
     config: CampaignConfig, number: int, generator: random.Random, groups: Collection[str] | None
 ) -> list[list[dict[str, Any]]]:
     by_group: dict[str, list[dict[str, Any]]] = {}
-    for sample in read_samples(config.folder, config.campaign, number).to_pylist():
+    for sample in read_samples(config.folder, number).to_pylist():
         by_group.setdefault(sample["group_id"], []).append(sample)
     unknown = sorted(set(groups or ()) - by_group.keys())
     if unknown:

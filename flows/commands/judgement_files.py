@@ -50,7 +50,7 @@ def import_judgements(
     config = campaign_named(campaign)
     words = tuple(scale.split(",")) if scale else ()
     found = import_file(
-        config.folder, config.campaign, file, round_number, rater, dry_run, accept_valid, gold, late, order, words,
+        config.folder, file, round_number, rater, dry_run, accept_valid, gold, late, order, words,
         renaming(columns), control, left,
     )  # fmt: skip
     print("\n".join(found.summary()))

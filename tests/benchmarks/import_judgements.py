@@ -120,7 +120,7 @@ def _measure(folder: Path, name: str) -> dict[str, Any]:
     config = CampaignConfig(campaign="bench", runs_dir=str(folder))
     started, used = time.perf_counter(), time.process_time()
     options: dict[str, Any] = {"order": "sampled", "rater": "anna"} if name == "positional.json" else {}
-    report = import_file(config.folder, "bench", folder / name, **options)
+    report = import_file(config.folder, folder / name, **options)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     if report.written:
         report.written.unlink()

@@ -94,7 +94,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert "Open the labelling page" in artifacts[0]["data"]
 
     # Woken too early it goes back to sleep, and says what is missing.
-    import_file(campaign, campaign.name, mark(campaign, 1, 2, tmp_path))
+    import_file(campaign, mark(campaign, 1, 2, tmp_path))
     assert "1 of 3 groups" in resume(campaign.name, 1, ports)
     post(ports, f"/flow_runs/{run_id}/resume", {"run_input": {}})
     attempts = lambda: json.loads(stage_path(campaign, 1, "waiting").read_text())["attempt"]  # noqa: E731
@@ -102,7 +102,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert eventually(lambda: waits(ports, run_id, campaign, 1), 60)
 
     # The last judgement wakes it; the second round waits again, with another key.
-    import_file(campaign, campaign.name, mark(campaign, 1, 3, tmp_path))
+    import_file(campaign, mark(campaign, 1, 3, tmp_path))
     assert "goes on" in resume(campaign.name, 1, ports)
     assert eventually(lambda: waits(ports, run_id, campaign, 2), 120)
     assert last_finished_round(campaign) == 1
@@ -111,7 +111,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert len(pairs) == 3 * 2
 
     # A person may go on with what is there, by the form in Prefect's page or the call behind it.
-    import_file(campaign, campaign.name, mark(campaign, 2, 1, tmp_path))
+    import_file(campaign, mark(campaign, 2, 1, tmp_path))
     assert eventually(lambda: waits(ports, run_id, campaign, 2), 60)
     post(ports, f"/flow_runs/{run_id}/resume", {"run_input": {"go_on_with_what_is_there": True}})
     assert eventually(lambda: state(ports, run_id) == "Completed", 120)
@@ -149,7 +149,7 @@ def test_people_judge_the_uncertain_groups_and_proxies_the_others(
     path = mark(campaign, 1, 3, tmp_path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], *(line for line in lines[1:] if line.startswith(f"{asked}-"))]) + "\n")
-    import_file(campaign, campaign.name, path)
+    import_file(campaign, path)
     assert "goes on" in resume(campaign.name, 1, ports, "mixed")
     assert eventually(lambda: state(ports, run_id) == "Completed", 120)
     pairs = read_rows(partition(campaign, "preferences", 1) / "part.parquet")

@@ -107,17 +107,17 @@ def test_of_two_controls_the_user_says_which_counts(campaign: CampaignConfig, tm
     assert said(imported(campaign, written(tmp_path, annotated([PAIRWISE, why], TWO)))) == [("ann", M[0], M[1], 1)]
     file = written(tmp_path, annotated([PAIRWISE, why, safe], TWO), "both.json")
     with pytest.raises(D3POError, match=r"'pw' \(pairwise: 'left'\); 'safe' .*--control NAME"):
-        import_file(campaign.folder, "shapes", file)
-    dry = import_file(campaign.folder, "shapes", file, dry_run=True, control="pw")
+        import_file(campaign.folder, file)
+    dry = import_file(campaign.folder, file, dry_run=True, control="pw")
     assert (dry.num_good, dry.num_bad) == (1, 0)
 
 
 def test_the_user_says_which_column_was_left(campaign: CampaignConfig, tmp_path: Path) -> None:
     task = annotated([PAIRWISE], {"ours": f"{M[0]}.png", "baseline": f"{M[1]}.png"})
-    report = import_file(campaign.folder, "shapes", written(tmp_path, task), left="ours")
+    report = import_file(campaign.folder, written(tmp_path, task), left="ours")
     assert "left is column 'ours', right is 'baseline'" in "\n".join(report.summary())
     with pytest.raises(D3POError, match=r"--left 'there': the columns with images are 'baseline', 'ours'"):
-        import_file(campaign.folder, "shapes", written(tmp_path, task), left="there")
+        import_file(campaign.folder, written(tmp_path, task), left="there")
 
 
 def test_an_export_that_grows_is_kept_once(campaign: CampaignConfig, tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_an_export_that_grows_is_kept_once(campaign: CampaignConfig, tmp_path: P
     second = annotated(
         [PAIRWISE], {"image1": f"{M[1]}.png", "image2": f"{M[2]}.png"}, updated_at="2026-11-02T09:00:00Z"
     )
-    assert import_file(campaign.folder, "shapes", written(tmp_path, first, "monday.json")).num_good == 1
-    friday = import_file(campaign.folder, "shapes", written(tmp_path, first + second, "friday.json"))
+    assert import_file(campaign.folder, written(tmp_path, first, "monday.json")).num_good == 1
+    friday = import_file(campaign.folder, written(tmp_path, first + second, "friday.json"))
     assert (friday.num_good, friday.num_known) == (2, 1)
-    again = import_file(campaign.folder, "shapes", written(tmp_path, second + first, "saturday.json"))
+    again = import_file(campaign.folder, written(tmp_path, second + first, "saturday.json"))
     assert again.written is None
     assert "on record already" in "\n".join(again.summary())
 
@@ -148,7 +148,7 @@ def test_columns_are_what_the_user_says(campaign: CampaignConfig, tmp_path: Path
     rows = imported(campaign, file, columns=renaming("winner=Better One,loser=worse,rater=who"))
     assert said(rows) == [("ann", M[2], M[1], 1)]
     with pytest.raises(D3POError, match="--columns winner=nope: unknown column 'nope'; known: better_one, who, worse"):
-        import_file(campaign.folder, "shapes", file, columns={"winner": "nope"})
+        import_file(campaign.folder, file, columns={"winner": "nope"})
     with pytest.raises(D3POError, match="expected ours=theirs"):
         renaming("winner")
 
@@ -179,17 +179,15 @@ def test_a_title_above_the_header_and_text_formulas_are_read(campaign: CampaignC
 
 
 def test_names_that_differ_only_in_capitals_are_asked_about(campaign: CampaignConfig, tmp_path: Path) -> None:
-    import_file(
-        campaign.folder, "shapes", written(tmp_path, f"first_id,second_id,choice,rater\n{M[0]},{M[1]},first,Ann\n")
-    )
+    import_file(campaign.folder, written(tmp_path, f"first_id,second_id,choice,rater\n{M[0]},{M[1]},first,Ann\n"))
     later = written(tmp_path, f"first_id,second_id,choice,rater\n{M[0]},{M[1]},second,ann\n", "later.csv")
-    report = import_file(campaign.folder, "shapes", later)
+    report = import_file(campaign.folder, later)
     assert "differs from rater 'Ann' only in capitals" in next(report.problem_lines())
 
 
 def test_the_report_says_what_follows_and_what_nothing_tells(campaign: CampaignConfig, tmp_path: Path) -> None:
     file = written(tmp_path, f"sample_id,rating,rater\n{M[0]},bad,ann\n{M[1]},bad,ann\nr3-g1-m0,good,ann\n", "bad.csv")
-    told = "\n".join(import_file(campaign.folder, "shapes", file, dry_run=True).summary())
+    told = "\n".join(import_file(campaign.folder, file, dry_run=True).summary())
     assert "puts 0 pairs of images in order, in 0 groups" in told
     assert "no pair in 2 groups: 1 with one judged image, 1 whose images are judged equal" in told
     assert "nothing in the file says which campaign it is of" in told

@@ -56,7 +56,7 @@ def campaign(tmp_path: Path) -> CampaignConfig:
 
 
 def imported(campaign: CampaignConfig, file: Path, **options: Any) -> list[dict[str, Any]]:
-    report = import_file(campaign.folder, "shapes", file, **options)
+    report = import_file(campaign.folder, file, **options)
     assert report.written is not None, report.summary()
     return read_rows(report.written)
 
@@ -180,7 +180,7 @@ def test_file_that_is_wrong_as_a_whole_is_one_line_that_says_what_to_do(
     file = tmp_path / "labels.csv"
     file.write_text(content)
     with pytest.raises(D3POError, match=message) as caught:
-        import_file(campaign.folder, "shapes", file, rater="zoe")
+        import_file(campaign.folder, file, rater="zoe")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("labels.csv")
 
@@ -241,7 +241,7 @@ def test_positional_list_of_another_shape_than_its_order_is_refused(
 ) -> None:
     (tmp_path / "labels.json").write_text(numbers)
     with pytest.raises(D3POError, match="give the order of this file"):
-        import_file(campaign.folder, "shapes", tmp_path / "labels.json", rater="zoe", order=str(
+        import_file(campaign.folder, tmp_path / "labels.json", rater="zoe", order=str(
             EXAMPLES / "d3po_positional_order.json"))  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def test_an_order_of_columns_that_cannot_be_told_is_not_guessed(campaign: Campai
     """By alphabet `baseline` would be left, and every preference of `ours`, which was, would turn round."""
     file = exported(tmp_path, "baseline", "ours", [JUDGED.format(M[0], M[1])])
     with pytest.raises(D3POError, match=r"which of the columns .*baseline.* and .*ours.* stood on the left"):
-        import_file(campaign.folder, "shapes", file)
+        import_file(campaign.folder, file)
 
 
 def test_a_task_that_nobody_annotated_is_no_judgement_of_anybody(campaign: CampaignConfig, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_digits_in_threes_are_not_guessed(
     """Beside 980 the number 1,250 is 1250, and as 1.25 it would turn the order round."""
     rows = [("sample_id", "rating", "rater"), (M[0], number, "ann"), (M[1], "980", "ann")]
     (tmp_path / "elo.csv").write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
-    report = import_file(campaign.folder, "shapes", tmp_path / "elo.csv")
+    report = import_file(campaign.folder, tmp_path / "elo.csv")
     assert report.written is None
     told = "\n".join(report.summary())
     assert "may mean thousands or a decimal fraction" in told

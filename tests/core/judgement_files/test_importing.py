@@ -33,7 +33,7 @@ def bring(campaign: CampaignConfig, *lines: str, name: str = "labels.csv", **opt
     """Import lines of text as a file."""
     file = campaign.folder.parent / name
     file.write_text("\n".join(lines) + "\n")
-    return import_file(campaign.folder, "shapes", file, **options)
+    return import_file(campaign.folder, file, **options)
 
 
 def choice(said: str, ids: str = PAIR, rater: str = "anna", when: str = "", rest: str = ",,,,") -> str:
@@ -164,9 +164,7 @@ def test_two_imports_at_once_of_one_file_write_one(campaign: CampaignConfig) -> 
     file = campaign.folder.parent / "labels.csv"
     file.write_text(f"{HEADER}\n{choice('first')}\n")
     reports: list[ImportReport] = []
-    threads = [
-        threading.Thread(target=lambda: reports.append(import_file(campaign.folder, "shapes", file))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: reports.append(import_file(campaign.folder, file))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

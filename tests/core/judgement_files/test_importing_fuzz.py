@@ -199,7 +199,7 @@ def test_hostile_file_ends_in_a_report_and_is_written_whole_or_not_at_all(
     report, error = None, None
     try:
         report = import_file(
-            campaign.folder, "shapes", file, round_number, rater, False, accept_valid, gold, order=order
+            campaign.folder, file, round_number, rater, False, accept_valid, gold, order=order
         )  # fmt: skip
     except D3POError as raised:
         error = str(raised)

@@ -44,7 +44,7 @@ def test_filled_in_sheet_is_imported_as_it_was_filled_in(campaign: CampaignConfi
         writer = csv.DictWriter(stream, rows[0].keys(), delimiter=";")
         writer.writeheader()
         writer.writerows(rows)
-    result = import_file(campaign.folder, "shapes", folder / "judgements.csv")
+    result = import_file(campaign.folder, folder / "judgements.csv")
     assert result.num_bad == 0, result.summary()
     assert (result.num_good, result.num_empty) == ((len(rows) + 1) // 2, len(rows) // 2)
     assert result.written is not None
@@ -58,7 +58,7 @@ def test_filled_in_sheet_is_imported_as_it_was_filled_in(campaign: CampaignConfi
 def test_unfilled_sheet_is_no_judgement(campaign: CampaignConfig, tmp_path: Path) -> None:
     export_sheet(campaign, tmp_path / "sheet")
     with pytest.raises(D3POError, match="holds no judgement; fill in rating"):
-        import_file(campaign.folder, "shapes", tmp_path / "sheet" / "judgements.csv", rater="anna")
+        import_file(campaign.folder, tmp_path / "sheet" / "judgements.csv", rater="anna")
 
 
 def test_pair_sheet_asks_for_every_pair_of_a_group_once(campaign: CampaignConfig, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_positional_list_in_the_sheets_folder_takes_the_sheets_order(campaign: C
     order = json.loads((tmp_path / "sheet" / "manifest.json").read_text())["order"]
     file = tmp_path / "sheet" / "labels.json"
     file.write_text(json.dumps([[1, 2, 3, 4]] * 4))
-    result = import_file(campaign.folder, "shapes", file, rater="anna")
+    result = import_file(campaign.folder, file, rater="anna")
     assert result.written is not None
     assert [(row["sample_id"], row["value"]) for row in read_rows(result.written)] == [
         (sample, value) for group in order for value, sample in enumerate(group, 1)
