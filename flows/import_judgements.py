@@ -51,7 +51,7 @@ def import_judgements(
         config = campaign_named(campaign)
         words = tuple(scale.split(",")) if scale else ()
         report = import_judgement_file(
-            config.folder, config.campaign, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words,
+            config.folder, Path(file), round, rater, dry_run, accept_valid, gold, late, order, words,
             renaming(columns), control, left,
         )  # fmt: skip
         for line in report.summary():
