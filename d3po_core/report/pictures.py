@@ -19,7 +19,7 @@ from d3po_core.store.files import atomic_path
 from d3po_core.store.images import diversity_by_prompt
 
 SHEET_PROMPTS, SHEET_SEEDS = 6, 6
-# Fifty sheets in base64 take four of the page's five megabytes.
+# Fifty sheets in base64 take less than four of the page's five megabytes.
 SHEETS, SHEET_BYTES = 50, 56_000
 _SIZES = ((160, 80), (112, 75), (80, 65), (56, 55), (40, 40), (24, 30))  # pixels per tile, quality
 _MISSING = (136, 136, 136)
