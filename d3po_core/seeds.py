@@ -20,7 +20,7 @@ def gaussian(seed: int, *shape: int) -> torch.Tensor:
 class GaussianSteps:
     """The numbers of ``gaussian(seed, T, *shape)`` for each of B seeds, one step at a time, for any T.
 
-    They are the same only if a step has a multiple of 16 numbers, as latents do, because of how torch draws.
+    They are the same if a step has a multiple of 16 numbers, as latents do, because of how torch draws.
     """
 
     def __init__(self, seeds: list[int], *shape: int) -> None:

@@ -89,7 +89,7 @@ FROM rounds r LEFT JOIN (
 ) e USING (round)
 """
 
-# Each rater's last answer on a pair of held-out images; skipped and taken-back answers do not count.
+# Each rater's last answer on a pair of held-out images; no row if that was skipped or taken back.
 _HUMAN_COMPARISONS = """
 WITH last_word AS (
     SELECT * FROM comparisons

@@ -45,7 +45,7 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 
 def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
-    """Write uint8 images ``[B, height, width, 3]``, several at a time; packing one releases Python's lock."""
+    """Write uint8 images ``[B, height, width, 3]``, several at a time; packing one releases the GIL."""
     with beside_a_gpu():
         at_once(save_png, images, paths)
 
@@ -80,7 +80,7 @@ def load_pngs(paths: list[Path]) -> np.ndarray:
 
 
 def at_once(function: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
-    """Return the list that ``map`` gives, with several threads; for functions that release Python's lock."""
+    """Return the list that ``map`` gives, with several threads; for functions that release the GIL."""
     with ThreadPoolExecutor(_threads.get()) as pool:
         return list(pool.map(function, *items))
 
