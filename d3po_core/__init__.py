@@ -5,5 +5,5 @@ Nothing in this package imports prefect or mlflow.
 
 import logging
 
-# If it is installed, peft imports it, and it complains of missing kernels for 4 bits, which nobody asks it for.
+# peft imports bitsandbytes if it is installed, and that warns of missing 4-bit kernels, which we do not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -18,29 +18,31 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_folder() -> Path:
-    """Where campaigns, MLflow's and Prefect's databases live: ``D3PO_DATA``, or ``data`` in the project.
+    """Return the folder of campaigns and of MLflow's and Prefect's databases.
+
+    It is ``D3PO_DATA``, or ``data`` in the project.
 
     Raises:
-        D3POError: ``D3PO_DATA`` names no path, such as the home of a user who does not exist.
+        D3POError: ``D3PO_DATA`` is not a path, such as the home of a user who does not exist.
     """
     return absolute(os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data"), Path.cwd(), "D3PO_DATA")
 
 
 def resolve_path(path: str) -> Path:
-    """An absolute path: relative ones are taken from the project's root, whatever the working directory."""
+    """Return an absolute path; a relative one starts at the project's root, not the working directory."""
     return absolute(path, PROJECT_ROOT, "path")
 
 
 def absolute(path: str, root: Path, what: str) -> Path:
-    """An absolute path without links.
+    """Return an absolute path without links.
 
     Args:
-        path: as it was given.
-        root: what a relative one is taken from.
-        what: what it is of, for the message.
+        path: the path as given.
+        root: the folder that a relative path starts at.
+        what: the path's name in the message.
 
     Raises:
-        D3POError: it cannot be one: it holds a NUL, is in nobody's home, or leads into a ring of links.
+        D3POError: it holds a NUL, is in the home of a user who does not exist, or leads into a loop of links.
     """
     try:
         return (root / Path(path).expanduser()).resolve()
@@ -117,7 +119,7 @@ class SampleConfig(_Section):
 
     @property
     def images_per_round(self) -> int:
-        """Images sampled for training in a round."""
+        """Return the number of images sampled for training per round."""
         return self.groups_per_round * self.group_size
 
 
@@ -190,7 +192,7 @@ class ScoringConfig(_Section):
     models: dict[str, str] = Field(
         {},
         description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores",
-        # Not for reading: what an earlier version wrote stays readable. load_scorer refuses it in one line.
+        # Only in the schema, so that configurations of earlier versions stay readable. load_scorer refuses secrets.
         json_schema_extra={"additionalProperties": {"type": "string", "pattern": schema_pattern()}},
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Images a scorer is given at once")
@@ -205,7 +207,7 @@ class ScoringConfig(_Section):
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:
         for name in self.models:
-            # A scorer's name is also that of a rater in SQL, and of a metric in MLflow.
+            # A scorer's name is also a rater's name in SQL and a metric's in MLflow.
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", name):
                 raise ValueError(
                     f"scoring.models names {name!r}; expected up to 64 letters, digits, '_', '-' or '.', starting with "
@@ -214,7 +216,7 @@ class ScoringConfig(_Section):
         return self
 
 
-# On log_probs that are sums (arXiv 2311.13231, Section 5; also that of DPO for language models).
+# For log_probs that are sums (arXiv 2311.13231, Section 5; DPO for language models uses the same value).
 PAPERS_BETA = 0.1
 
 
@@ -345,36 +347,36 @@ class CampaignConfig(_Section):
 
     @property
     def folder(self) -> Path:
-        """The campaign's folder."""
+        """Return the campaign's folder."""
         runs = resolve_path(self.runs_dir) if self.runs_dir else data_folder() / "runs"
         return runs / self.campaign
 
     @property
     def evaluation_scorers(self) -> tuple[str, ...]:
-        """Scorers of the held-out images; the first is the one that rounds report."""
+        """Return the scorers of the held-out images; rounds report the first."""
         return tuple(dict.fromkeys([*(self.evaluate.scorers or self.judge.scorers), *self.evaluate.unseen]))
 
     def sha256(self) -> str:
-        """Digest of the resolved configuration, the same for equal configurations."""
+        """Return the digest of the resolved configuration, the same for equal configurations."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Fields that decide what a campaign's numbers mean: its rounds are comparable only while they stay as they were.
+# Fields that decide what a campaign's numbers mean: rounds are comparable only while these stay unchanged.
 FIXED_FIELDS = (
     "seed", "model.path", "model.revision", "model.variant", "model.single_file_config", "model.prediction_type",
     "model.zero_terminal_snr", "model.train", "model.lora", "evaluate", "sample.num_steps", "sample.guidance_scale",
     "sample.eta",
 )  # fmt: skip
 
-# Fields that may change even within a round: they change no number.
+# Fields that may change even within a round, since they change no number.
 FREE_FIELDS = (
     "accept_changes",
     "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
     "scoring.tries",
 )  # fmt: skip
 
-# The published code's choices. Not its learning rate, 3e-5 for Stable Diffusion: that depends on the model.
+# The published code's choices, except its learning rate, 3e-5 for Stable Diffusion, which depends on the model.
 PUBLISHED: dict[str, Any] = {
     "sample": {"group_size": 2},
     "judge": {"pairs": "all"},
@@ -391,16 +393,16 @@ PUBLISHED: dict[str, Any] = {
 
 
 def is_url(where: str) -> bool:
-    """Whether a scorer's place is a server and not weights."""
+    """Return whether a scorer's place is a server rather than weights."""
     return where.startswith(("http://", "https://"))
 
 
 def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
-    """Validate configuration values.
+    """Return the configuration made from values, after validation.
 
     Args:
         values: nested mapping; a key that is not a field is an error that names the nearest field.
-        source: where the values came from, for the message.
+        source: the values' origin, for the message.
 
     Raises:
         D3POError: one line that lists every wrong field.
@@ -414,7 +416,7 @@ def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
 def _explain(problem: Any) -> str:
     import difflib
 
-    # A field of several types has a problem for each: their names are no part of the field's.
+    # A field of several types has one problem per type; drop the types' names from the field's path.
     kinds = ("int", "literal[")
     parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     path = ".".join(part for part in parts if not part.startswith(kinds)) or "config"
@@ -430,7 +432,7 @@ def _explain(problem: Any) -> str:
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Nested mapping in which the override's leaves win."""
+    """Return the two nested mappings merged; the override's leaves win."""
     merged = dict(base)
     for key, value in override.items():
         inner = merged.get(key)
@@ -439,14 +441,14 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """The values within nested mappings by their dotted names, in order; an empty mapping has none."""
+    """Return the values within nested mappings by dotted name, in order; an empty mapping has none."""
     if not isinstance(value, dict):
         return {path: value}
     return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
 
 
 def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """Dotted names of the fields that differ, with old and new value; a mapping's entries are fields of their own."""
+    """Return the dotted names of changed fields with old and new value; each entry of a mapping is a field."""
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [(name, before.get(name), after.get(name)) for name in names]

@@ -1,4 +1,4 @@
-"""Devices: which there are, one for each process, and copies to them that nobody waits for."""
+"""Devices: which one the machine has, one GPU per process, and copies that do not block."""
 
 from typing import TYPE_CHECKING
 
@@ -10,17 +10,20 @@ if TYPE_CHECKING:  # torch takes a second to import, and most commands need none
 
 
 def send(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """A tensor on a device. From ordinary memory a copy to a GPU would wait for all that the GPU still has to do."""
+    """Return the tensor on a device.
+
+    Pin it first, since a copy from ordinary memory would wait for all of the GPU's pending work.
+    """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def check_processes(config: ModelConfig) -> None:
-    """Make sure that every process gets a GPU of its own, where there are any.
+    """Check that every process gets its own GPU, unless the device is the CPU.
 
     Raises:
-        D3POError: more processes than GPUs.
+        D3POError: there are more processes than GPUs.
     """
     if config.processes == 1 or device_type(config.device) == "cpu":
         return
@@ -35,7 +38,7 @@ def check_processes(config: ModelConfig) -> None:
 
 
 def device_type(device: str) -> str:
-    """``cuda`` or ``cpu``: what a device of the configuration is on this machine."""
+    """Return ``cuda`` or ``cpu``: what a configured device means on this machine."""
     import torch
 
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

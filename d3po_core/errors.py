@@ -1,8 +1,8 @@
-"""Errors that a user can cause and mend; their message is one line that says what to do. And one that trying mends."""
+"""Errors that the user can fix, with a one-line message that says how, and one that a retry may fix."""
 
 
 class D3POError(ValueError):
-    """Something the user can mend: what was found, what was expected, where, and what to do next."""
+    """The user can fix this; the message says what was found and expected, where, and what to do next."""
 
 
 class CampaignBusyError(D3POError):
@@ -14,4 +14,4 @@ class NonFiniteLossError(D3POError):
 
 
 class RankError(RuntimeError):
-    """One of several processes died, failed or computed something else than the others: worth trying again."""
+    """One of several processes died, failed or disagreed with the others; a retry may succeed."""

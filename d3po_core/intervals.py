@@ -1,9 +1,9 @@
-"""Means with intervals, and whether a mean is surely above a bound. Units are prompts: images of one are alike.
+"""Means with intervals, and a test of a mean against a bound. Units are prompts: images of one are alike.
 
 Names in shapes: R rows, I images, U units that are independent of each other.
 
-Source of the interval: Student's t, widened by P. Hall, "On the Removal of Skewness by Transformation", JRSS B 54
-(1992), Eq. 2.2 and its inverse, where the units lie askew. How often it holds: ``tests/benchmarks/coverage.py``.
+The interval is Student's t. For skewed units it is widened by P. Hall, "On the Removal of Skewness by Transformation",
+JRSS B 54 (1992), Eq. 2.2 and its inverse. ``tests/benchmarks/coverage.py`` measures its coverage.
 """
 
 import math
@@ -14,19 +14,19 @@ from scipy.stats import beta, skew, t
 from d3po_core.records import ScoreSummary
 
 CONFIDENCE = 0.95
-# Of fewer units even a unanimous sign test (2 * 0.5^5 = 0.06) would not reach 5 %.
+# With fewer units, even a unanimous sign test (2 * 0.5^5 = 0.06) would not reach 5 %.
 MIN_UNITS = 6
-# So many units must be unlike the most common one: a few images that changed say nothing of how far others might.
+# This many units must differ from the most common value: a few changed images do not show how far others may move.
 MIN_UNLIKE = 5
-# Samples more skewed than this come from distributions whose tail they have not shown yet.
+# Samples more skewed than this come from distributions whose tail they have not shown yet; use a higher confidence.
 STRONG_SKEW, SKEW_CONFIDENCE = 1.0, 0.98
 
 
 def unit_means(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Means ``[..., U]`` of scores ``[..., I]`` over each prompt's images; of one prompt the scores themselves.
+    """Return means ``[..., U]`` of scores ``[..., I]`` over each prompt's images; for one prompt, the scores.
 
-    Equal rows have equal means, to the last bit: a matrix product may round its last rows otherwise, and a checkpoint
-    that draws the same images would be the better one.
+    Equal rows have equal means, to the last bit. A matrix product may round its last rows differently, and would then
+    rank checkpoints that draw the same images.
     """
     if len(set(prompts)) == 1:
         return scores
@@ -37,7 +37,7 @@ def unit_means(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def units_of(prompts: list[str]) -> tuple[np.ndarray, int]:
-    """The unit of each image ``[I]`` and the number of units: its prompt, or the image itself when all have one."""
+    """Return each image's unit ``[I]``, its prompt or itself if all share one, and the number of units."""
     distinct, prompt_I = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
     if len(distinct) == 1:
         return np.arange(len(prompts)), len(prompts)
@@ -45,12 +45,12 @@ def units_of(prompts: list[str]) -> tuple[np.ndarray, int]:
 
 
 def mean_intervals(units: np.ndarray, shares: bool = False) -> list[ScoreSummary]:
-    """Mean of each row of ``[R, U]`` with its 95 % interval; infinite ends when the units are too few to tell.
+    """Return each row's mean over ``[R, U]`` with its 95 % interval; infinite ends if the units are too few.
 
     Args:
         units: one number per unit.
-        shares: whether every unit lies between 0 and 1. Too few of them still have an interval, Clopper-Pearson's: of
-            all such numbers with their mean, whole ones spread most.
+        shares: whether every unit lies between 0 and 1. Too few of them still get Clopper-Pearson's interval, since
+            among such numbers with one mean, zeros and ones spread most.
     """
     rows = []
     for row_U in units:
@@ -69,12 +69,12 @@ def mean_intervals(units: np.ndarray, shares: bool = False) -> list[ScoreSummary
 
 
 def score_intervals(scores: np.ndarray, prompts: list[str]) -> list[ScoreSummary]:
-    """Mean over prompts of each row of ``[R, I]`` with its interval; scores of 0 and 1 are shares."""
+    """Return each row's mean over prompts of ``[R, I]`` with its interval; scores of 0 and 1 are shares."""
     return mean_intervals(unit_means(scores, prompts), shares=bool(np.isin(scores, (0, 1)).all()))
 
 
 def chance_of_as_high(units_U: np.ndarray, bound: float = 0.0) -> float:
-    """One-sided p-value of Student's t for "the mean is at most ``bound``"; 1 when too few units differ from it."""
+    """Return Student's one-sided p-value for "the mean is at most ``bound``"; 1 if too few units differ from it."""
     above_U = units_U - bound
     if np.count_nonzero(above_U) < MIN_UNITS:
         return 1.0
@@ -85,7 +85,7 @@ def chance_of_as_high(units_U: np.ndarray, bound: float = 0.0) -> float:
 
 
 def share_interval(right: float, count: int) -> tuple[float, float]:
-    """Clopper-Pearson 95 % interval of a share, exact for whole counts; 0 to 1 without any."""
+    """Return a share's Clopper-Pearson 95 % interval, exact for whole counts; 0 to 1 if there are none."""
     tail, wrong = (1 - CONFIDENCE) / 2, count - right
     low = float(beta.ppf(tail, right, wrong + 1)) if right > 0 else 0.0
     return low, float(beta.ppf(1 - tail, right + 1, wrong)) if wrong > 0 else 1.0
@@ -96,7 +96,7 @@ def _whole_shares(right: float, count: int) -> tuple[float, float]:
 
 
 def _interval(units_U: np.ndarray) -> tuple[float, float]:
-    """Both ends of the wider of Student's interval and Hall's, end by end."""
+    """Return the outer ends of Student's and Hall's intervals, chosen separately for each end."""
     count, mean = len(units_U), units_U.mean()
     error = units_U.std(ddof=1) / np.sqrt(count)
     half = t.ppf((1 + CONFIDENCE) / 2, count - 1)
@@ -108,7 +108,7 @@ def _interval(units_U: np.ndarray) -> tuple[float, float]:
 
 
 def _unskewed(quantile: float, third: float, count: int) -> float:
-    """Hall's transformation, undone: the quantile of Student's statistic of units with this third moment."""
+    """Return the quantile of Student's statistic for units with this skewness, by inverting Hall's transformation."""
     bend = third / np.sqrt(count)
     if abs(bend) < 1e-8:
         return quantile

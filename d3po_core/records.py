@@ -1,7 +1,7 @@
-"""Small records that stages leave on disk and hand to each other: paths and counts, never tensors.
+"""Small records that stages write to disk and pass on: paths and counts, never tensors.
 
-Paths are relative to the campaign's folder. ``seconds`` is the wall time of all attempts at the stage; of one that was
-killed, until it last told of progress.
+Paths are relative to the campaign's folder. ``seconds`` is the wall time of all attempts at the stage; a killed attempt
+counts up to its last report of progress.
 """
 
 import math
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Record(BaseModel):
-    """What every stage records."""
+    """The fields that every stage records."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,7 +21,7 @@ class Record(BaseModel):
 
 
 class SampleRecord(Record):
-    """Images of a round are on disk; how many prompts the round could draw from, and their digest: they may change."""
+    """Images of a round are on disk; records how many prompts it drew from and their digest, as they may change."""
 
     num_samples: int
     checkpoint: str | None
@@ -31,7 +31,7 @@ class SampleRecord(Record):
 
 
 class JudgeRecord(Record):
-    """Judgements of a round are on disk; mean score of each scorer."""
+    """Judgements of a round are on disk; records each scorer's mean score."""
 
     num_judgements: int
     mean_scores: dict[str, float]
@@ -59,18 +59,18 @@ class DeriveRecord(Record):
     mean_agreement: float | None
 
 
-# A larger share of the weights whose gradient is below AdamW's eps is worth a word.
+# Warn if more than this share of the weights has a gradient below AdamW's eps.
 DROWNED = 0.1
 
 
 class TrainRecord(Record):
-    """The round's checkpoint is on disk; means over its updates are None when there was no pair to train on.
+    """The round's checkpoint is on disk; means over its updates are None if there was no pair to train on.
 
-    ``loss`` and what ends in ``_before`` are of the policy that each update found; ``_after``, of the policy after the
-    last one, on a share of the same pairs, None when not measured. Margins are log-ratios; KLs are to the policy that
-    sampled the round, in nats per element and step. ``drowned`` is the share of the weights whose gradient was below
-    AdamW's eps.
-    ``failure`` says why training ended before its last update; the checkpoint is then that of the update before.
+    ``loss`` and fields ending in ``_before`` measure the policy before each update. Fields ending in ``_after`` measure
+    the policy after the last update, on a share of the same pairs; None if not measured. Margins are log-ratios. KLs
+    are to the policy that sampled the round, in nats per element and step. ``drowned`` is the share of the weights
+    whose gradient was below AdamW's eps. ``failure`` says why training ended before its last update; the checkpoint
+    is then that of the update before.
     """
 
     checkpoint: str
@@ -93,13 +93,13 @@ class TrainRecord(Record):
         if not isinstance(values, dict) or "margin" not in values:
             return values
         kept = {name: value for name, value in values.items() if name not in ("margin", "pair_accuracy", "kl")}
-        # What was called kl was none.
+        # The old field kl was not a KL.
         former = {"margin_before": values["margin"], "pair_accuracy_before": values["pair_accuracy"], "kl_before": None}
         return kept | former
 
 
 class ScoreSummary(BaseModel):
-    """Mean held-out score with its 95 % interval over prompts; infinite ends when there are too few to tell."""
+    """Mean held-out score with its 95 % interval over prompts; infinite ends if there are too few prompts."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -109,17 +109,17 @@ class ScoreSummary(BaseModel):
 
     @property
     def ends(self) -> tuple[float | None, float | None]:
-        """Both ends for a table or a chart: None where there is no interval."""
+        """Return both ends for a table or a chart; None for an infinite end."""
         low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
         return low, high
 
     def __str__(self) -> str:
-        """The mean and its interval, or that there is none."""
+        """Return the mean and its interval, or that there are too few to tell."""
         return self._told("")
 
     @property
     def signed(self) -> str:
-        """A difference and its interval, with their signs."""
+        """Return a difference and its interval, with signs."""
         return self._told("+")
 
     def _told(self, sign: str) -> str:
@@ -129,10 +129,10 @@ class ScoreSummary(BaseModel):
 
 
 class EvaluateRecord(Record):
-    """Held-out images of a checkpoint are on disk, scored.
+    """Held-out images of a checkpoint are on disk and scored.
 
-    ``diversity`` is the mean difference of images of one prompt, 0 to 1; ``drift`` the KL from the base model over a
-    trajectory, nats per element.
+    ``diversity`` is the mean difference of images of one prompt, 0 to 1. ``drift`` is the KL from the base model over a
+    trajectory, in nats per element.
     """
 
     num_images: int
@@ -143,10 +143,10 @@ class EvaluateRecord(Record):
 
 
 class GuardRecord(Record):
-    """Whether a round's checkpoint is trusted.
+    """The guard's verdict on a round's checkpoint.
 
-    ``findings`` says what is wrong; ``go_on_from`` is the round whose checkpoint the next round starts from;
-    ``champion`` the best round so far that was not rejected.
+    ``findings`` says what is wrong. ``go_on_from`` is the round whose checkpoint the next round starts from.
+    ``champion`` is the best round so far that was not rejected.
     """
 
     verdict: Literal["ok", "warned", "rejected", "stopped"]
@@ -157,7 +157,7 @@ class GuardRecord(Record):
 
 
 class RoundRecord(Record):
-    """A finished round, as its row in ``rounds`` says."""
+    """A finished round, from its row in ``rounds``."""
 
     round: int
     verdict: str | None = None

@@ -1,4 +1,4 @@
-"""Seeds derived from what an image is, so that it depends on nothing else: not on batch size, not on sharding."""
+"""Seeds derived from an image's identity, so that it does not depend on batch size or sharding."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import torch
 
 
 def derive_seed(*parts: str | int) -> int:
-    """A 63-bit seed that is a hash of the given parts; different parts give unrelated seeds."""
+    """Return a 63-bit seed, a hash of the given parts; different parts give unrelated seeds."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def gaussian(seed: int, *shape: int) -> torch.Tensor:
-    """Standard normal float32 numbers drawn on the CPU, the same on every machine and device."""
+    """Return standard normal float32 numbers drawn on the CPU, the same on every machine and device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class GaussianSteps:
-    """The numbers of ``gaussian(seed, T, *shape)`` for each of B seeds, one step at a time, whatever T.
+    """The numbers of ``gaussian(seed, T, *shape)`` for each of B seeds, one step at a time, for any T.
 
-    The same numbers if a step has a multiple of 16 of them, as latents have: that is how torch draws.
+    They are the same if a step has a multiple of 16 numbers, as latents do, because of how torch draws.
     """
 
     def __init__(self, seeds: list[int], *shape: int) -> None:
@@ -28,10 +28,10 @@ class GaussianSteps:
         self._shape = shape
 
     def next(self, *, pinned: bool = False) -> torch.Tensor:
-        """The next step's numbers ``[B, *shape]``; pinned memory can be sent to a GPU without waiting for it.
+        """Return the next step's numbers ``[B, *shape]``; a copy from pinned memory to a GPU does not block.
 
-        Drawn in place, by one thread: joined afterwards, many threads would meet for a moment, and wait for those of
-        other processes on busy cores.
+        One thread draws in place. Stacking per-row tensors would start a parallel copy, which stalls when other
+        processes hold the cores.
         """
         step_B = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
         for generator, numbers in zip(self._generators, step_B, strict=True):
@@ -40,13 +40,13 @@ class GaussianSteps:
 
 
 def permutation(seed: int, size: int) -> list[int]:
-    """A random order of ``range(size)``."""
+    """Return a random order of ``range(size)``."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @dataclass(frozen=True)
 class ImageSeed:
-    """What one image is made from: its prompt, the seed of x_T, and the seed of the noise of its T steps."""
+    """An image's prompt, the seed of its x_T, and the seed of the noise of its T steps."""
 
     prompt: str
     initial_seed: int
@@ -56,7 +56,7 @@ class ImageSeed:
 def member_seed(
     campaign_seed: int, round_number: int, prompt: str, occurrence: int, member: int, share_initial_latent: bool
 ) -> ImageSeed:
-    """What a member of a round's group is made from.
+    """Return the prompt and seeds of a member of a round's group.
 
     Args:
         campaign_seed: the campaign's seed.
@@ -72,7 +72,7 @@ def member_seed(
 
 
 def evaluation_seeds(prompts: list[str], images_per_prompt: int, campaign_seed: int) -> list[ImageSeed]:
-    """What the held-out images are made from; the same in every round, and never shared with training."""
+    """Return the held-out images' prompts and seeds, the same in every round and never used in training."""
     return [
         ImageSeed(prompt, *(derive_seed(campaign_seed, "evaluate", prompt, k, what) for what in ("x_T", "noise")))
         for prompt in prompts

@@ -1,4 +1,4 @@
-"""Addresses that may hold secrets: what is shown of them, and where secrets belong."""
+"""Addresses that may hold secrets: mask them, refuse inline ones, and fill in those from the environment."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 from d3po_core.errors import D3POError
 
 HIDDEN = "***"
-# A name of the environment in braces: what is written down is the name, what is sent is its value.
+# An environment variable's name in braces: we store the name and send its value.
 NAMED = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_WORDS = ("key", "token", "secret", "passw", "pwd", "auth", "sig", "credential", "session", "code")
 _SECRET_NAME = re.compile("|".join(_SECRET_WORDS), re.IGNORECASE)
@@ -17,7 +17,7 @@ _QUERY = re.compile(r"([?&;])([^=&;#\s'\"]+)=([^&;#\s'\"]*)")
 
 
 def schema_pattern() -> str:
-    """What JSON Schema can say of an address without an inline secret: Prefect then refuses it before it is stored."""
+    """Return a JSON Schema pattern of addresses without an inline secret; Prefect refuses others unstored."""
     words = "|".join("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in _SECRET_WORDS)
     name = r"\$\{[A-Za-z_][A-Za-z0-9_]*\}"
     login = rf"(?!https?://(?!({name}:?)+@)[^/?#]*@)"
@@ -26,9 +26,9 @@ def schema_pattern() -> str:
 
 
 def masked(text: str) -> str:
-    """A text in which every address has neither its login nor the values of its query.
+    """Return a text with the login and the secret query values of every address hidden.
 
-    Names in braces, which stand for the environment, are no secrets and stay.
+    Names in braces, which stand for environment variables, are not secrets and stay.
     """
 
     def login(found: re.Match[str]) -> str:
@@ -42,12 +42,12 @@ def masked(text: str) -> str:
 
 
 def _is_named(text: str) -> bool:
-    """Whether nothing is left of a text but names of the environment and what separates them."""
+    """Return whether a text consists only of environment variables' names in braces and colons."""
     return not NAMED.sub("", text).strip(":")
 
 
 def inline_secret(url: str) -> str | None:
-    """Where an address holds a secret itself, in words; None when it holds none, or only names of the environment."""
+    """Return in words where an address holds a secret; None if it holds none, or only names in braces."""
     parts = urlsplit(url)
     login, at, _ = parts.netloc.rpartition("@")
     if at and not _is_named(login):
@@ -59,14 +59,14 @@ def inline_secret(url: str) -> str | None:
 
 
 def filled_in(url: str, field: str) -> str:
-    """The address with the environment's values in place of names in braces.
+    """Return the address with the environment's values in place of names in braces.
 
     Args:
-        url: as it was configured.
-        field: where, for the message.
+        url: the configured address.
+        field: the field that holds it, for the message.
 
     Raises:
-        D3POError: the environment has no such name.
+        D3POError: the environment has no such name, or its value is empty.
     """
     for name in _names(url):
         if not os.environ.get(name):
@@ -82,6 +82,6 @@ def _names(url: str) -> Iterator[str]:
 
 
 def without_login(url: str) -> str:
-    """An address as identity of a server: without login, query and trailing slash."""
+    """Return an address that identifies a server, without login, query and trailing slash."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))

@@ -1,4 +1,4 @@
-"""The ways of judging a group of images, each listed here and nowhere else."""
+"""The ways of judging a group of images, defined here and nowhere else."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ class Way:
     """One way of judging.
 
     Attributes:
-        kind: the kind of the judgements that are kept.
-        columns: what a sheet has for it, besides the columns of every sheet.
-        sheet: what a sheet tells a rater to write.
-        task: what the page asks.
+        kind: the kind of judgement that is stored.
+        columns: a sheet's columns for it, besides those of every sheet.
+        sheet: a sheet's instruction to the rater.
+        task: the page's question.
         image: what choosing an image means, for a screen reader.
-        fits: whether sorted values of an answer, one an image, are one; also given how many images there are.
+        fits: returns whether an answer's sorted values, one per image, are valid, given also the number of images.
     """
 
     kind: Literal["choice", "rating", "rank"]

@@ -1,1 +1,1 @@
-"""What leaves the project: LoRAs, preference data sets, and their cards."""
+"""Export LoRAs and preference data sets, with their cards."""

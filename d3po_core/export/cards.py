@@ -1,4 +1,4 @@
-"""Folders that leave the house: whole or not at all, with a card in front, and no path of this machine in it."""
+"""Cards and configurations for exported folders, without paths of this machine."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from d3po_core.urls import masked
 
 
 def card(header: dict[str, Any], body: str) -> str:
-    """A README in Markdown with a YAML header, as the Hugging Face hub reads it."""
+    """Return a Markdown README with a YAML header, as the Hugging Face hub reads it."""
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
 
 
 def public_config(config: CampaignConfig) -> dict[str, Any]:
-    """A configuration to show to others: of paths outside the project only the last part, and no ``runs_dir``."""
+    """Return a configuration to publish: no ``runs_dir``, and only the last part of paths outside the project."""
     values = config.model_dump(mode="json", exclude={"runs_dir"})
     places = [("model", "path"), ("model", "single_file_config"), ("sample", "prompts"), ("evaluate", "prompts")]
     for holder, key in [
@@ -31,5 +31,5 @@ def public_config(config: CampaignConfig) -> dict[str, Any]:
 
 
 def hub_model(config: CampaignConfig) -> str | None:
-    """The base model's hub id, None when the base model is a folder."""
+    """Return the base model's hub id; None if the base model is a folder."""
     return None if resolve_path(config.model.path).exists() else config.model.path

@@ -1,10 +1,11 @@
-"""A LoRA as other programs read it: under kohya's names, or with its alpha beside it.
+"""Write a LoRA for other programs: with kohya's names, or with alpha as a tensor.
 
-`kohya.safetensors` is for sd-scripts, ComfyUI and AUTOMATIC1111. Stable Diffusion 1.x and 2.x keep diffusers' names of
-blocks; for XL all three know the first authors' (``input_blocks_4_1_...``), and sd-scripts knows no others.
-`comfyui.safetensors` is for ComfyUI with Stable Diffusion 3: diffusers' names, and alpha, which ComfyUI reads from a
-tensor and diffusers from the file's metadata. Sources: kohya-ss/sd-scripts ``networks/lora.py``, ``library/sdxl_*``;
-ComfyUI ``comfy/lora.py``; AUTOMATIC1111 ``extensions-builtin/Lora/network.py``.
+`kohya.safetensors` is for sd-scripts, ComfyUI and AUTOMATIC1111. Stable Diffusion 1.x and 2.x keep diffusers' block
+names. XL uses the first authors' names (``input_blocks_4_1_...``): all three programs read them, sd-scripts no others.
+`comfyui.safetensors` is for ComfyUI with Stable Diffusion 3. It has diffusers' names and alpha as a tensor, since
+ComfyUI reads alpha there and diffusers reads it from the file's metadata. Sources: kohya-ss/sd-scripts
+``networks/lora.py``, ``library/sdxl_*``; ComfyUI ``comfy/lora.py``; AUTOMATIC1111
+``extensions-builtin/Lora/network.py``.
 """
 
 import re
@@ -16,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from d3po_core.models.weights import sort_metadata
 
 KOHYA_FILE, COMFYUI_FILE = "kohya.safetensors", "comfyui.safetensors"
-# Which file is for whom, for the model card.
+# For the model card: the programs that read each file.
 READERS = {
     KOHYA_FILE: "ComfyUI, AUTOMATIC1111 and sd-scripts: put it into their folder of LoRAs",
     COMFYUI_FILE: "ComfyUI: put it into its folder `models/loras`",
 }
-# Width of the text that a UNet reads, and what such models are called in the file's metadata.
+# Width of a UNet's text input -> the model's name in the file's metadata.
 BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
@@ -34,14 +35,14 @@ _OUTER = {
 
 
 def write_for_others(lora_file: Path, folder: Path, rank: int, alpha: float, layers_per_block: int | None) -> Path:
-    """Write a LoRA once more, for programs that do not read diffusers' file as it is; returns the file.
+    """Write a LoRA for programs that cannot read diffusers' file, and return the new file.
 
     Args:
         lora_file: the file that ``pipe.load_lora_weights`` reads.
-        folder: where to.
+        folder: the folder to write to.
         rank: rank of the LoRA.
         alpha: numerator of its scale; programs scale by alpha / rank.
-        layers_per_block: of a UNet in XL's naming; None for the others.
+        layers_per_block: the UNet's, if it uses XL's naming; otherwise None.
     """
     state = load_file(lora_file)
     of_unet = all(name.startswith("unet.") for name in state)
@@ -62,7 +63,7 @@ def write_for_others(lora_file: Path, folder: Path, rank: int, alpha: float, lay
 
 
 def first_authors_name(module: str, layers_per_block: int) -> str:
-    """A UNet module's name in the first Stable Diffusion code, for a UNet all of whose blocks may hold attention.
+    """Return a UNet module's name in the first Stable Diffusion code; any block may hold attention.
 
     Args:
         module: its name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
@@ -91,7 +92,7 @@ def _parts(name: str) -> tuple[int, str, int, str]:
 
 
 def _metadata(state: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, str]:
-    """What sd-scripts writes of a LoRA and others read of its base: AUTOMATIC1111 tells SD 2 by ``ss_v2``."""
+    """Return the metadata that sd-scripts writes; AUTOMATIC1111 recognises SD 2 by ``ss_v2``."""
     widths = {value.shape[1] for name, value in state.items() if name.endswith("attn2.to_k.lora_A.weight")}
     version = next((BASE_VERSIONS[width] for width in widths & BASE_VERSIONS.keys()), None)
     return {

@@ -1,4 +1,4 @@
-"""What a round trained, as a folder that can be uploaded as it is: weights, model card, configuration."""
+"""Export a round's trained weights, model card and configuration as a folder ready for upload."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ CONFIG_FILE = "d3po.json"
 
 
 def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> int:
-    """Write the LoRA of a round, or the network if all of it was trained, with a model card.
+    """Write a round's LoRA, or the whole network if that was trained, with a model card.
 
     Args:
         campaign: the campaign's folder.
@@ -39,11 +39,11 @@ def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> i
         round_name: ``champion``, ``latest`` or the number of a finished round.
 
     Returns:
-        The round.
+        The round's number.
 
     Raises:
-        D3POError: ``output`` is not empty, the round is not finished or is the base model, or its weights are not what
-            was trained.
+        D3POError: ``output`` is not empty, the round is not finished or is the base model, or its weights changed
+            since training.
     """
     number = trained_round(campaign, round_name)
     checkpoint = campaign / str(checkpoint_path(number))
@@ -77,7 +77,7 @@ def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> i
 
 
 def _family(config: ModelConfig, weights: Path) -> type[Family]:
-    """The base model's family: by its folder, or, of a hub model that is not on this machine, by what was trained."""
+    """Return the base model's family, from its folder or, if that is not on this machine, from the weights."""
     folder = model_folder(config)
     if folder is not None:
         return family_of(config, folder)
@@ -132,7 +132,7 @@ def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
 
 
 def _scores(campaign: Path, number: int, part: str) -> str:
-    """Rows of a Markdown table: every held-out score of base and round, with its interval."""
+    """Return a Markdown table of all held-out scores of the base and the round, with intervals."""
     records = [read_record(campaign, n, "evaluate", EvaluateRecord) for n in (0, number)]
     lines = [f"| held-out score, {records[1].num_images} images | base model | with this {part} |", "|---|---|---|"]
     for scorer in records[1].scores:

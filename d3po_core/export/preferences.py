@@ -1,8 +1,8 @@
-"""A campaign's preferences as a dataset for trainers of Diffusion-DPO: Parquet with the images in it, and a card.
+"""Export a campaign's preferences for Diffusion-DPO trainers: Parquet with the images in it, and a card.
 
-Columns are those of Pick-a-Pic v2 that such trainers read, and what only we know. Images are stored as the bytes of
-their files, in ``jpg_0`` and ``jpg_1``: trainers decode them. The configuration ``images`` of the card shows the same
-files decoded. The names of raters stay at home.
+The columns are those of Pick-a-Pic v2 that such trainers read, plus our own. ``jpg_0`` and ``jpg_1`` hold the bytes of
+the image files, which trainers decode. The card's configuration ``images`` shows the same files decoded. The names of
+raters are not exported.
 
 Source: columns and types of https://huggingface.co/datasets/yuvalkirstain/pickapic_v1 and _v2.
 """
@@ -44,13 +44,13 @@ def export_preferences(campaign: Path, output: Path, shard_bytes: int = SHARD_BY
     Args:
         campaign: the campaign's folder.
         output: the folder to make; it may exist if it is empty.
-        shard_bytes: the images in one Parquet file have at most so many bytes, unless one pair alone has more.
+        shard_bytes: the most bytes of images per Parquet file, unless a single pair has more.
 
     Returns:
         The number of pairs.
 
     Raises:
-        D3POError: ``output`` is not empty, there are no preferences, or images of them are gone.
+        D3POError: ``output`` is not empty, there are no preferences, or some of their images are gone.
     """
     with connect_views(campaign) as connection:
         pairs = _pairs(connection)
@@ -74,7 +74,7 @@ def _pairs(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
 
 def _row(campaign: Path, index: int, pair: dict[str, Any]) -> dict[str, Any]:
     sides = [("winner", 1.0), ("loser", 0.0)]
-    # Which side stands first is a coin's throw, the same at every export: a trainer must not learn the place.
+    # The order is random so that a trainer cannot learn from it, but the same at every export.
     if derive_seed(pair["pair_id"], "side") % 2:
         sides.reverse()
     model = pair["checkpoint"] or "base"
@@ -90,7 +90,7 @@ def _row(campaign: Path, index: int, pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_shards(campaign: Path, pairs: list[dict[str, Any]], folder: Path, shard_bytes: int) -> int:
-    """Write files of bounded size, a few rows in memory at a time; returns the bytes of images and captions."""
+    """Write files of bounded size, with few rows in memory; return the bytes of images and captions."""
     folder.mkdir()
     total = 0
     schema = pa.schema(list(COLUMNS.items()), metadata={"huggingface": json.dumps({"info": {"features": _features()}})})
@@ -106,7 +106,7 @@ def _write_shards(campaign: Path, pairs: list[dict[str, Any]], folder: Path, sha
 
 
 def _shards(campaign: Path, pairs: list[dict[str, Any]], shard_bytes: int) -> Iterator[tuple[int, int]]:
-    """First pair, and the one after the last, of every file; the images of one have at most so many bytes."""
+    """Yield each file's first pair and the one after its last, with at most ``shard_bytes`` of images."""
     start, held = 0, 0
     for index, pair in enumerate(pairs):
         size = sum((campaign / pair[side]).stat().st_size for side in ("winner_image", "loser_image"))

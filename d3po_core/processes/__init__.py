@@ -1,1 +1,1 @@
-"""Jobs on one process or several, one a GPU."""
+"""Run jobs in one process or several, one process per GPU."""

@@ -1,10 +1,10 @@
-"""The computing part of a round's stages: a job is a function that one process runs, or several together.
+"""The computing part of a round's stages: a job is a function that one or several processes run.
 
     job(config, round_number, tell) -> result
 
-``tell`` is called with the number of units that were done, by each rank for its own; the result is what JSON can hold,
-and the first rank's counts. What a job computes is on disk when it returns. Ranks that run one job share its work by
-the rules of ``d3po_core.processes.ranks``; a job that was stopped anywhere and is run again ends as one that was not.
+Each rank calls ``tell`` with the number of units that it has done. The result must fit into JSON; the first rank's is
+used. When a job returns, its output is on disk. Ranks share a job's work by the rules of ``d3po_core.processes.ranks``.
+A job that was stopped anywhere and runs again ends as if it had not been stopped.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Jobs on several processes, one a GPU: started when first needed, kept while the run lives, gone when it ends.
+"""Run jobs on several processes, one per GPU, which start when first needed and end with the run.
 
-This side only supervises: it hands out jobs, adds up what is done, and takes the first rank's result. When a rank dies
-or fails, the others may wait for it in a collective without end: they are killed at once, and the next job starts new
+This side only supervises: it hands out jobs, passes on progress, and takes the first rank's result. When a rank dies or
+fails, the others could wait for it forever in a collective. So the pool kills them at once, and the next job starts new
 ones. A rank whose parent dies ends by itself (worker.py). All sockets are on the loopback interface.
 """
 
@@ -32,7 +32,7 @@ from d3po_core.store.leftovers import sweep_leftovers
 
 LOOPBACK = "127.0.0.1"
 LOOK_EVERY_SECONDS = 0.5
-# A rank's death makes others fail: for so long, what another reports is not taken for the cause.
+# A rank's death makes others fail. Wait this long for a dead rank before blaming the one that reported an error.
 CAUSE_SECONDS = 1.0
 LEAVE_SECONDS = 5.0
 LOG_LINES = 12
@@ -41,7 +41,7 @@ Answer = dict[str, Any] | None
 
 
 class Rank:
-    """A worker process and its log; every line it answers goes into the pool's queue, and None when it ends."""
+    """A worker process and its log; its answers go into the pool's queue, then None when it ends."""
 
     def __init__(self, number: int, log: Path, command: list[str], environment: dict[str, str]) -> None:
         self.number, self.log = number, log
@@ -52,10 +52,10 @@ class Rank:
             )
 
     def listen(self, answers: "queue.Queue[tuple[Rank, Answer]]") -> None:
-        """Put what the process answers into a queue, from a thread."""
+        """Put the process's answers into a queue, from a thread."""
 
         def read(stream: IO[str]) -> None:
-            with stream, contextlib.suppress(ValueError):  # half a line, of a process that was killed
+            with stream, contextlib.suppress(ValueError):  # a killed process may leave half a line
                 for line in stream:
                     answers.put((self, json.loads(line)))
             answers.put((self, None))
@@ -63,14 +63,14 @@ class Rank:
         threading.Thread(target=read, args=(self.process.stdout,), daemon=True).start()
 
     def ask(self, order: dict[str, Any]) -> None:
-        """Hand a job to the process; that it is dead is noticed elsewhere."""
+        """Send a job to the process; its death is noticed elsewhere."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
 
     def end(self, patience: float) -> None:
-        """Let the process leave, or kill it when it takes longer than ``patience`` seconds."""
+        """Let the process end, or kill it after ``patience`` seconds."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -81,7 +81,7 @@ class Rank:
             self.process.wait()
 
     def told_last(self) -> str:
-        """Where the log is, and its last lines since the process began."""
+        """Return the log's path and its last lines since the process began."""
         with self.log.open("rb") as stream:
             stream.seek(self._log_start)
             lines = stream.read().decode(errors="replace").splitlines()[-LOG_LINES:]
@@ -89,18 +89,18 @@ class Rank:
 
 
 class RankPool:
-    """As many worker processes as asked for, which have joined each other.
+    """Worker processes that have joined each other.
 
     Args:
         processes: how many.
-        device: ``cuda``, where each takes the GPU of its number, or ``cpu``, where they share the threads of this one.
+        device: ``cuda``: each rank takes the GPU of its number; ``cpu``: the ranks share this process's threads.
         logs: folder of their logs, ``rank-<number>.log``.
     """
 
     def __init__(self, processes: int, device: str, logs: Path) -> None:
         with disk_errors(logs):
             logs.mkdir(parents=True, exist_ok=True)
-        # The ranks find each other here. A store that opens its port itself would listen on all interfaces.
+        # The ranks meet at this store. If it opened its own port, it would listen on all interfaces.
         listener = socket.create_server((LOOPBACK, 0))
         port = listener.getsockname()[1]
         self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
@@ -117,15 +117,15 @@ class RankPool:
 
     @property
     def alive(self) -> bool:
-        """Whether all ranks are there."""
+        """Return whether all ranks are running."""
         return all(rank.process.poll() is None for rank in self.ranks)
 
     def run(self, job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> Any:
-        """Run a job on all ranks; ``tell`` gets every rank's units.
+        """Run a job on all ranks; ``tell`` gets every rank's units. After any exception no rank is left.
 
         Raises:
-            D3POError: a rank met something that the user can mend.
-            RankError: a rank died, or failed in another way. Whatever is raised, no rank is left.
+            D3POError: a rank met an error that the user can fix.
+            RankError: a rank died, or failed in another way.
         """
         name = f"{job.__module__}:{job.__qualname__}"
         order = {"job": name, "config": config.model_dump(mode="json"), "round": round_number}
@@ -156,7 +156,7 @@ class RankPool:
                     return rank, None
 
     def _failure(self, rank: Rank, answer: Answer) -> Exception:
-        """What to raise for the first rank that ended, or that answered with an error."""
+        """Return the exception for the first rank that ended or answered with an error."""
         if answer and answer["kind"]:
             return getattr(errors, answer["kind"])(answer["error"])
         deadline = time.monotonic() + CAUSE_SECONDS
@@ -172,13 +172,13 @@ class RankPool:
         return f"rank {rank.number} of {len(self.ranks)}"
 
     def kill(self) -> None:
-        """End all ranks at once."""
+        """Kill all ranks at once."""
         for rank in self.ranks:
             rank.process.kill()
         self.close(patience=LEAVE_SECONDS)
 
     def close(self, patience: float = LEAVE_SECONDS) -> None:
-        """Let the ranks leave; those that do not are killed."""
+        """Let the ranks end; kill those that take longer than ``patience`` seconds."""
         for rank in self.ranks:
             rank.end(patience)
 
@@ -188,40 +188,40 @@ class Pool(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether all of them are there."""
+        """Return whether all processes are running."""
         ...
 
     def run(self, job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> Any:
-        """Run a job on all of them; the first one's result. Whatever is raised, none is left."""
+        """Run a job on all processes; return the first one's result. After any exception none is left."""
         ...
 
     def close(self) -> None:
-        """End them."""
+        """End the processes."""
         ...
 
 
-# What starts processes, by its name in ``model.launcher``: how many, on cuda or cpu, with a folder for logs.
+# ``model.launcher`` -> what starts the processes: takes their number, cuda or cpu, and a folder for logs.
 LAUNCHERS: dict[str, Callable[[int, str, Path], Pool]] = {"local": RankPool}
 
 _pools: dict[tuple[str, int, str, Path], Pool] = {}
 
 
 def check_launcher(config: ModelConfig) -> None:
-    """Make sure that the launcher is one.
+    """Check that the launcher exists.
 
     Raises:
-        D3POError: it is not; names those that are.
+        D3POError: it does not; the message lists those that do.
     """
     if config.launcher not in LAUNCHERS:
         raise errors.D3POError(f"model.launcher is {config.launcher!r}; expected one of {', '.join(LAUNCHERS)}")
 
 
 def run_job(job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> Any:
-    """Run a job in this process, or on as many as ``model.processes`` says.
+    """Run a job in this process, or on ``model.processes`` of them, and return its result.
 
     Raises:
-        D3POError: something that the user can mend.
-        RankError: one of several processes died, or failed in another way; trying again goes on from what is on disk.
+        D3POError: an error that the user can fix.
+        RankError: one of several processes died, or failed in another way; a retry resumes from the files on disk.
     """
     processes = config.model.processes
     if processes == 1:
@@ -243,7 +243,7 @@ def end_ranks() -> None:
 
 @contextlib.contextmanager
 def ranks_end_here() -> Iterator[None]:
-    """Within this context jobs may start processes; none outlives it."""
+    """Let jobs start processes within this context, and end them all when it ends."""
     try:
         yield
     finally:
@@ -251,7 +251,7 @@ def ranks_end_here() -> Iterator[None]:
 
 
 def _environment(number: int, processes: int, port: int) -> dict[str, str]:
-    """A rank's environment: what torch and accelerate read to know who they are."""
+    """Return a rank's environment, from which torch and accelerate read its rank and the world size."""
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     threads = max(1, torch.get_num_threads() // processes)
     loopback = next((n for n, found in psutil.net_if_addrs().items() if found and found[0].address == LOOPBACK), None)

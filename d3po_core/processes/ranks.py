@@ -1,6 +1,6 @@
-"""Several processes at one job, one a GPU: what each does of it, sums over all, and whether they still agree.
+"""Share one job among ranks, one per GPU: split the work, sum over ranks, and check that they agree.
 
-A process knows its rank and how many there are from accelerate; with one process nothing here computes anything.
+A process gets its rank and the number of ranks from accelerate. With one process, nothing here computes anything.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from d3po_core.errors import RankError
 
 
 def own_share(accelerator: Accelerator) -> slice:
-    """This rank's part of a list of work that is the same on all ranks: every item is one rank's."""
+    """Return the slice of a list of work that is this rank's; each item belongs to exactly one rank."""
     return slice(accelerator.process_index, None, accelerator.num_processes)
 
 
 def sum_over_ranks(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> None:
-    """Replace floating-point tensors by their sums over all ranks, the same bits on each."""
+    """Replace floating-point tensors by their sums over all ranks; every rank gets the same bits."""
     if accelerator.num_processes == 1:
         return
     parts = list(tensors)
@@ -28,10 +28,10 @@ def sum_over_ranks(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) ->
 
 
 def check_agreement(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> None:
-    """Make sure that every rank holds the same bytes; all ranks must come here.
+    """Check that every rank holds the same bytes; all ranks must call this.
 
     Raises:
-        RankError: they do not; says which ranks differ from the first.
+        RankError: they do not; the message names the ranks that differ from the first.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,8 +1,8 @@
 """One rank of a pool (pool.py), a process that runs jobs: ``python -m d3po_core.processes.worker``.
 
-Jobs come as JSON lines on stdin and are answered on stdout by ``{"done": units}`` now and then, and at the end by
-``{"result": ...}`` or ``{"error": text, "kind": a class of d3po_core.errors, or null}``. What anything else prints goes
-to stderr, which is the rank's log. The end of stdin, which also a killed parent leaves, ends the process at once.
+Jobs arrive as JSON lines on stdin. The worker answers on stdout with ``{"done": units}`` now and then, and at the end
+with ``{"result": ...}`` or ``{"error": text, "kind": a class of d3po_core.errors, or null}``. All other output goes to
+stderr, which is the rank's log. When stdin ends, as it does when the parent is killed, the process ends at once.
 """
 
 import faulthandler
@@ -17,14 +17,14 @@ import traceback
 from datetime import timedelta
 from typing import IO, Any
 
-# A dead rank is noticed by the pool. This is for one that hangs, and longer than any rank waits for a slower one.
+# For a rank that hangs; the pool notices a dead one. It is longer than any rank waits for a slower one.
 PATIENCE = timedelta(hours=1)
 
 
 def main(device: str) -> None:
     """Join the other ranks, on ``cuda`` or ``cpu``, and run jobs."""
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal: the parent decides
     orders, answers = _take_pipes()
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
@@ -35,7 +35,7 @@ def main(device: str) -> None:
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:
-    """The pool's pipes under other numbers, so that nothing that a library reads or prints gets into them."""
+    """Move the pool's pipes to other descriptors, so that libraries cannot read from or print to them."""
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -50,7 +50,7 @@ def _listen(orders: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
 
 
 def _join_ranks(device: str) -> None:
-    """Make the process group that accelerate, and so every policy of this process, computes in."""
+    """Make the process group that accelerate uses, and with it every policy of this process."""
     import torch
     from accelerate import PartialState
 

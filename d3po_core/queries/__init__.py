@@ -1,1 +1,1 @@
-"""Questions to a campaign: views, lookup by name, one locked SELECT."""
+"""Query a campaign: views, lookup by name, one locked SELECT."""

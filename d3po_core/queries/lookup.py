@@ -1,4 +1,4 @@
-"""Find campaigns, rounds and images by name; what is not there is an error of one line that says what is."""
+"""Find rounds and images by name; if one does not exist, a one-line error lists what does."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from d3po_core.urls import masked
 
 
 def trained_round(campaign: Path, name: str) -> int:
-    """The finished round that a name means: ``champion``, ``latest`` or a number; not the base, which is not trained.
+    """Return the finished, trained round that ``champion``, ``latest`` or a number names.
 
     Raises:
-        D3POError: no finished round is called so, or it is the base model.
+        D3POError: no finished round has that name, or it is the base model.
     """
     number = round_named(campaign, name)
     if number == 0:
@@ -33,7 +33,7 @@ def trained_round(campaign: Path, name: str) -> int:
 
 
 def rejection(campaign: Path, round_number: int) -> str | None:
-    """What to know before a round is shipped that the guard went back from; None when it did not."""
+    """Return a warning if the guard rejected a round or stopped at it, else None."""
     (row,) = read_rows(partition(campaign, "rounds", round_number) / "part.parquet")
     if row.get("verdict") not in ("rejected", "stopped"):
         return None
@@ -45,18 +45,18 @@ def rejection(campaign: Path, round_number: int) -> str | None:
 
 @dataclass(frozen=True)
 class ImageStory:
-    """Where an image came from, what was said of it, and what it was used for.
+    """An image's origin, its judgements, and its uses.
 
     Attributes:
-        image: its row in ``samples``, or for a held-out image the one in ``evaluations``, without the score.
-        round: the round whose run drew it.
+        image: its row in ``samples``; for a held-out image its row in ``evaluations``, without the score.
+        round: the round that drew it.
         held_out: whether it is a held-out image.
-        judgements: rows of ``judgements`` that name it, in the order in which they were made.
-        pairs: rows of ``pairs`` that it is in.
-        compared: rows of ``human_comparisons`` that it is in.
+        judgements: rows of ``judgements`` that name it, oldest first.
+        pairs: rows of ``pairs`` that contain it.
+        compared: rows of ``human_comparisons`` that contain it.
         scores: held-out scores of the same prompt and seed in every round: round, scorer, score.
-        run: the row of ``rounds``, None while the round is not finished.
-        settings: fields of the round's configuration that are not the default: name, default, value.
+        run: the row of ``rounds``; None while the round is not finished.
+        settings: fields of the round's configuration that differ from the default: name, default, value.
     """
 
     image: dict[str, Any]
@@ -71,10 +71,10 @@ class ImageStory:
 
 
 def image_story(campaign: Path, sample_id: str) -> ImageStory:
-    """Everything on record about one image, by its id such as ``r3-g4-m1`` or ``r3-e17``.
+    """Return all records of one image, by its id, such as ``r3-g4-m1`` or ``r3-e17``.
 
     Raises:
-        D3POError: there is no such image; the message says which there are.
+        D3POError: there is no such image; the message says which exist.
     """
     with connect_views(campaign) as connection:
 
@@ -107,10 +107,10 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
 
 
 def find_image(connection: duckdb.DuckDBPyConnection, campaign: Path, sample_id: str) -> tuple[dict[str, Any], bool]:
-    """An image's row with its round, and whether it is a held-out one.
+    """Return an image's row with its round, and whether it is held out.
 
     Raises:
-        D3POError: there is no such image; the message says which there are.
+        D3POError: there is no such image; the message says which exist.
     """
     columns = {"samples": "*", "evaluations": "DISTINCT * EXCLUDE (scorer, score)"}
     for table, wanted in columns.items():

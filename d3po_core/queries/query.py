@@ -1,4 +1,4 @@
-"""A question to a campaign: one statement that reads, on a connection that can do nothing else."""
+"""Query a campaign with one reading statement, on a connection that can do nothing else."""
 
 import contextlib
 import re
@@ -14,24 +14,24 @@ from d3po_core.errors import D3POError
 from d3po_core.queries.views import connect_views
 from d3po_core.spreadsheets import FORMULA_START
 
-# Nothing is downloaded or loaded, no secret is read, nothing is written beside an answer; and none of it can be undone.
+# DuckDB may not download or load extensions, read secrets or write files beside an answer; a query cannot undo this.
 LOCKED = (
     "SET autoinstall_known_extensions = false", "SET autoload_known_extensions = false",
     "SET allow_community_extensions = false", "SET allow_persistent_secrets = false", "SET temp_directory = ''",
     "SET lock_configuration = true",
 )  # fmt: skip
-# In JSON text: a string as it stands, or a number that JSON does not know.
+# In JSON text: a whole string, or a number that JSON does not allow.
 _STRING_OR_NO_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?\bInfinity\b|-?\bNaN\b')
-# All that a terminal obeys in place of showing it: control characters, and those that turn the direction of writing.
+# Characters that a terminal obeys instead of showing: control characters, and those that change the text direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @contextlib.contextmanager
 def ask(campaign: Path, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
-    """The rows that a SELECT over a campaign's tables and views gives; it may also read files that it names.
+    """Yield the rows of a SELECT over a campaign's tables and views; it may also read files that it names.
 
     Raises:
-        D3POError: it is no SELECT, is more than one statement, or cannot be answered.
+        D3POError: it is not a SELECT, is more than one statement, or cannot be answered.
     """
     try:
         with connect_views(campaign) as connection:
@@ -50,10 +50,10 @@ def ask(campaign: Path, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
 
 
 def write_answer(answer: duckdb.DuckDBPyRelation, format: str, path: Path) -> None:
-    """Write an answer as a file of ``csv``, ``json`` (an object per line) or ``parquet``; numbers stay as they are.
+    """Write an answer as ``csv``, ``json`` (one object per line) or ``parquet``; numbers stay unchanged.
 
-    In CSV, text that a spreadsheet would run as a formula gets an apostrophe before it, and a byte order mark tells
-    spreadsheets that the file is UTF-8. What JSON has no word for (NaN, infinity) is null.
+    In CSV, text that a spreadsheet would run as a formula gets a leading apostrophe, and a byte order mark tells
+    spreadsheets that the file is UTF-8. In JSON, NaN and infinity become null.
     """
     if format == "csv":
         answer = answer.project(
@@ -71,7 +71,7 @@ def write_answer(answer: duckdb.DuckDBPyRelation, format: str, path: Path) -> No
 
 
 def print_answer(answer: duckdb.DuckDBPyRelation, format: str) -> None:
-    """Print an answer as ``csv`` or ``json``; on a terminal, what it would obey is shown instead."""
+    """Print an answer as ``csv`` or ``json``; on a terminal, escape control characters."""
     stream = sys.stdout
     with tempfile.TemporaryDirectory() as folder:
         write_answer(answer, format, Path(folder) / "answer")
@@ -81,7 +81,7 @@ def print_answer(answer: duckdb.DuckDBPyRelation, format: str) -> None:
 
 
 def plain(text: str) -> str:
-    r"""Text that a terminal shows and does not obey: control characters are written as ``\x1b``."""
+    r"""Return text with the characters that a terminal obeys written out, such as ``\x1b``."""
     return _OBEYED.sub(lambda match: repr(match[0])[1:-1], text)
 
 

@@ -1,4 +1,4 @@
-"""What a campaign is asked: the tables, and views that join them; ``docs/questions.md`` lists their columns."""
+"""The views that join a campaign's tables; ``docs/questions.md`` lists their columns."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from d3po_core.preferences.counting import questions
 from d3po_core.preferences.deriving import VOTES
 from d3po_core.store.tables import connect
 
-# Raters of kind 'gold' are answer keys, not people: they are in `votes` and `raters`, and in no count of `pairs`.
+# Raters of kind 'gold' are answer keys, not people: `votes` and `raters` hold them, but no count in `pairs` does.
 _PAIRS = """
 WITH scores AS (
     SELECT round, sample_id, map_from_entries(list((rater, value) ORDER BY rater)) AS scores
@@ -89,7 +89,7 @@ FROM rounds r LEFT JOIN (
 ) e USING (round)
 """
 
-# Every rater's last word on a pair of held-out images; what was skipped or taken back says nothing.
+# Each rater's last answer on a pair of held-out images; no row if that was skipped or taken back.
 _HUMAN_COMPARISONS = """
 WITH last_word AS (
     SELECT * FROM comparisons
@@ -115,11 +115,12 @@ VIEWS = {
 
 
 def connect_views(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
+    """Return an in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
 
-    A row is, in ``votes``: what a rater's last word says of a pair of a group; in ``pairs``: a preference with both
-    images, their scores, and who voted how; in ``raters``: a rater in a round; in ``checkpoints``: a finished round; in
-    ``human_comparisons``: what a rater's last word says of a round's held-out image beside a reference's, seen blind.
+    Each row of ``votes`` is a rater's final vote on two images of a group. Each row of ``pairs`` is a preference with
+    both images, their scores, and the votes. Each row of ``raters`` is a rater in a round, and each row of
+    ``checkpoints`` a finished round. Each row of ``human_comparisons`` is a rater's final, blind vote on a round's
+    held-out image and a reference's.
     """
     connection = connect(campaign)
     for name, sql in VIEWS.items():

@@ -1,4 +1,4 @@
-"""What the facts say: is it better, is it sane, which checkpoint to ship, why did it change."""
+"""A report's answers from the facts: is it better, is it sane, which checkpoint to ship, why did it change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +20,15 @@ from d3po_core.records import DROWNED, ScoreSummary
 from d3po_core.report.gather import Facts, Row
 from d3po_core.report.pictures import RoundPictures
 
-# A reader should look when images of a prompt became this much more alike, when so few pairs are left of the median
-# round's, and when so large a share of prompts is clearly worse (chance alone would make 0.025 so).
-# A round that moves the policy so many times further than the median round is one to look at.
+# Flag a campaign if diversity fell by this share, if the pairs fell below this share of the median round's, if more
+# than this share of prompts is clearly worse (0.025 would be by chance), or if a round's KL is this many times the
+# median.
 DIVERSITY_LOSS, FEW_PAIRS, MANY_WORSE, JUMP = 0.2, 0.1, 0.1, 10
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that should hold; ``fine`` is None when it is only to be known."""
+    """One thing that should hold; ``fine`` is None if it is for information only."""
 
     fine: bool | None
     title: str
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Scored:
-    """A scorer over all rounds: means with intervals, and each round against base, the round before, the champion."""
+    """A scorer over all rounds: means with intervals, and each round against base, previous and champion."""
 
     name: str
     means: list[ScoreSummary]
@@ -47,9 +47,10 @@ class Scored:
 
 
 def scored(facts: Facts) -> list[Scored]:
-    """Every scorer's curve and paired comparisons; the first row of each comparison is the base against itself.
+    """Return every scorer's curve and paired comparisons.
 
-    ``champion`` is the champion of the rounds before a round: the one it had to beat.
+    The first row of each comparison is the base against itself. ``champion`` is the reigning champion before each
+    round, the one that the round had to beat.
     """
     rows = np.arange(len(facts.rounds))
     before = np.maximum(rows - 1, 0)
@@ -66,13 +67,16 @@ def scored(facts: Facts) -> list[Scored]:
 
 
 def label(facts: Facts, position: int) -> str:
-    """``base`` or ``round 12``."""
+    """Return ``base``, or the round such as ``round 12``."""
     number = facts.rounds[position]["round"]
     return f"round {number}" if number else "base"
 
 
 def is_it_better(facts: Facts, scorers: list[Scored]) -> Row:
-    """The champion against the base, on the first scorer; each prompt by a champion that it did not choose itself."""
+    """Compare the champion with the base on the first scorer.
+
+    Each prompt is scored by a champion that was chosen without that prompt.
+    """
     first, champion = scorers[0], facts.champion
     scores = facts.held_out.scores[first.name]
     fitted_I = fitted_champion(scores[facts.trusted], facts.held_out.prompts)
@@ -92,7 +96,7 @@ def is_it_better(facts: Facts, scorers: list[Scored]) -> Row:
 
 
 def pairings(facts: Facts, one: Scored) -> list[Row]:
-    """What the champion and the latest round are held against: base, the round before, the champion before."""
+    """Compare the champion and the latest round with the base, the round before and the champion before."""
     rows: list[Row] = []
     for position in dict.fromkeys((facts.champion, len(facts.rounds) - 1)):
         if position == 0:
@@ -115,9 +119,9 @@ def pairings(facts: Facts, one: Scored) -> list[Row]:
 
 
 def by_prompt(facts: Facts) -> list[Row]:
-    """Mean of the first scorer for each prompt at the base and at the champion, the largest gain first.
+    """Return each prompt's mean of the first scorer at the base and the champion, largest gain first.
 
-    Whether a prompt became ``better`` or ``worse`` is judged over its own images.
+    The verdict ``better`` or ``worse`` comes from the prompt's own images.
     """
     scores = next(iter(facts.held_out.scores.values()))[[0, facts.champion]]
     prompts = np.asarray(facts.held_out.prompts, dtype=object)
@@ -133,7 +137,7 @@ def by_prompt(facts: Facts) -> list[Row]:
 
 
 def checks(facts: Facts, scorers: list[Scored], pictures: list[RoundPictures], prompts: list[Row]) -> list[Check]:
-    """What a careful reader would look at before shipping the champion."""
+    """Return the checks that a careful reader would make before shipping the champion."""
     if len(facts.rounds) < 2:
         return [Check(None, "Only the base is evaluated", "Checks begin with the first round of training.")]
     found = [
@@ -216,7 +220,7 @@ _JUMPS = "The KL of a round stays of one size"
 
 
 def _jumps(training: list[Row]) -> Check | None:
-    training = [row for row in training if row["kl_after"] is not None]  # not measured, or by an older version
+    training = [row for row in training if row["kl_after"] is not None]  # None: not measured, or an older version
     if not training:
         return None
     kl = np.array([row["kl_after"] for row in training])
@@ -275,7 +279,7 @@ def _same_config(changes: list[Row]) -> Check:
 
 
 def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
-    """What moved the first scorer's curve: the material in short; then the largest steps and changed fields."""
+    """Return what moved the first scorer's curve: a headline, then the largest steps and changed fields."""
     if len(facts.rounds) < 2:
         return "Nothing has trained yet", []
     trained = facts.rounds[1:]
@@ -294,25 +298,25 @@ def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three decimals; of numbers too small or too large for that, two digits."""
+    """Return a number with three decimals, or with two digits if it is too small or too large for that."""
     plain = value == 0 or 0.001 <= abs(value) < 1e5
     text = f"{value:{sign}.3f}" if plain else f"{value:{sign}.1e}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def signed(summary: ScoreSummary) -> str:
-    """A difference with its sign and interval."""
+    """Return a difference with its sign and interval."""
     return f"{number(summary.mean, '+')} {interval(summary, '+')}"
 
 
 def interval(summary: ScoreSummary, sign: str = "") -> str:
-    """``[low, high]``, or that there is none."""
+    """Return ``[low, high]``, or that there are too few to tell."""
     if None in summary.ends:
         return "[too few to tell]"
     return f"[{number(summary.low, sign)}, {number(summary.high, sign)}]"
 
 
 def listed(numbers: list[Any], most: int = 8) -> str:
-    """The first few numbers, in words."""
+    """Return the first few numbers as text, with how many more there are."""
     text = ", ".join(map(str, numbers[:most]))
     return text if len(numbers) <= most else f"{text} and {len(numbers) - most} more"

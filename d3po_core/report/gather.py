@@ -1,4 +1,4 @@
-"""What a campaign's report is made of, read from its tables and its files; nothing is drawn here."""
+"""Gather a report's facts from a campaign's tables and files; nothing is drawn here."""
 
 import json
 from dataclasses import dataclass
@@ -24,46 +24,46 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything a report says, before it is worded. Rounds are in order; the first is the base."""
+    """All facts of a report, before they are worded. Rounds are in order; the first is the base."""
 
     folder: Path
     campaign_id: str
     config: Row
     config_changes: list[Row]  # round, field, before, after
     rounds: list[Row]  # rows of the table rounds, with `round`
-    held_out: HeldOut  # a row a round
+    held_out: HeldOut  # one row per round
     reigns: list[int]  # position of the champion after each round
-    training: list[Row]  # a row for each round that trained: means over its updates, and what it learned
+    training: list[Row]  # one row per round that trained: means over its updates, and what it learned
     clear_pairs: list[Row]
     doubtful_pairs: list[Row]  # empty when all pairs are equally clear
     crossings: list[Row]  # pairs on which people and a proxy disagree
-    crossing_counts: list[Row]  # a row a round and proxy
+    crossing_counts: list[Row]  # one row per round and proxy
     raters: list[Row]  # people, from judgements
-    preferred: list[HumanWinRate]  # what people prefer in blind comparisons of held-out images
-    files: list[Row]  # a row a table: where its Parquet files are
+    preferred: list[HumanWinRate]  # from people's blind comparisons of held-out images
+    files: list[Row]  # one row per table: where its Parquet files are
 
     @property
     def trusted(self) -> list[int]:
-        """Positions of the rounds that the guard let stand."""
+        """Return the positions of the rounds that the guard let stand."""
         return [at for at, row in enumerate(self.rounds) if row["verdict"] not in ("rejected", "stopped")]
 
     @property
     def champion(self) -> int:
-        """Position of the champion among the rounds."""
+        """Return the champion's position among the rounds."""
         return self.reigns[-1]
 
     @property
     def champion_preferred(self) -> HumanWinRate | None:
-        """How often people prefer the champion to the base; None if they did not compare them."""
+        """Return how often people prefer the champion to the base; None if nobody compared them."""
         return human_win_rate(self.preferred, self.rounds[self.champion]["round"], 0)
 
 
 def gather(folder: Path, examples: int = 6) -> Facts:
-    """Read a campaign's folder.
+    """Return the facts of a campaign, read from its folder.
 
     Args:
         folder: the campaign's folder.
-        examples: how many pairs of each kind to show at most.
+        examples: at most how many pairs of each kind to show.
 
     Raises:
         D3POError: there is no campaign, or it has no finished round yet.
@@ -76,8 +76,8 @@ def gather(folder: Path, examples: int = 6) -> Facts:
         rounds = _rows(connection, "SELECT * FROM rounds ORDER BY round")
         if not rounds:
             raise D3POError(f"campaign {folder.name!r} has no finished round yet; type: d3po run round")
-        # Read once: each query over a view would open the files of all rounds again.
-        # Finished rounds alone: of one that runs, some tables are there and others are not.
+        # Read once, since each query over a view opens the files of all rounds again.
+        # Read only finished rounds, since a running round has only some of its tables.
         for table in SCHEMAS.keys() - {"rounds"}:
             connection.execute(
                 f"CREATE TEMP TABLE {table} AS SELECT * FROM memory.main.{table} "
@@ -126,7 +126,7 @@ SELECT rater, rater_kind, count(DISTINCT round) AS rounds, count(*) FILTER (judg
 FROM questions JOIN rows USING (rater, rater_kind) GROUP BY rater, rater_kind ORDER BY judgements DESC, rater
 """
 
-# The margin of a pair: by how many standard deviations (of each proxy, over the campaign) the winner scored higher.
+# A pair's margin is by how many standard deviations the winner scored higher, each proxy's taken over the campaign.
 _PAIRS = """
 WITH marks AS (
     SELECT round, sample_id, avg(mark) AS mark FROM (
@@ -148,7 +148,7 @@ _MOST_DOUBTFUL = "agreement, weight, margin, num_raters, round DESC, pair_id"
 
 
 def _pairs(connection: duckdb.DuckDBPyConnection, count: int) -> tuple[list[Row], list[Row]]:
-    """The clearest and the most doubtful pairs, one a prompt; no doubtful ones when all are equally clear."""
+    """Return the clearest and most doubtful pairs, one per prompt; no doubtful ones if all are equally clear."""
     pair_id = "p.round || ' ' || p.winner_id || '>' || p.loser_id AS pair_id"
     connection.execute(f"CREATE TEMP TABLE pairs AS SELECT {pair_id}, * FROM ({_PAIRS}) p")
     kinds = connection.sql("SELECT DISTINCT agreement, weight, num_raters, margin FROM pairs LIMIT 2").fetchall()
@@ -164,7 +164,7 @@ def _pairs(connection: duckdb.DuckDBPyConnection, count: int) -> tuple[list[Row]
 
 
 def _scored(connection: duckdb.DuckDBPyConnection, pair: Row) -> Row:
-    """The pair with what each proxy gave its winner and its loser."""
+    """Return the pair with each proxy's scores for its winner and loser."""
     scores = connection.execute(
         """SELECT w.rater, w.value, l.value FROM judgements w JOIN judgements l USING (round, rater, kind)
         WHERE round = $round AND kind = 'score' AND w.rater_kind = 'proxy'
@@ -175,7 +175,7 @@ def _scored(connection: duckdb.DuckDBPyConnection, pair: Row) -> Row:
 
 
 def _crossings(connection: duckdb.DuckDBPyConnection, count: int) -> tuple[list[Row], list[Row]]:
-    """Pairs on which most people say the opposite of a proxy, and how often that is, by round and proxy."""
+    """Return pairs on which most people contradict a proxy, and how often that happens per round and proxy."""
     with_people = "SELECT DISTINCT round FROM judgements WHERE rater_kind = 'human' ORDER BY round"
     connection.execute(
         "CREATE TEMP TABLE said (round BIGINT, prompt TEXT, first_path TEXT, second_path TEXT, people INT, "
@@ -215,7 +215,7 @@ def _crossings(connection: duckdb.DuckDBPyConnection, count: int) -> tuple[list[
 
 
 def _reigns(rounds: list[Row], held_out: HeldOut) -> list[int]:
-    """Position of the champion after each round: as the guard recorded it, else from the scores alone."""
+    """Return the champion's position after each round, from the guard's records or else from the scores."""
     position = {row["round"]: index for index, row in enumerate(rounds)}
     if all(row["champion"] in position for row in rounds):
         return [position[row["champion"]] for row in rounds]
@@ -227,7 +227,7 @@ def _config_changes(folder: Path, first: Row, rounds: list[int]) -> list[Row]:
     for number in rounds:
         path = stage_path(folder, number, "config")
         after = leaves(json.loads(path.read_text())) if path.is_file() else before
-        # A field that one of the two files does not know was added to the program later.
+        # Skip a field that only one of the two files has: it was added to the program later.
         changed = [name for name in before if name in after and before[name] != after[name]]
         changes += [
             {"round": number, "field": n, "before": _masked(before[n]), "after": _masked(after[n])} for n in changed

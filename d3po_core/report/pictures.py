@@ -1,4 +1,4 @@
-"""Pictures for a report: small WebP images inside the page, a sheet a checkpoint, and a comparison as a file."""
+"""Pictures for a report: small WebP images in the page, one sheet per checkpoint, and a comparison file."""
 
 import base64
 import contextlib
@@ -19,22 +19,25 @@ from d3po_core.store.files import atomic_path
 from d3po_core.store.images import diversity_by_prompt
 
 SHEET_PROMPTS, SHEET_SEEDS = 6, 6
-# Fifty sheets, in base64, leave a megabyte of five for the rest of the page.
+# Fifty sheets in base64 take less than four of the page's five megabytes.
 SHEETS, SHEET_BYTES = 50, 56_000
-_SIZES = ((160, 80), (112, 75), (80, 65), (56, 55), (40, 40), (24, 30))  # pixels a tile, quality
+_SIZES = ((160, 80), (112, 75), (80, 65), (56, 55), (40, 40), (24, 30))  # pixels per tile, quality
 _MISSING = (136, 136, 136)
 
 
 @dataclass(frozen=True)
 class RoundPictures:
-    """What is taken from a round's held-out images: a sheet as data URI, and how much each prompt's images differ."""
+    """A sheet of a round's held-out images as a data URI, and each prompt's diversity."""
 
     sheet: str | None  # None when none of its images is on disk
     diversity: dict[str, float]
 
 
 def choose(held_out: HeldOut, prompts: int = SHEET_PROMPTS, seeds: int = SHEET_SEEDS) -> list[list[int]]:
-    """Positions of the images to show, a row a prompt: prompts far apart in the list, the first seeds of each."""
+    """Return positions of the images to show, one row per prompt.
+
+    The prompts are spread over the list; each shows its first seeds.
+    """
     by_prompt: dict[str, list[int]] = {}
     for index, prompt in enumerate(held_out.prompts):
         by_prompt.setdefault(prompt, []).append(index)
@@ -45,14 +48,14 @@ def choose(held_out: HeldOut, prompts: int = SHEET_PROMPTS, seeds: int = SHEET_S
 
 
 def round_pictures(campaign: Path, round_number: int, key: list[Any], held_out: HeldOut, row: int) -> RoundPictures:
-    """A round's pictures, kept in ``report/round=N.json``: images do not change, and may be pruned later.
+    """Return a round's pictures, cached in ``report/round=N.json`` since images may be pruned later.
 
     Args:
         campaign: the campaign's folder.
         round_number: the round.
-        key: what the images depend on besides prompts and seeds (campaign, LoRA); another key is drawn again.
+        key: the campaign and LoRA that the images depend on, besides prompts and seeds; a new key redraws.
         held_out: the images of all rounds.
-        row: the round's row in it.
+        row: the round's row in ``held_out``.
     """
     chosen = choose(held_out)
     shown = [[held_out.prompts[i], held_out.seeds[i]] for line in chosen for i in line]
@@ -66,7 +69,7 @@ def round_pictures(campaign: Path, round_number: int, key: list[Any], held_out: 
     sheet = _sheet([[paths[i] for i in line] for line in chosen])
     made = RoundPictures(sheet, diversity_by_prompt(held_out.prompts, paths))
     if all(path.is_file() for path in paths):
-        # A folder that cannot be written costs the next report some seconds, nothing else.
+        # If the folder cannot be written, the next report only takes some seconds longer.
         with contextlib.suppress(D3POError), atomic_path(kept) as temporary:
             temporary.write_text(json.dumps({"key": digest, "sheet": made.sheet, "diversity": made.diversity}))
     return made
@@ -78,7 +81,7 @@ def _sheet(paths: list[list[Path]]) -> str | None:
     if not widest:
         return None
     data = b""
-    # Images are not enlarged; smaller tiles, more compressed, until the sheet fits.
+    # Never enlarge images. Use smaller, more compressed tiles until the sheet fits.
     first = sum(size >= widest for size, _ in _SIZES[1:])
     for size, quality in _SIZES[first:]:
         cell = min(size, widest)
@@ -94,7 +97,7 @@ def _sheet(paths: list[list[Path]]) -> str | None:
 
 
 def thumbnail(path: Path, size: int = 128) -> str | None:
-    """An image as a small data URI; None when it is not on disk."""
+    """Return an image as a small data URI; None if it is not on disk."""
     image = _open(path)
     return _data_uri(_webp(_square(image, min(size, image.width)), 80)) if image else None
 
@@ -102,12 +105,12 @@ def thumbnail(path: Path, size: int = 128) -> str | None:
 def _open(path: Path) -> Image.Image | None:
     try:
         return Image.open(path).convert("RGB")
-    except OSError:  # pruned, or no image
+    except OSError:  # pruned, or not an image
         return None
 
 
 def _square(image: Image.Image, cell: int) -> Image.Image:
-    """The whole image within a square cell."""
+    """Return the whole image within a square cell."""
     return ImageOps.pad(image, (cell, cell), Image.Resampling.LANCZOS, color=_MISSING)
 
 
@@ -122,17 +125,17 @@ def _data_uri(data: bytes) -> str:
 
 
 def comparison_picture(held_out: HeldOut, labels: list[str], output: Path, prompts: int = 6, seeds: int = 2) -> Path:
-    """Write a PNG with a row a checkpoint and the same prompts and seeds in its columns, whole or not at all.
+    """Write a PNG, whole or not at all, with one row per checkpoint and one column per prompt and seed.
 
     Args:
         held_out: images and scores of the checkpoints.
-        labels: a name for each.
+        labels: a name for each checkpoint.
         output: the file to write.
-        prompts: how many prompts at most.
-        seeds: how many images of each.
+        prompts: at most how many prompts.
+        seeds: at most how many images per prompt.
 
     Raises:
-        D3POError: not one of the images is on disk, or the file cannot be written.
+        D3POError: none of the images is on disk, or the file cannot be written.
     """
     cell, gap, margin, head = 96, 4, 150, 64
     chosen = choose(held_out, prompts, seeds)
@@ -161,5 +164,5 @@ def comparison_picture(held_out: HeldOut, labels: list[str], output: Path, promp
 def _font(size: int) -> Any:
     import matplotlib
 
-    # Matplotlib brings a font with most alphabets; Pillow's own has Latin only.
+    # Matplotlib's font covers most alphabets; Pillow's own covers only Latin.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

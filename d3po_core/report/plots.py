@@ -1,4 +1,4 @@
-"""Curves as SVG: matplotlib draws them in stand-in colours, which become the page's own, light and dark."""
+"""Curves as SVG, drawn by matplotlib in stand-in colours that are replaced by the page's light and dark ones."""
 
 import io
 import re
@@ -34,12 +34,12 @@ _STYLE = {
 def score_curve(
     name: str, rounds: Sequence[int], scores: Sequence[ScoreSummary], champion: int, size: tuple[float, float]
 ) -> Markup:
-    """Held-out mean by round with its interval as a band, the base as a dashed line, the champion as a point."""
+    """Draw the held-out mean by round: interval as a band, base as a dashed line, champion as a point."""
 
     def draw(axes: Axes) -> None:
         means = [score.mean for score in scores]
         low, high = (np.clip([getattr(score, end) for score in scores], -1e300, 1e300) for end in ("low", "high"))
-        if np.all(np.abs(np.concatenate([low, high])) < 1e300):  # one image has no interval
+        if np.all(np.abs(np.concatenate([low, high])) < 1e300):  # a single image has no interval
             axes.fill_between(rounds, low, high, color=ACCENT, alpha=0.16, linewidth=0)
         axes.axhline(means[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(rounds, means, color=ACCENT, linewidth=2, marker="o" if len(rounds) == 1 else None, markersize=4)
@@ -56,7 +56,7 @@ def score_curve(
 
 
 def small_curve(name: str, rounds: Sequence[int], values: Sequence[float | None], label: str) -> Markup:
-    """A quantity by round; rounds without it (None) leave a gap."""
+    """Draw a quantity by round; a round without a value (None) leaves a gap."""
 
     def draw(axes: Axes) -> None:
         numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
@@ -64,14 +64,14 @@ def small_curve(name: str, rounds: Sequence[int], values: Sequence[float | None]
         there = numbers[np.isfinite(numbers)]
         if there.size and there.min() > 0 and there.max() > 1000 * np.median(there):
             axes.set_yscale("log")  # one wild round would flatten all others
-            axes.yaxis.set_major_formatter("{x:.0e}")  # its own would be mathematical text
+            axes.yaxis.set_major_formatter("{x:.0e}")  # the default would write mathematical text
         axes.margins(x=0.02, y=0.12)
 
     return _svg(draw, SMALL, name, label)
 
 
 def stacked_bars(name: str, rounds: Sequence[int], parts: Mapping[str, Sequence[float]], label: str) -> Markup:
-    """Parts of a whole by round, one bar a round; the page names the parts, in the order of ``SERIES``."""
+    """Draw parts of a whole, one bar per round; the page names the parts in the order of ``SERIES``."""
 
     def draw(axes: Axes) -> None:
         bottom = np.zeros(len(rounds))
@@ -84,7 +84,7 @@ def stacked_bars(name: str, rounds: Sequence[int], parts: Mapping[str, Sequence[
 
 
 def _svg(draw: Any, size: tuple[float, float], name: str, label: str) -> Markup:
-    # The salt makes the ids of a figure its own among those of the page, and the same every time.
+    # The salt makes a figure's ids unique within the page and the same every time.
     with rc_context(_STYLE | {"svg.hashsalt": f"{name} {size}"}):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
@@ -99,10 +99,10 @@ def _svg(draw: Any, size: tuple[float, float], name: str, label: str) -> Markup:
 
 
 def _for_page(svg: str, label: str) -> Markup:
-    """The ``<svg>`` element alone: no ids but those it refers to, no fixed size, no addresses, the page's colours."""
+    """Return only the ``<svg>`` element: used ids, no fixed size, no addresses, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Its style sheet would reach the whole page.
+    # Its style sheet would apply to the whole page.
     svg = re.sub(r"<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([A-Za-z0-9_-]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
@@ -113,5 +113,5 @@ def _for_page(svg: str, label: str) -> Markup:
     svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    # Made by matplotlib, which escapes texts, and by the line above, which escapes the label.
+    # Safe as markup: matplotlib escapes texts, and Markup.format above escapes the label.
     return Markup(re.sub(r"\s*\n\s*", " ", svg).strip())

@@ -1,4 +1,4 @@
-"""A campaign as one HTML file that needs nothing else: no network, no server, no file beside it."""
+"""Write a campaign's report as one HTML file that needs no network, no server and no other file."""
 
 import json
 import os
@@ -26,10 +26,10 @@ REPORT_FILE = "report.html"
 
 
 def write_report(campaign: CampaignConfig | Path, output: Path | None = None) -> Path:
-    """Write the report of a campaign's finished rounds, whole or not at all; call it again after every round.
+    """Write the report of a campaign's finished rounds, whole or not at all; call it after every round.
 
     Args:
-        campaign: its configuration or its folder.
+        campaign: the campaign's configuration or its folder.
         output: the file; ``report.html`` in the campaign's folder when not given.
 
     Returns:
@@ -49,12 +49,12 @@ def write_report(campaign: CampaignConfig | Path, output: Path | None = None) ->
 
 
 def render(facts: Facts, raters: Mapping[str, Any] | None = None) -> str:
-    """The page of a campaign.
+    """Return a campaign's report as HTML.
 
     Args:
-        facts: what is told.
-        raters: ``summary`` maps a measure's name to a number or a text; ``table`` is a list of rows, one a rater, that
-            map a column's name to a number, a text or None.
+        facts: the facts to report.
+        raters: ``summary`` maps a measure's name to a number or a text; ``table`` has one row per rater, which maps a
+            column's name to a number, a text or None.
     """
     pictures = [
         round_pictures(facts.folder, row["round"], [facts.campaign_id, row["lora_sha256"]], facts.held_out, position)
@@ -100,7 +100,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None) -> str:
 
 
 def _raters(facts: Facts) -> dict[str, Any]:
-    """How far people agree, and what is known of each."""
+    """Return how far people agree, and each rater's figures."""
     with connect(facts.folder) as connection:
         found = rater_report(connection, facts.config["judge"]["people"]["accuracy_floor"])
     table = [
@@ -144,7 +144,7 @@ def _checkpoint(facts: Facts) -> Row | None:
 
 
 def _curves(facts: Facts, scorers: list[answers.Scored]) -> list[Row]:
-    """Each scorer's curve, wide and for phones."""
+    """Return each scorer's curve, wide and for phones."""
     numbers = [row["round"] for row in facts.rounds]
     return [
         {
@@ -157,7 +157,7 @@ def _curves(facts: Facts, scorers: list[answers.Scored]) -> list[Row]:
 
 
 def _small_curves(facts: Facts, pictures: list[RoundPictures]) -> list[Row]:
-    """What happened inside the rounds: pairs, training, diversity. A curve without a value is left out."""
+    """Return curves of pairs, training and diversity, except those without any value."""
     numbers = [row["round"] for row in facts.rounds]
     trained = {row["round"]: row for row in facts.training}
     curves = [
@@ -190,7 +190,7 @@ def _small_curves(facts: Facts, pictures: list[RoundPictures]) -> list[Row]:
 
 
 def _time(facts: Facts) -> Row:
-    """Seconds by stage: a curve over rounds and a row a stage."""
+    """Return seconds per stage: bars over rounds, and one row per stage."""
     seconds = {stage: [row[f"{stage}_seconds"] for row in facts.rounds] for stage in STAGES}
     total = sum(map(sum, seconds.values()))
     rows = [
@@ -207,7 +207,7 @@ def _time(facts: Facts) -> Row:
 
 
 def _sheets(facts: Facts, pictures: list[RoundPictures], first: answers.Scored) -> list[Row]:
-    """What the slider shows: at most SHEETS rounds, always with the base, the champion and the latest."""
+    """Return the slider's sheets: at most SHEETS rounds, always with the base, the champion and the latest."""
     there = [position for position, picture in enumerate(pictures) if picture.sheet]
     if len(there) > SHEETS:
         must = {0, facts.champion, len(pictures) - 1} & set(there)
@@ -226,7 +226,7 @@ def _sheets(facts: Facts, pictures: list[RoundPictures], first: answers.Scored) 
 
 
 def _spans(rounds: Sequence[Row], column: str) -> list[Row]:
-    """The values of a column and the rounds, first to last, that had them."""
+    """Return a column's values, each with the first and last round that had it in a row."""
     spans: list[Row] = []
     for row in rounds:
         if not spans or spans[-1]["value"] != row[column]:
@@ -236,12 +236,12 @@ def _spans(rounds: Sequence[Row], column: str) -> list[Row]:
 
 
 def uncapital(text: str) -> str:
-    """The text with a small first letter, unless its first word is an acronym."""
+    """Return the text with a lower-case first letter, unless its first word is an acronym."""
     return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds in words: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

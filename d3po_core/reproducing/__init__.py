@@ -1,1 +1,1 @@
-"""Images and rounds made again, and what their numbers depend on."""
+"""Regenerate images, replay rounds, and watch the files that a campaign's numbers depend on."""

@@ -1,7 +1,7 @@
-"""What a campaign's numbers depend on besides its configuration: held-out prompts, and files that others may change.
+"""Watch what a campaign's numbers depend on besides its configuration: held-out prompts and files.
 
-Held-out prompts become part of the campaign when it is opened. Of the model's files, of learned scorers' weights and of
-the module of a scorer that is a function of one's own the digests are kept. A change is an error before any work;
+The campaign stores its held-out prompts when it is opened. It also stores digests of the model's files, of learned
+scorers' weights, and of the module of a scorer that is the user's own function. A change is an error before any work;
 ``accept_changes`` records it instead. Training prompts may change: each round notes the digest of those it drew from.
 """
 
@@ -24,12 +24,12 @@ NAMED = 3
 
 
 def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str] = ()) -> list[str]:
-    """Make prompts and files part of the campaign, or make sure that they are as they were; returns accepted changes.
+    """Store the campaign's prompts and digests, or check them against the stored ones; return accepted changes.
 
     Args:
-        config: the campaign's; ``accept_changes`` allows changes of files, never of the held-out prompts.
-        held_out: the prompts of its file now, those that are evaluated.
-        evaluated: prompts that a campaign of an earlier version has evaluated; empty when it has not begun.
+        config: the campaign's configuration; ``accept_changes`` allows changed files, never changed held-out prompts.
+        held_out: the evaluated prompts, as their file has them now.
+        evaluated: prompts that a campaign of an earlier version has evaluated; empty if it has not begun.
 
     Raises:
         D3POError: something changed; one line that names it.
@@ -56,12 +56,12 @@ def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str]
 
 
 def prompts_sha256(prompts: list[str]) -> str:
-    """Digest of a list of prompts, in their order."""
+    """Return the digest of a list of prompts, which depends on their order."""
     return hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def digests_of(config: CampaignConfig, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """By file: size, time of the last change and SHA-256. A file whose size and time are known is not read again."""
+    """Return each file's size, time of last change and SHA-256; skip reading if size and time are unchanged."""
     found = {}
     for what, file in _watched(config):
         status = file.stat()
@@ -72,7 +72,7 @@ def digests_of(config: CampaignConfig, known: dict[str, list[Any]]) -> dict[str,
 
 
 def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
-    """Files whose content the numbers depend on, each with how it is called in messages; only those on this machine."""
+    """Return the files on this machine that the numbers depend on, each with its name for messages."""
     places = {"model": config.model.path, "model configuration": config.model.single_file_config}
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         where = config.scoring.models.get(name)
@@ -94,14 +94,14 @@ def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
 
 
 def _counts(path: Path, root: Path) -> bool:
-    """Leave out notes and what caches keep: no pipeline reads them."""
+    """Return whether a pipeline reads the file; notes and cache files do not count."""
     return not any(part.startswith(".") for part in path.relative_to(root).parts) and path.suffix in (
         ".json", ".safetensors", ".txt", ".model", ".py",
     )  # fmt: skip
 
 
 def _module_of(name: str) -> str | None:
-    """The file of a scorer's module, ``package.module:function``, found without running it."""
+    """Return the module file of a scorer ``package.module:function``, without running it."""
     try:
         found = importlib.util.find_spec(name.partition(":")[0])
     except (ImportError, ValueError):
@@ -110,7 +110,7 @@ def _module_of(name: str) -> str | None:
 
 
 def _changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
-    """What changed of places that were watched before; a place that is new or no longer used is no change."""
+    """Return the changes in places watched both before and now; a new or unused place is no change."""
     places = {name.partition(": ")[0] for name in before} & {name.partition(": ")[0] for name in now}
     changes = []
     for name in sorted(before.keys() | now.keys()):

@@ -1,8 +1,7 @@
-"""The same image again, from its seeds and the checkpoint that drew it.
+"""Draw an image again from its seeds and checkpoint.
 
-An image depends on its seeds alone only within float rounding: the matrix products of another batch, another number of
-threads or another machine round differently. So the whole batch that it was drawn in is drawn again; on the machine
-that made it, with as many threads, that gives the same bytes.
+Seeds alone fix an image only up to float rounding: matrix products round differently with another batch, thread count
+or machine. So we draw its whole batch again. On the same machine with the same thread count, that gives the same bytes.
 """
 
 import json
@@ -31,11 +30,11 @@ class Batch:
     """Images that were drawn together.
 
     Attributes:
-        round: the round whose run drew them.
+        round: the round that drew them.
         checkpoint_round: the round whose checkpoint drew them; 0 is the base model.
         sample_ids: ids in the batch's order.
-        seeds: what each image is made from.
-        image_paths: where each is stored, relative to the campaign.
+        seeds: each image's prompt and seeds.
+        image_paths: each image's file, relative to the campaign.
         latent_dtype: dtype in which latents were stored.
     """
 
@@ -49,17 +48,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Regenerated:
-    """An image drawn again, held against the stored one.
+    """An image drawn again, compared with the stored one.
 
     Attributes:
         image: uint8 ``[height, width, 3]``.
         sample_id: its id.
         stored: file of the stored image.
-        same_bytes: whether its PNG file is the stored one, byte for byte.
-        largest_difference: largest difference of a pixel's channel, 0 to 255; None when the stored image is gone.
-        batch_size: images that were drawn with it.
-        made_on: what the round was computed with (``computed_on``), None when it did not record that.
-        computed_on: the same of now.
+        same_bytes: whether its PNG file equals the stored one, byte for byte.
+        largest_difference: largest difference of a pixel's channel, 0 to 255; None if the stored image is gone.
+        batch_size: number of images in its batch.
+        made_on: the round's ``computed_on``; None if it was not recorded.
+        computed_on: device, threads, torch and processes of this run.
     """
 
     image: np.ndarray
@@ -77,11 +76,11 @@ def regenerate(campaign: Path, sample_id: str, policy: Policy) -> Regenerated:
 
     Args:
         campaign: the campaign's folder.
-        sample_id: id of an image of a round, or of a held-out one.
+        sample_id: id of a training or held-out image.
         policy: the model of the round's configuration; its weights are replaced.
 
     Raises:
-        D3POError: no such image, its checkpoint is gone, or the tables do not fit its seeds.
+        D3POError: there is no such image, its checkpoint is gone, or the tables do not match its seeds.
     """
     batch = batch_of(campaign, sample_id)
     row = batch.sample_ids.index(sample_id)
@@ -100,33 +99,33 @@ def regenerate(campaign: Path, sample_id: str, policy: Policy) -> Regenerated:
 
 
 def redraw(campaign: Path, batch: Batch, policy: Policy) -> tuple[Trajectories, np.ndarray]:
-    """Trajectories and images of a batch, drawn again; the policy is left with the batch's checkpoint."""
+    """Draw a batch's trajectories and images again; the policy keeps the batch's checkpoint."""
     load_round(campaign, batch.checkpoint_round, policy)
     return draw_images(policy, round_config(campaign, batch.round).sample, list(batch.seeds), batch.latent_dtype)
 
 
 def largest_difference(image: np.ndarray, stored: Path) -> int | None:
-    """Largest difference of a pixel's channel from a stored image, 0 to 255; None when there is none stored."""
+    """Return the largest difference of a pixel's channel from a stored image, 0 to 255; None if it is gone."""
     if not stored.exists():
         return None
     return int(np.abs(image.astype(int) - load_png(stored).astype(int)).max())
 
 
 def made_on(campaign: Path, round_number: int) -> dict[str, Any] | None:
-    """Device, threads, torch and processes of a round's checkpoint, as ``computed_on``; None when not recorded."""
+    """Return device, threads, torch and processes of a round's checkpoint; None if not recorded."""
     path = campaign / str(checkpoint_path(round_number)) / RECORD_FILE
     record = json.loads(path.read_text()) if path.exists() else {}
     if "threads" not in record:
         return None
-    # Before there could be several processes, there was one.
+    # Older records name no processes: there was only one.
     return {key: record[key] for key in ("device", "threads", "torch")} | {"processes": record.get("processes", 1)}
 
 
 def batch_of(campaign: Path, sample_id: str) -> Batch:
-    """The batch that an image was drawn in.
+    """Return the batch that an image was drawn in.
 
     Raises:
-        D3POError: no such image, or the tables do not fit its seeds.
+        D3POError: there is no such image, or the tables do not match its seeds.
     """
     with connect(campaign) as connection:
         image, held_out = find_image(connection, campaign, sample_id)
@@ -136,19 +135,19 @@ def batch_of(campaign: Path, sample_id: str) -> Batch:
 
 
 def checkpoint_round(checkpoint: str | None) -> int:
-    """The round of a checkpoint as tables name it; None is the base model, 0."""
+    """Return the round of a checkpoint named as in tables; None is the base model, round 0."""
     return int(checkpoint.rpartition("=")[2]) if checkpoint else 0
 
 
 def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
-    """The batches of a round's images, by the trajectory file that each filled.
+    """Return the batches of a round's images, by trajectory file.
 
     Raises:
         D3POError: a stored seed is not the one that the image's place in the round gives.
     """
     config = round_config(campaign, round_number)
     rows = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
-    # Groups of one prompt are told apart by how many came before.
+    # The number of earlier groups with the same prompt tells groups apart.
     prompt_of = {row["group_id"]: row["prompt"] for row in rows}
     seen: Counter[str] = Counter()
     occurrence = {}
@@ -171,14 +170,14 @@ def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
 
 
 def held_out_batches(campaign: Path, round_number: int) -> list[Batch]:
-    """The batches of a round's held-out images, in order.
+    """Return the batches of a round's held-out images, in order.
 
     Raises:
         D3POError: a stored seed is not the one that the image's place in the evaluation gives.
     """
     config = round_config(campaign, round_number)
     rows = read_rows(partition(campaign, "evaluations", round_number) / "part.parquet")
-    rows = list({row["sample_id"]: row for row in rows}.values())  # a row a scorer
+    rows = list({row["sample_id"]: row for row in rows}.values())  # there is one row per scorer
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     seeds = evaluation_seeds(prompts, config.evaluate.images_per_prompt, config.seed)
     size = config.sample.batch_size

@@ -1,4 +1,4 @@
-"""A round trained again from what is on disk, to see whether the same checkpoint comes out."""
+"""Train a round again from the files on disk and compare the checkpoint."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,21 +25,21 @@ from d3po_core.training.training_set import ShardTensors, load_training_set, tra
 
 @dataclass(frozen=True)
 class Replay:
-    """What came out of a round trained again.
+    """The result of training a round again.
 
     Attributes:
         round: the round.
-        stored_sha256: digest of the trained weights' file as the row in ``rounds`` has it.
-        sha256: digest of the file that came out now.
-        num_updates: optimizer updates made.
-        failure: what stopped training before its last update, None when nothing did.
-        largest_difference: largest difference of a weight from the stored one; None when its file is gone.
-        largest_move: how far the round moved a weight at most, now.
+        stored_sha256: digest of the trained weights' file, from the row in ``rounds``.
+        sha256: digest of the file that the replay made.
+        num_updates: number of optimizer updates made.
+        failure: what stopped training before its last update; None if nothing did.
+        largest_difference: largest difference of a weight from the stored one; None if that file is gone.
+        largest_move: the furthest that the replay moved any weight.
         sampled_again: trajectory files that were gone and were sampled anew.
-        images_compared: images of those whose stored file is still there.
-        images_identical: how many of these came out the same in every pixel.
-        made_on: what the round was computed with (``computed_on``), None when it did not record that.
-        computed_on: the same of now.
+        images_compared: number of resampled images whose stored file still exists.
+        images_identical: how many of these are the same in every pixel.
+        made_on: the round's ``computed_on``; None if it was not recorded.
+        computed_on: device, threads, torch and processes of this run.
     """
 
     round: int
@@ -57,16 +57,16 @@ class Replay:
 
     @property
     def identical(self) -> bool:
-        """Whether the same weights came out, byte for byte."""
+        """Return whether the replay gave the same weights, byte for byte."""
         return self.sha256 == self.stored_sha256
 
 
 def replay_round(
     campaign: Path, round_number: int, policy: Policy, on_update: Callable[[Update], None] | None = None
 ) -> Replay:
-    """Train a finished round again, from the checkpoint, optimizer state, preferences and trajectories on disk.
+    """Train a finished round again from its checkpoint, optimizer state, preferences and trajectories.
 
-    Trajectories that are gone are sampled anew first. Nothing in the campaign is written.
+    Missing trajectories are sampled anew first. Nothing is written to the campaign.
 
     Args:
         campaign: the campaign's folder.
@@ -75,7 +75,7 @@ def replay_round(
         on_update: called after every optimizer update.
 
     Raises:
-        D3POError: something that the round needs is missing; the message lists all of it.
+        D3POError: files that the round needs are missing; the message lists them all.
     """
     config = round_config(campaign, round_number)
     check_replayable(campaign, round_number)
@@ -116,10 +116,10 @@ def replay_round(
 
 
 def check_replayable(campaign: Path, round_number: int) -> None:
-    """Make sure that everything that a round's training starts from is on disk.
+    """Check that all files that a round's training starts from are on disk.
 
     Raises:
-        D3POError: what is missing.
+        D3POError: some are missing; the message lists them all.
     """
     needed = [partition(campaign, table, round_number) / "part.parquet" for table in ("samples", "preferences")]
     before = checkpoint_path(_start(campaign, round_number)) if needed[0].exists() else None
@@ -135,13 +135,13 @@ def check_replayable(campaign: Path, round_number: int) -> None:
 
 
 def _start(campaign: Path, round_number: int) -> int:
-    """The round whose checkpoint drew the round's images, and that its training went on from."""
+    """Return the round whose checkpoint drew the images and started the training."""
     rows = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
     return checkpoint_round(rows[0]["checkpoint"])
 
 
 class _Resampled:
-    """Reads a round's trajectory files, and samples anew those that are gone."""
+    """Read a round's trajectory files, and sample anew those that are gone."""
 
     def __init__(self, campaign: Path, round_number: int, policy: Policy) -> None:
         self.campaign, self.round_number, self.policy = campaign, round_number, policy

@@ -1,4 +1,4 @@
-"""A campaign's folder: who may write it, what it was started with, which rounds are finished, where things lie."""
+"""A campaign's folder: its lock, its saved configuration, and the configuration of each round."""
 
 import contextlib
 import json
@@ -31,13 +31,13 @@ LOCK_FILE = ".lock"
 
 
 def campaign_named(name: str) -> CampaignConfig:
-    """The saved configuration of a campaign.
+    """Return the saved configuration of a campaign.
 
     Args:
-        name: the campaign's, or the path of its folder when it lies elsewhere than in the data folder (``runs_dir``).
+        name: the campaign's name, or the path of its folder if that lies outside the data folder (``runs_dir``).
 
     Raises:
-        D3POError: there is none of that name; says which there are.
+        D3POError: no campaign has that name; the message lists those that exist.
     """
     if os.sep in name:
         folder = absolute(name, Path.cwd(), "--campaign")
@@ -66,10 +66,10 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def round_config(campaign: Path, round_number: int) -> CampaignConfig:
-    """The configuration that a round was begun with; its ``folder`` is where the campaign lies now.
+    """Return the configuration that a round began with; ``folder`` is where the campaign lies now.
 
     Raises:
-        D3POError: it is missing or cannot be read.
+        D3POError: the configuration is missing or cannot be read.
     """
     path = stage_path(campaign, round_number, "config")
     require_record(campaign, round_number, "config")
@@ -83,9 +83,9 @@ def round_config(campaign: Path, round_number: int) -> CampaignConfig:
 
 
 def rules_of(campaign: Path, round_number: int | None = None) -> CampaignConfig:
-    """The configuration whose rules hold for a round: its own; the last round's for all rounds together.
+    """Return the configuration whose rules hold for a round, or the last round's if no round is given.
 
-    That of the campaign's start for one that was not begun.
+    If the round has not begun, use the last round's; if none has begun, use the campaign's own.
     """
     if round_number is not None and stage_path(campaign, round_number, "config").exists():
         return round_config(campaign, round_number)
@@ -96,26 +96,26 @@ def rules_of(campaign: Path, round_number: int | None = None) -> CampaignConfig:
 
 
 def _lying_in(config: CampaignConfig, folder: Path) -> CampaignConfig:
-    """The configuration of a campaign whose folder may have been moved or copied since it was saved."""
+    """Return the configuration with its folder set, since the folder may have been moved or copied."""
     usual = folder.parent.resolve() == data_folder() / "runs"
     return config.model_copy(update={"campaign": folder.name, "runs_dir": None if usual else str(folder.parent)})
 
 
 def campaign_id(campaign: Path) -> str:
-    """The identity of a campaign: a new one each time a campaign is started, also under an old name."""
+    """Return the campaign's id; every start makes a new one, even under an old name."""
     return str(_identity(campaign / CAMPAIGN_FILE)["id"])
 
 
 def open_campaign(config: CampaignConfig) -> None:
-    """Start the campaign, or make sure that the configuration still fits the one that is running.
+    """Start the campaign, or check that the configuration still fits one that has started.
 
     Raises:
-        D3POError: a field changed that must stay as it was; the message names each with its old and new value.
+        D3POError: a fixed field changed; the message names each such field with its old and new value.
     """
     path = config.folder / CAMPAIGN_FILE
     if path.exists():
         saved = _saved_config(path)
-        # A server may move; what weights say of an image decides what the held-out scores mean.
+        # A server may move. Other weights would change what the held-out scores mean.
         models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
         changed = [
             c for c in changed_fields(saved, config)
@@ -136,10 +136,10 @@ def open_campaign(config: CampaignConfig) -> None:
 
 
 def begin_round(config: CampaignConfig, round_number: int) -> None:
-    """Freeze the round's configuration, or make sure that a round that was begun is finished with its own.
+    """Freeze the round's configuration, or check that it is the one the round began with.
 
     Raises:
-        D3POError: the round was begun with another configuration; the message names the fields.
+        D3POError: the round began with another configuration; the message names the fields.
     """
     path = stage_path(config.folder, round_number, "config")
     if path.exists():
@@ -169,10 +169,10 @@ def _differences(changed: list[tuple[str, Any, Any]]) -> str:
 
 @contextlib.contextmanager
 def campaign_lock(campaign: Path, who: str) -> Iterator[None]:
-    """Hold the campaign for this process; the kernel frees it when the process ends, however it ends.
+    """Lock the campaign for this process; the kernel frees the lock however the process ends.
 
     Raises:
-        CampaignBusyError: another process holds it.
+        CampaignBusyError: another process holds the lock.
         D3POError: the folder cannot be written.
     """
     path = campaign / LOCK_FILE

@@ -1,10 +1,10 @@
-"""What a row and a column of every table and view mean, in words; the site's reference is made of it."""
+"""The meaning of each table's and view's rows and columns; the site's reference is made from it."""
 
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """One row of a reference table: its section and name, further cells, and what it means."""
+    """One row of a reference table: section, name, further cells and meaning."""
 
     section: str
     name: str
@@ -12,84 +12,84 @@ class Entry(NamedTuple):
     text: str
 
 
-# The same column means the same wherever it stands.
+# These columns mean the same in every table and view.
 SHARED = {
-    "round": "the round, 0 for the base model; it comes from the folder's name",
-    "sample_id": "the image: r3-g4-m1 is round 3, group 4, member 1; r3-e17 is held out",
-    "group_id": "the group: images of one prompt in one round",
-    "pair_id": "the pair",
-    "winner_id": "the chosen image",
-    "loser_id": "the rejected image",
-    "prompt": "the prompt as it was given to the model",
-    "seed": "the seed of the image's noise",
-    "image_path": "the image's file, relative to the campaign's folder",
-    "checkpoint": "the checkpoint, relative to the campaign's folder; null for the base model",
-    "rater": "who judged: a person's name, or a scorer's",
+    "round": "round number from the folder's name; 0 is the base model",
+    "sample_id": "image id: r3-g4-m1 is round 3, group 4, member 1; r3-e17 is held-out image 17 of round 3",
+    "group_id": "group id; a group holds images of one prompt in one round",
+    "pair_id": "pair id",
+    "winner_id": "id of the chosen image",
+    "loser_id": "id of the rejected image",
+    "prompt": "prompt given to the model",
+    "seed": "seed of the image's noise",
+    "image_path": "image file, relative to the campaign's folder",
+    "checkpoint": "checkpoint, relative to the campaign's folder; null for the base model",
+    "rater": "name of the person or scorer who judged",
     "rater_kind": "proxy, human, or gold for known answers",
-    "judged_at": "when, UTC",
-    "finished_at": "when it was finished, UTC",
-    "position": "where the image stood on the page; 0 is first or left",
-    "scorer": "the scorer's name",
-    "score": "the score; higher is better",
+    "judged_at": "time of the judgement, UTC",
+    "finished_at": "time it finished, UTC",
+    "position": "place of the image on the page; 0 is first or left",
+    "scorer": "name of the scorer",
+    "score": "score; higher is better",
     "weight": "weight of the pair in the loss, above 0 and at most 1",
-    "num_raters": "raters whose votes decided the pair",
+    "num_raters": "number of raters whose votes decided the pair",
     "agreement": "how much the raters agree on the pair, above 0 and at most 1",
     "update": "number of the optimizer update within the round",
-    "num_pairs": "pairs to train on",
+    "num_pairs": "number of pairs to train on",
     "margin_before": "mean log-ratio in favour of the winner before the update, nats per element",
     "pair_accuracy_before": "share of pairs and steps moved towards the winner before the update",
     "kl_before": "KL from the round's sampler before the update, nats per element and step",
     "clip_fraction": "share of pairs whose ratio was clipped",
     "drowned": "share of the trained weights whose gradient is below train.adam_eps",
-    "mlflow_run_id": "the round's MLflow run",
+    "mlflow_run_id": "id of the round's MLflow run",
     "config_sha256": "digest of the configuration",
     "git_commit": "commit of the code; null outside a git clone",
-    "against": "the round compared with, 0 for the base",
-    "against_id": "the reference's image of the same prompt and seed",
+    "against": "round compared against; 0 is the base",
+    "against_id": "id of the reference's image of the same prompt and seed",
 }
-# Table or view -> what a row is, and the columns that are its own or mean something more here.
+# Table or view -> what a row is, and the columns that are its own or mean something else here.
 MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
     "samples": ("an image of a round", {
-        "member": "the image's place in its group, from 0",
+        "member": "place of the image in its group, from 0",
         "split": "train or eval",
-        "trajectory_path": "the file that holds the image's latents, relative to the campaign's folder",
-        "trajectory_row": "the image's row in that file",
-        "checkpoint": "the checkpoint that drew the image; null for the base model",
+        "trajectory_path": "file with the image's latents, relative to the campaign's folder",
+        "trajectory_row": "row of the image in that file",
+        "checkpoint": "checkpoint that drew the image; null for the base model",
     }),
-    "groups": ("a group of a round", {"dissimilarity": "how unlike its images are"}),
-    "judgements": ("one thing that a rater said", {
+    "groups": ("a group of a round", {"dissimilarity": "how different its images look"}),
+    "judgements": ("one judgement by a rater", {
         "kind": "score, rating, choice or rank",
-        "other_id": "the second image of a choice; null otherwise",
-        "value": "the score, rating or rank; for a choice, above 0 for the first image and below for the other; "
+        "other_id": "second image of a choice; null otherwise",
+        "value": "score, rating or rank; for a choice, above 0 for the first image and below 0 for the second; "
         "null for a skip or an answer taken back",
-        "source": "where it comes from: a scorer, the page or an imported file",
-        "seconds": "how long the answer took; null when not known",
+        "source": "origin of the judgement: a scorer, the page or an imported file",
+        "seconds": "seconds the answer took; null if unknown",
     }),
     "preferences": ("a pair to train on", {}),
     "updates": ("an optimizer update", {
         "epoch": "pass over the round's images",
-        "num_pairs": "pairs that the update saw",
+        "num_pairs": "number of pairs in the update",
         "loss": "loss of its pairs before the update",
         "grad_norm": "global norm of the gradients before clipping",
-        "seconds": "how long the update took",
+        "seconds": "seconds the update took",
     }),
     "update_steps": ("an update at one denoising step", {
         "step": "index of the denoising step, from 0",
         "timestep": "the model's timestep at that step",
     }),
-    "evaluations": ("a held-out image and one score", {"checkpoint": "the checkpoint that drew it; null for the base"}),
-    "comparisons": ("one thing a rater said of a held-out image beside a reference's, seen blind", {
-        "comparison": "the comparison that asked",
-        "value": "above 0 for the round's image, below for the reference's, 0 for a tie; null for a skip",
-        "seconds": "how long the answer took; null when not known",
+    "evaluations": ("a held-out image and one score", {"checkpoint": "checkpoint that drew it; null for the base"}),
+    "comparisons": ("one rater's blind answer on a held-out image and a reference's", {
+        "comparison": "comparison that asked the question",
+        "value": "above 0 for the round's image, below 0 for the reference's, 0 for a tie; null for a skip",
+        "seconds": "seconds the answer took; null if unknown",
     }),
     "rounds": ("a finished round", {
-        "checkpoint_in": "the checkpoint that sampled the round; null for the base",
-        "checkpoint_out": "the checkpoint that the round made; null in round 0",
+        "checkpoint_in": "checkpoint that sampled the round; null for the base",
+        "checkpoint_out": "checkpoint that the round made; null in round 0",
         "lora_sha256": "digest of the trained weights' file, a LoRA or the whole network",
-        "num_samples": "images sampled for training",
-        "num_ties": "pairs of images that nobody won",
-        "eval_scorer": "the scorer of the held-out score",
+        "num_samples": "number of images sampled for training",
+        "num_ties": "number of pairs that ended in a tie",
+        "eval_scorer": "scorer of the held-out score",
         "eval_score_mean": "held-out score: mean over prompts",
         "eval_score_low": "lower end of its 95 % interval",
         "eval_score_high": "upper end of its 95 % interval",
@@ -100,58 +100,58 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "train_seconds": "seconds of training",
         "evaluate_seconds": "seconds of evaluation",
         "publish_seconds": "seconds of publishing",
-        "label_seconds": "seconds of waiting for people; null when none judged",
-        "diversity": "how unlike held-out images of one prompt are",
+        "label_seconds": "seconds of waiting for people; null if none judged",
+        "diversity": "how different the held-out images of one prompt look",
         "drift": "KL from the base over a trajectory, nats per element",
         "win_rate_base": "share of held-out images better than the base's",
         "win_rate_base_low": "lower end of its 95 % interval",
         "win_rate_base_high": "upper end of its 95 % interval",
-        "win_rate_before": "share better than those of the round it started from",
+        "win_rate_before": "share of held-out images better than those of the round it started from",
         "win_rate_before_low": "lower end of its 95 % interval",
         "win_rate_before_high": "upper end of its 95 % interval",
-        "win_rate_champion": "share better than the champion's",
+        "win_rate_champion": "share of held-out images better than the champion's",
         "win_rate_champion_low": "lower end of its 95 % interval",
         "win_rate_champion_high": "upper end of its 95 % interval",
-        "champion": "the champion's round after this one",
-        "verdict": "what the guard decided",
-        "findings": "what the guard found",
+        "champion": "round that is the champion after this one",
+        "verdict": "the guard's decision",
+        "findings": "the guard's findings",
         "pair_accuracy_after": "share of pairs and steps moved towards the winner after the last update",
         "margin_after": "mean log-ratio in favour of the winner after the last update, nats per element",
         "kl_after": "KL from the round's sampler after the last update, nats per element and step",
     }),
-    "pairs": ("a preference with all that is known of it", {
-        "checkpoint": "the checkpoint that drew both images; null for the base",
-        "winner_image": "the chosen image's file",
-        "loser_image": "the rejected image's file",
+    "pairs": ("a preference with its images, scores and votes", {
+        "checkpoint": "checkpoint that drew both images; null for the base",
+        "winner_image": "file of the chosen image",
+        "loser_image": "file of the rejected image",
         "winner_scores": "map from scorer to the winner's score",
         "loser_scores": "map from scorer to the loser's score",
-        "proxies_for": "scorers for the winner",
-        "proxies_against": "scorers for the loser",
-        "proxies_tied": "scorers that tie",
-        "people_for": "people for the winner",
-        "people_against": "people for the loser",
-        "people_tied": "people who tie",
+        "proxies_for": "number of scorers for the winner",
+        "proxies_against": "number of scorers for the loser",
+        "proxies_tied": "number of scorers that tie",
+        "people_for": "number of people for the winner",
+        "people_against": "number of people for the loser",
+        "people_tied": "number of people who tie",
     }),
-    "votes": ("what a rater's last word says of two images of a group", {
-        "first_id": "the first image",
-        "second_id": "the second image",
-        "first_member": "the first image's place in the group",
-        "second_member": "the second image's place in the group",
+    "votes": ("a rater's final vote on two images of a group", {
+        "first_id": "id of the first image",
+        "second_id": "id of the second image",
+        "first_member": "place of the first image in the group",
+        "second_member": "place of the second image in the group",
         "vote": "1 for the first image, -1 for the second, 0 for a tie",
     }),
     "raters": ("a rater in a round", {
-        "num_judgements": "questions answered",
-        "num_skipped": "questions skipped",
-        "num_taken_back": "answers taken back",
-        "num_groups": "groups judged",
-        "num_votes": "votes on pairs",
-        "num_ties": "votes that are ties",
-        "votes_kept": "votes that a preference followed",
-        "votes_lost": "votes that a preference went against",
-        "seconds": "seconds spent in all",
+        "num_judgements": "number of questions answered",
+        "num_skipped": "number of questions skipped",
+        "num_taken_back": "number of answers taken back",
+        "num_groups": "number of groups judged",
+        "num_votes": "number of votes on pairs",
+        "num_ties": "number of votes that are ties",
+        "votes_kept": "number of votes that a preference followed",
+        "votes_lost": "number of votes that a preference went against",
+        "seconds": "total seconds spent",
         "median_seconds": "median seconds per answer",
-        "first_at": "first answer, UTC",
-        "last_at": "last answer, UTC",
+        "first_at": "time of the first answer, UTC",
+        "last_at": "time of the last answer, UTC",
     }),
     "checkpoints": ("a finished round's checkpoint", {
         "sha256": "digest of the trained weights' file",
@@ -160,16 +160,16 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "score_high": "upper end of its 95 % interval",
         "scores": "map from scorer to mean held-out score",
     }),
-    "human_comparisons": ("a rater's last word on a held-out image beside a reference's, seen blind", {
-        "image": "the round's image",
-        "against_image": "the reference's image",
+    "human_comparisons": ("a rater's final, blind vote on a held-out image and a reference's", {
+        "image": "file of the round's image",
+        "against_image": "file of the reference's image",
         "vote": "1 for the round's image, -1 for the reference's, 0 for a tie",
-        "position": "where the round's image stood; 0 is left",
-        "seconds": "how long the answer took; null when not known",
+        "position": "place of the round's image; 0 is left",
+        "seconds": "seconds the answer took; null if unknown",
     }),
 }  # fmt: skip
 
 
 def meaning(table: str, column: str) -> str:
-    """What a column of a table or view means; empty when nobody wrote it down."""
+    """Return the meaning of a table's or view's column; empty if none is written."""
     return MEANINGS.get(table, ("", {}))[1].get(column) or SHARED.get(column, "")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and errors of the disk in one line."""
+"""Files that appear whole or not at all, locks, and one-line disk errors."""
 
 import contextlib
 import errno
@@ -13,22 +13,22 @@ from safetensors import SafetensorError
 from d3po_core.errors import D3POError
 
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-# As some network shares answer a lock.
+# Some network shares answer a lock request with these.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
-# What a user can do then, but making the folder writable.
+# The alternative to making the folder writable.
 ELSEWHERE = "or set runs_dir or D3PO_DATA to another folder"
-# The mask can only be read by setting it: once, before threads make files.
+# Reading the mask means setting it, so do it once, before threads make files.
 os.umask(_UMASK := os.umask(0o077))
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, remedy: str = ELSEWHERE, private: bool = False) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes it when the block ends well, and vanishes when it does not.
+    """Yield a temporary name beside ``path``; rename it to ``path`` on success, delete it on failure.
 
     Args:
-        path: the file, or folder, to be made.
+        path: the file or folder to make.
         remedy: see ``disk_errors``.
-        private: keep the permissions that the block gives; else they are those of any new file.
+        private: keep the permissions that the block sets; otherwise use those of any new file.
     """
     with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,24 +43,24 @@ def atomic_path(path: Path, remedy: str = ELSEWHERE, private: bool = False) -> I
 
 
 def as_readable_as_usual(path: Path) -> None:
-    """Give a file the permissions that this process gives to new files: some libraries make theirs private."""
+    """Give a file the usual permissions of new files, since some libraries make theirs private."""
     path.chmod(0o666 & ~_UMASK)
 
 
 @contextlib.contextmanager
 def exclusive(path: Path, mode: int = 0o644, wait: bool = True) -> Iterator[int]:
-    """Hold a folder, or a file made for that, for this process alone; the kernel frees it however the process ends.
+    """Lock a folder or a lock file for this process; the kernel frees it however the process ends.
 
     Args:
-        path: the folder, or the lock file, made with its folder when it is not there.
-        mode: permissions of a file that is made.
-        wait: for whoever holds it.
+        path: the folder, or the lock file, which is made with its folder if missing.
+        mode: permissions of a new lock file.
+        wait: wait until the holder frees it.
 
     Yields:
         The open descriptor, for a lock file that says who holds it.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is false.
+        BlockingIOError: another process holds it and ``wait`` is false.
         D3POError: it cannot be opened or made, or its file system has no locks.
     """
     with disk_errors(path):
@@ -89,14 +89,14 @@ def _lock_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
-    """Say in one line what to do when the disk is full or cannot be written.
+    """Turn errors of a full or read-only disk into one line that says what to do.
 
     Args:
-        path: what is written.
-        remedy: what can be done but making its folder writable.
+        path: the file being written.
+        remedy: the alternative to making its folder writable.
 
     Raises:
-        D3POError: in place of the OSError; other OSErrors pass.
+        D3POError: replaces the OSError; other OSErrors pass.
     """
     try:
         yield
@@ -113,7 +113,7 @@ def disk_errors(path: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
 
 
 def _folder_cannot_be_made(error: OSError, path: Path) -> bool:
-    """Whether a folder on the way to a file is refused as if it were missing, as on a share that is not there."""
+    """Return whether a parent folder cannot be made, as on a share that is not mounted."""
     return (
         error.errno == errno.ENOENT
         and isinstance(error.filename, str | Path)
@@ -128,10 +128,10 @@ def _disk_full(path: Path) -> D3POError:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that becomes it when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder beside ``output``; rename it to ``output`` on success, delete it on failure.
 
     Raises:
-        D3POError: ``output`` is there and not empty, or is a file; or the disk is full or cannot be written.
+        D3POError: ``output`` is a file or a folder that is not empty, or the disk is full or cannot be written.
     """
     output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

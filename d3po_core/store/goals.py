@@ -1,4 +1,4 @@
-"""What a run set out to do, so that one that was killed and is started again ends where it would have."""
+"""The target round of each run, so that a killed run that is started again ends at the same round."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,19 @@ TARGET_FILE = "target.json"
 
 
 def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
-    """Numbers of the rounds that a run has to finish.
+    """Return the numbers of the rounds that a run has to finish.
 
-    What a run set out to do is kept on disk until it ends. The same run again (a retry) has the same goal, whatever it
-    reached before; so has another run that asks for as many rounds as an interrupted one: the same command, given
-    again, ends where the first would have ended.
+    A run's goal stays on disk until the run ends. A retry keeps the goal, whatever it reached before. A new run that
+    asks for as many rounds as an interrupted one takes over its goal, so the same command ends at the same round.
 
     Args:
         campaign: the campaign's folder.
         rounds: how many rounds the run was asked for, at least 1.
-        run_id: identity of the run, the same when it is retried.
+        run_id: id of the run; a retry keeps it.
     """
     done = last_finished_round(campaign)
     goals = _goals(campaign)
-    # Of runs that asked for as many rounds and did not end; the last of them may have been killed after its last round.
+    # The newest run stays open even if it reached its goal: it may have been killed after its last round.
     newest = next(reversed(goals), None)
     open_goals = [g for run, g in goals.items() if not g.get("over") and (g["last"] > done or run == newest)]
     before = next((g for g in reversed(open_goals) if g["rounds"] == rounds), None)
@@ -33,10 +32,10 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
 
 
 def end_run(campaign: Path, run_id: str) -> None:
-    """Note that a run did all that it set out to do: the same command again is a new one.
+    """Note that a run reached its goal, so that the same command starts a new one.
 
-    Goals of other runs that are reached by now are over: no other run takes them up. They are kept, since a run that
-    sleeps, and that this one overtook, has nothing left to do when it wakes.
+    Mark other runs' goals that are reached by now as over, so that no other run takes them up. Keep them, so that an
+    overtaken run that still sleeps finds nothing left to do when it wakes.
     """
     done = last_finished_round(campaign)
     others = {run: goal for run, goal in _goals(campaign).items() if run != run_id}
@@ -44,15 +43,15 @@ def end_run(campaign: Path, run_id: str) -> None:
 
 
 def has_goal(campaign: Path, run_id: str) -> bool:
-    """Whether a run has not ended that set out to do something."""
+    """Return whether a run has a goal and has not ended."""
     return run_id in _goals(campaign)
 
 
 def _goals(campaign: Path) -> dict[str, dict[str, int]]:
-    """By run: up to which round it goes, and how many rounds it was asked for."""
+    """Return each run's goal: its last round, and how many rounds it was asked for."""
     path = campaign / TARGET_FILE
     content = json.loads(path.read_text()) if path.exists() else {"goals": {}}
-    if "goals" not in content:  # as the first version wrote it: one goal
+    if "goals" not in content:  # the first version wrote a single goal
         reached = content["last"] <= last_finished_round(campaign)
         return {} if reached else {content["run_id"]: {key: content[key] for key in ("last", "rounds")}}
     return dict(content["goals"])

@@ -1,4 +1,4 @@
-"""Image files: lossless PNG, and sheets of many images for people to look at."""
+"""Image files: lossless PNG, sheets of many images, and how much images differ."""
 
 import contextlib
 import io
@@ -17,20 +17,20 @@ from scipy.spatial.distance import pdist
 from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
 
-SMALL = 64  # pixels a side at which images are compared
+SMALL = 64  # pixels per side at which images are compared
 
 Result = TypeVar("Result")
 
 THREADS = min(8, os.cpu_count() or 1)
-# While a GPU works: each thread that packs images slows the one that hands work to the device. An operation took 2.1 us
-# on two cores, 4.3 beside 2 threads, 9.9 beside 8.
+# Each thread that packs images slows the one that feeds the GPU. On two cores an operation took 2.1 us alone, 4.3
+# beside 2 threads and 9.9 beside 8.
 THREADS_BESIDE_A_GPU = min(2, THREADS)
 _threads: ContextVar[int] = ContextVar("threads", default=THREADS)
 
 
 @contextlib.contextmanager
 def beside_a_gpu() -> Iterator[None]:
-    """Within this context, and the thread that enters it, few images are worked on at a time."""
+    """Use few image threads within this context, in the thread that enters it."""
     before = _threads.set(THREADS_BESIDE_A_GPU)
     try:
         yield
@@ -45,13 +45,13 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 
 def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
-    """Write uint8 images ``[B, height, width, 3]``, several at a time: packing one holds a processor, not Python."""
+    """Write uint8 images ``[B, height, width, 3]``, several at a time; packing one releases the GIL."""
     with beside_a_gpu():
         at_once(save_png, images, paths)
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """A uint8 ``[height, width, 3]`` image as the content of a PNG file."""
+    """Return a uint8 ``[height, width, 3]`` image as the bytes of a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
@@ -61,7 +61,8 @@ def load_png(path: Path) -> np.ndarray:
     """Read an image as uint8 ``[height, width, 3]``.
 
     Raises:
-        D3POError: the file is damaged; FileNotFoundError passes, since images may be removed on purpose.
+        D3POError: the file is damaged.
+        FileNotFoundError: the file is gone; images may be removed on purpose.
     """
     try:
         return np.asarray(Image.open(path).convert("RGB"))
@@ -79,13 +80,13 @@ def load_pngs(paths: list[Path]) -> np.ndarray:
 
 
 def at_once(function: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
-    """What ``map`` gives, several at a time: for a function that holds a processor but not Python, as Pillow's do."""
+    """Return the list that ``map`` gives, with several threads; for functions that release the GIL."""
     with ThreadPoolExecutor(_threads.get()) as pool:
         return list(pool.map(function, *items))
 
 
 def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:
-    """Lay images out row by row, each shrunk or enlarged to fit a cell of the given pixels, with a thin gap."""
+    """Lay images out row by row, each resized to a cell of the given pixels, with a thin gap."""
     rows = math.ceil(len(images) / columns)
     gap = 4
     canvas = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), "white")
@@ -96,14 +97,14 @@ def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:
 
 
 def diversity(images: np.ndarray) -> float:
-    """How much K images of one prompt differ: mean over their pairs of the mean absolute pixel difference.
+    """Return how much images of one prompt differ: mean over pairs of the mean absolute pixel difference.
 
     Args:
         images: uint8 ``[K, height, width, 3]``.
 
     Returns:
-        0 (all alike) to 1 (black and white); NaN when there are fewer than two. It sees colour and place, not meaning:
-        compare it between checkpoints on the same prompts and seeds, not between prompts.
+        0 (all alike) to 1 (black and white); NaN for fewer than two images. It measures colour and place, not meaning,
+        so compare it between checkpoints on the same prompts and seeds, not between prompts.
     """
     if len(images) < 2:
         return float("nan")
@@ -112,7 +113,7 @@ def diversity(images: np.ndarray) -> float:
 
 
 def diversity_by_prompt(prompts: list[str], paths: list[Path]) -> dict[str, float]:
-    """Diversity of each prompt's images ``[I]``; a prompt of which fewer than two images are on disk is left out."""
+    """Return each prompt's diversity over images ``[I]``; leave out prompts with fewer than two images on disk."""
     groups: dict[str, list[Path]] = {}
     for prompt, path in zip(prompts, paths, strict=True):
         if path.is_file():
@@ -121,10 +122,10 @@ def diversity_by_prompt(prompts: list[str], paths: list[Path]) -> dict[str, floa
 
 
 def dissimilarity(images_MHWC: np.ndarray) -> float:
-    """How different the images of a group look: mean absolute difference of pixels over all pairs, in [0, 1].
+    """Return how different a group's images look: mean absolute pixel difference over all pairs, in [0, 1].
 
     Args:
-        images_MHWC: uint8 ``[M, height, width, 3]``; compared at no more than 64 pixels a side.
+        images_MHWC: uint8 ``[M, height, width, 3]``; compared at no more than 64 pixels per side.
     """
     small_MP = np.stack([_shrunk(image) for image in images_MHWC])
     first, second = np.triu_indices(len(small_MP), k=1)

@@ -1,8 +1,8 @@
-"""Digests of what finished stages left on disk: noted before the record that makes a stage count, read by readers.
+"""Digests of the files that finished stages left, written before the stage's record and checked by readers.
 
-Beside each stage's record, ``stages/round=<n>/<stage>.json``, lies ``<stage>.files``: names, sizes and SHA-256 of the
-files that the stage added to the round, and of the record itself. Rounds of earlier versions have none, and are read as
-they are.
+Beside each stage's record, ``stages/round=<n>/<stage>.json``, lies ``<stage>.files``. It lists the name, size and
+SHA-256 of each file that the stage added to the round, and of the record itself. Rounds of earlier versions have no
+such list and are read without a check.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from d3po_core.errors import D3POError
 
-# What a person can do about a damaged file, by the folder that it lies in.
+# How to repair a damaged file, by the folder it lies in.
 REMEDIES = {
     "images": "draw it again (d3po regenerate ID --output FILE) or restore it from a copy",
     "trajectories": "restore it from a copy, or remove the round's trajectories: a replay samples them anew",
@@ -28,26 +28,26 @@ _listed: dict[tuple[str, int], dict[str, tuple[int, str]]] = {}
 
 @dataclass(frozen=True)
 class Damage:
-    """One file of a finished stage that is not what was written."""
+    """A file of a finished stage that is gone or has changed since it was written."""
 
     path: str
     what: str
 
     def __str__(self) -> str:
-        """What is wrong, where, and what to do."""
+        """Return where the damage is, what is wrong, and what to do."""
         return f"{self.path} {self.what}; {REMEDIES.get(self.path.partition('/')[0], RESTORE)}"
 
 
 def record_files(campaign: Path, round_number: int, stage: str, record: Callable[[], str] | None = None) -> str:
-    """Flush what a stage added to a round to the disk, and note its digests; returns the record, which comes after.
+    """Flush a stage's files to disk, write their digests, and return the text of the stage's record.
 
-    Files of earlier stages of the round stay theirs, unless they have other content now.
+    Files that earlier stages of the round listed stay in those lists. The caller writes the record afterwards.
 
     Args:
         campaign: the campaign's folder.
         round_number: the round.
         stage: the stage's name.
-        record: makes the text of the stage's record, asked when the files are flushed; none for a stage without one.
+        record: makes the record's text, called once the files are flushed; None for a stage without a record.
     """
     listed: dict[str, tuple[int, str]] = {}
     for path in _lists(campaign, round_number):
@@ -76,17 +76,17 @@ def record_files(campaign: Path, round_number: int, stage: str, record: Callable
 
 
 def was_finished(campaign: Path, round_number: int, stage: str) -> bool:
-    """Whether a stage's record is there, or ought to be: its round is finished, and the record was noted."""
+    """Return whether a stage's record exists or should: its round is finished and its files were listed."""
     folder = campaign / "stages" / f"round={round_number}"
     row = campaign / "rounds" / f"round={round_number}" / "part.parquet"
     return (folder / f"{stage}.json").exists() or (row.exists() and (folder / f"{stage}.files").exists())
 
 
 def require_record(campaign: Path, round_number: int, stage: str) -> None:
-    """Make sure that a stage's record is what was written, if it is there and its digest was noted.
+    """Check a stage's record against its digest, if both exist.
 
     Raises:
-        D3POError: it has other content; one line that names it.
+        D3POError: the record has other content; one line that names it.
     """
     name = f"stages/round={round_number}/{stage}.json"
     path = (campaign / name).with_suffix(".files")
@@ -96,11 +96,13 @@ def require_record(campaign: Path, round_number: int, stage: str) -> None:
 
 
 def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> list[Damage]:
-    """What is wrong with the files of finished stages, in order; a round whose trajectories are all gone was pruned.
+    """Return the damage to files of finished stages, in order.
+
+    A round whose trajectories are all gone counts as pruned, not damaged.
 
     Args:
         campaign: the campaign's folder.
-        rounds: which; all when not given.
+        rounds: the rounds to check; all when not given.
         kinds: first folders of the files' paths, such as ``samples``; all when not given.
     """
     wanted, asked = None if kinds is None else set(kinds), None if rounds is None else set(rounds)
@@ -117,23 +119,23 @@ def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable
 
 
 def count_files(campaign: Path, rounds: Iterable[int] | None = None) -> int:
-    """How many files the stages of some rounds noted, of all rounds when none are named."""
+    """Return how many files the stages of the given rounds listed; all rounds when not given."""
     asked = None if rounds is None else set(rounds)
     numbers = [number for number in _rounds_listed(campaign) if asked is None or number in asked]
     return sum(len(_read_list(path)) for number in numbers for path in _lists(campaign, number))
 
 
 def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> None:
-    """Make sure that files are what finished stages wrote.
+    """Check that files are what finished stages wrote.
 
     Raises:
-        D3POError: some are not; one line that names the first of them, how many there are, and what to do.
+        D3POError: some are not; one line that names the first, how many more there are, and what to do.
     """
     _raise(campaign, damages(campaign, rounds, kinds))
 
 
 def require_files(campaign: Path, names: Iterable[str]) -> None:
-    """The same for some files, by their paths in the campaign; one that no stage noted only has to be there."""
+    """Check files given by their paths in the campaign; a file that no stage listed only has to exist."""
     wanted = set(names)
     listed = {
         name: entry for number in _rounds_listed(campaign) for path in _lists(campaign, number)
@@ -145,14 +147,14 @@ def require_files(campaign: Path, names: Iterable[str]) -> None:
 
 
 def noted_names(campaign: Path) -> set[str]:
-    """Paths in the campaign of all files that finished stages noted."""
+    """Return the paths in the campaign of all files that finished stages listed."""
     return {
         name for number in _rounds_listed(campaign) for path in _lists(campaign, number) for name in _read_list(path)
     }
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, computed once in the life of the process while the file stays as it is."""
+    """Return a file's digest, computed once per process while the file stays unchanged."""
     status = path.stat()
     key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
     if key not in _known:
@@ -181,7 +183,7 @@ def _damage(campaign: Path, name: str, size: int, digest: str) -> Damage | None:
 
 
 def _not_begun(campaign: Path, name: str) -> bool:
-    """Whether a record is missing since its stage was ended before it was written: its round is not finished."""
+    """Return whether a record is missing because its unfinished round was stopped before writing it."""
     kind, _, inner = name.partition("/")
     return kind == "stages" and not (campaign / "rounds" / inner.partition("/")[0] / "part.parquet").exists()
 
@@ -191,20 +193,20 @@ def _pruned(path: Path) -> bool:
 
 
 def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:
-    """Files that belong to a round, hidden ones and those of other programs' hands left out."""
+    """Yield a round's files, except hidden ones and those in ``stages``, ``staging`` and ``comparisons``."""
     for folder in sorted(campaign.glob(f"*/round={round_number}")):
         if folder.parent.name not in ("stages", "staging", "comparisons"):
             yield from sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
 
 
 def _lists_gone(campaign: Path) -> list[Damage]:
-    """Lists that are gone: of records and rows that lie beside others that have one, of rounds that were begun so."""
+    """Return lists that are gone, in rounds where another list shows that records were listed."""
     begun = {path.parent for path in campaign.glob("stages/round=*/*.files")}
     begun = {folder for folder in begun if any(name.endswith(".json") for path in folder.glob("*.files")
                                                for name in _read_list(path))}  # fmt: skip
     owed = [record.with_suffix(".files") for folder in begun for record in folder.glob("*.json")]
     rows = {path.parent.name for path in campaign.glob("rounds/round=*/part.parquet")}
-    # Of the last row a run may not have noted the digest yet.
+    # A run may not have listed the last row's digest yet.
     last = max(rows, key=lambda name: int(name.removeprefix("round=")), default="")
     owed += [folder / "publish.files" for folder in begun if folder.name in rows - {last}]
     return [Damage(p.relative_to(campaign).as_posix(), "is gone") for p in sorted(owed) if not p.exists()]

@@ -1,4 +1,4 @@
-"""What killed runs and commands left behind: half-written files, rounds that were begun and are not wanted."""
+"""Remove what killed runs and commands left: half-written files and unwanted unfinished rounds."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from d3po_core.store.goals import TARGET_FILE
 from d3po_core.store.stages import last_finished_round
 from d3po_core.store.tables import SCHEMAS, partition
 
-# What commands write that take no lock: imports, reports, pictures and comparisons of any round.
+# Imports, reports, pictures and comparisons of any round are written without the lock.
 _UNLOCKED = (".*.tmp", "report/.*.tmp", "judgements/*/.*.tmp", "comparisons/.*.tmp", "comparisons/*/.*.tmp")
 
 
 def sweep_leftovers(campaign: Path, round_number: int) -> None:
-    """Remove the half-written files that a killed run or command left; the caller holds the campaign's lock.
+    """Remove the half-written files of a killed run or command; the caller holds the campaign's lock.
 
     Args:
         campaign: the campaign's folder.
@@ -30,18 +30,18 @@ def sweep_leftovers(campaign: Path, round_number: int) -> None:
 
 
 def _in_hands(path: Path) -> bool:
-    """Whether the process that writes a temporary file, whose name ends in its id, is another one and lives."""
+    """Return whether another living process, whose id ends the file's name, is writing a temporary file."""
     pid = path.name.removesuffix(".tmp").rpartition(".")[2]
     return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
 
 
 def discard_round(campaign: Path) -> int | None:
-    """Drop the files of the round that was begun and not finished; returns its number, None if there is none."""
+    """Delete the files of the unfinished round; return its number, or None if there is none."""
     number = last_finished_round(campaign) + 1
     if not (campaign / "stages" / f"round={number}").exists():
         return None
     stages = campaign / "stages" / f"round={number}"
-    # The round's configuration goes last: a discard that was interrupted is then finished by the next one.
+    # The round's configuration goes last, so that the next call can finish an interrupted discard.
     for path in stages.iterdir():
         if path.name != "config.json":
             path.unlink()

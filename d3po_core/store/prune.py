@@ -1,7 +1,7 @@
-"""Give disk space back: what a finished round no longer needs, because it can be made again from what stays.
+"""Free disk space by deleting what a finished round can make again from the rest.
 
-Dropped are trajectories (sampled anew by a replay), staging, and half-written files. Tables, images, checkpoints with
-their optimizer states and stage records stay: rounds can be compared, images regenerated, training replayed.
+This drops trajectories, which a replay samples anew, staging, and half-written files. Tables, images, checkpoints with
+their optimizer states, and stage records stay: you can still compare rounds, regenerate images and replay training.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ KEPT = ("images", "checkpoints", "tables", "other")
 
 @dataclass(frozen=True)
 class KindUsage:
-    """Files and bytes of one kind: all that there are, and what of them is dropped."""
+    """Files and bytes of one kind: in total, and how much of that is dropped."""
 
     kind: str
     files: int
@@ -33,7 +33,7 @@ class KindUsage:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What a pruning removes: files, and folders that are then empty; ``usage`` has a row a kind of file."""
+    """The files that a pruning removes, with folders left empty; ``usage`` has one row per kind of file."""
 
     rounds: tuple[int, ...]
     files: tuple[Path, ...]
@@ -41,12 +41,12 @@ class PrunePlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes that are given back."""
+        """Return the bytes that the pruning frees."""
         return sum(kind.dropped_bytes for kind in self.usage)
 
 
 def plan_prune(campaign: Path, keep_rounds: int = 0) -> PrunePlan:
-    """What can go of a campaign's finished rounds; looks only.
+    """Return what can be deleted from a campaign's finished rounds, without deleting it.
 
     Args:
         campaign: the campaign's folder.
@@ -67,7 +67,7 @@ def plan_prune(campaign: Path, keep_rounds: int = 0) -> PrunePlan:
 
 
 def apply_prune(campaign: Path, plan: PrunePlan) -> None:
-    """Remove what a plan names; the caller holds the campaign's lock. Done again after a kill, it does the rest.
+    """Delete what a plan names; the caller holds the campaign's lock. After a kill, a second call does the rest.
 
     Raises:
         D3POError: a file cannot be removed.
@@ -82,7 +82,7 @@ def apply_prune(campaign: Path, plan: PrunePlan) -> None:
 
 
 def _droppable(parts: tuple[str, ...], names: set[str]) -> bool:
-    """Whether a file, by its path in the campaign, belongs to a finished round and can go."""
+    """Return whether a file, by its path in the campaign, belongs to a finished round and can go."""
     kind, *inner = parts
     if not inner:
         return False
@@ -90,7 +90,7 @@ def _droppable(parts: tuple[str, ...], names: set[str]) -> bool:
         return inner[0] in names
     if kind == "checkpoints":  # progress of a killed training, and a checkpoint that was being written
         return any(inner[0].startswith((f"{name}-update=", f".{name}.tmp", f".{name}-update=")) for name in names)
-    # What people say comes in without the campaign's lock: a temporary file there may be in somebody's hands.
+    # People's answers arrive without the campaign's lock, so a temporary file there may still be in use.
     half_written = inner[-1].startswith(".") and inner[-1].endswith(".tmp")
     return half_written and inner[0] in names and kind not in ("judgements", "comparisons")
 

@@ -1,4 +1,4 @@
-"""JSON files that hold their own digest, so that a changed character is noticed."""
+"""JSON files that hold their own digest, so that any change is noticed."""
 
 import hashlib
 import json
@@ -11,19 +11,21 @@ SEAL = "sha256"
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """The JSON text of a mapping, together with its digest."""
+    """Return the JSON text of a mapping together with its digest."""
     return json.dumps({**content, SEAL: _digest(content)}, indent=1, ensure_ascii=False)
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """What a sealed file holds, without the digest; files of earlier versions have none and are read as they are.
+    """Return a sealed file's content without the digest.
+
+    Files of earlier versions have no digest and are read without a check.
 
     Args:
         path: the file.
-        remedy: what a person can do when it is damaged.
+        remedy: what the user can do if it is damaged.
 
     Raises:
-        D3POError: it is gone, no JSON, no mapping, or other than it was written.
+        D3POError: the file is gone, is not JSON, is not a mapping, or changed since it was written.
     """
     try:
         content = json.loads(path.read_text())

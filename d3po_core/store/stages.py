@@ -1,4 +1,4 @@
-"""Stages that were finished and rounds that are: a stage's record exists when, and only when, its output is whole."""
+"""Finished stages and rounds: a stage's record exists exactly when its output is whole."""
 
 import contextlib
 import math
@@ -18,22 +18,21 @@ StageRecord = TypeVar("StageRecord", bound=Record)
 
 
 def checkpoint_path(round_number: int) -> str | None:
-    """Checkpoint folder of a round, relative to the campaign; None for round 0, the base model."""
+    """Return a round's checkpoint folder, relative to the campaign; None for round 0, the base model."""
     return f"checkpoints/round={round_number}" if round_number else None
 
 
 def stage_path(campaign: Path, round_number: int, stage: str) -> Path:
-    """The record of a finished stage: it exists when, and only when, the stage's output is whole."""
+    """Return the path of a stage's record, which exists exactly when the stage's output is whole."""
     return campaign / "stages" / f"round={round_number}" / f"{stage}.json"
 
 
 def finish_stage(
     campaign: Path, round_number: int, stage: str, kind: type[StageRecord], work: Callable[[], StageRecord]
 ) -> StageRecord:
-    """Do a stage's work once: a finished stage gives its record back without working.
+    """Do a stage's work once; if the stage is finished, only return its record.
 
-    The work must leave the same files when it is done again from any point at which it can be killed. The record's
-    ``seconds`` are those of all attempts.
+    Wherever the work is killed, doing it again must leave the same files. The record's ``seconds`` cover all attempts.
 
     Args:
         campaign: the campaign's folder.
@@ -66,26 +65,26 @@ def _seconds_path(campaign: Path, round_number: int, stage: str) -> Path:
 
 
 def seconds_spent(campaign: Path, round_number: int, stage: str) -> float:
-    """What earlier attempts at a stage noted that it has taken so far; 0 when there was none."""
+    """Return the seconds that earlier attempts at a stage have noted; 0 if there were none."""
     try:
         return float(_seconds_path(campaign, round_number, stage).read_text())
-    except (OSError, ValueError):  # none, or its last note was cut off
+    except (OSError, ValueError):  # no attempt yet, or its last note was cut off
         return 0.0
 
 
 def note_seconds(campaign: Path, round_number: int, stage: str, seconds: float) -> None:
-    """Note what a stage has taken so far, all attempts together, for one that may have to go on from here."""
-    with contextlib.suppress(OSError):  # a disk that is full is the work's to find
+    """Note the seconds of all attempts at a stage so far, for an attempt that may have to resume here."""
+    with contextlib.suppress(OSError):  # the work itself reports a full disk
         path = _seconds_path(campaign, round_number, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{seconds:.3f}")
 
 
 def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageRecord]) -> StageRecord:
-    """The record that a finished stage left.
+    """Return the record of a finished stage.
 
     Raises:
-        D3POError: it is gone or damaged.
+        D3POError: the record is gone or damaged.
     """
     path = stage_path(campaign, round_number, stage)
     require_record(campaign, round_number, stage)
@@ -100,7 +99,7 @@ def read_record(campaign: Path, round_number: int, stage: str, kind: type[StageR
 
 
 def start_of(campaign: Path, round_number: int) -> int:
-    """The round whose checkpoint a round starts from: the one before, unless the guard went back to another."""
+    """Return the round whose checkpoint a round starts from: the one before, unless the guard chose another."""
     before = round_number - 1
     if not was_finished(campaign, before, "guard"):
         return before
@@ -108,20 +107,20 @@ def start_of(campaign: Path, round_number: int) -> int:
 
 
 def finished_numbers(campaign: Path) -> list[int]:
-    """Numbers of the finished rounds, in order: those that have a row in ``rounds``; 0 is the base."""
+    """Return the numbers of the finished rounds, in order: those with a row in ``rounds``; 0 is the base."""
     rows = {path.parent.name for path in campaign.glob("rounds/round=*/*.parquet")}
-    # A row that was noted and is gone is not a round that never was: who reads it is told.
+    # Count a round whose listed row is gone, so that its reader gets an error.
     noted = {path.parent.name for path in campaign.glob("stages/round=*/publish.files")}
     return sorted(int(name.removeprefix("round=")) for name in rows | noted)
 
 
 def last_finished_round(campaign: Path) -> int:
-    """Number of the last finished round; 0 when only the base is evaluated, -1 when nothing is."""
+    """Return the number of the last finished round; 0 if only the base is evaluated, -1 if nothing is."""
     return max(finished_numbers(campaign), default=-1)
 
 
 def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
-    """A row of ``rounds`` as a record."""
+    """Return a row of ``rounds`` as a record."""
     stages = ("sample", "judge", "derive", "train", "evaluate", "publish")
     low, high = row["eval_score_low"], row["eval_score_high"]
     score = ScoreSummary(
@@ -143,7 +142,7 @@ def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
 
 
 def finished_rounds(campaign: Path) -> list[RoundRecord]:
-    """All finished rounds of a campaign, in order."""
+    """Return all finished rounds of a campaign, in order."""
     return [
         round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0])
         for n in finished_numbers(campaign)

@@ -13,9 +13,10 @@ from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
 from d3po_core.store.integrity import noted_names, require_files, require_whole
 
-# 2: judgements got `seconds` and `position`, and a `value` that may be missing.
-# 3: the table comparisons; intervals of the win rates in `rounds`.
-# 4: what updates found is called so, `kl` (which was none) is `kl_before`; what a round learned.
+# 2: judgements gained `seconds` and `position`, and `value` may be null.
+# 3: added the table comparisons, and intervals of the win rates in `rounds`.
+# 4: columns measured before an update end in `_before`; `kl`, which was no KL, became `kl_before`; `rounds` gained the
+# `_after` columns.
 SCHEMA_VERSION = 4
 
 
@@ -24,7 +25,7 @@ def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
     return pa.schema(fields, metadata={"d3po.schema_version": str(SCHEMA_VERSION)})
 
 
-# Times are UTC without a zone: DuckDB reads zoned ones only with an extension that it would have to download.
+# Times are UTC without a zone: to read zoned times, DuckDB would have to download an extension.
 _text, _int, _real, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us")
 SCHEMAS: dict[str, pa.Schema] = {
     "samples": _schema(
@@ -50,7 +51,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluations": _schema(
         sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
     ),
-    # Not judgements, which preferences are made of: these are about held-out images.
+    # Kept apart from judgements, which become preferences: these are about held-out images.
     "comparisons": _schema(
         comparison=_text, against=_int, rater=_text, sample_id=_text, against_id=_text, value=(_real, True),
         judged_at=_time, seconds=(_real, True), position=_int,
@@ -71,14 +72,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 
-# Columns of older files: what they are called now, or None for one whose numbers were wrong.
+# Columns of older files -> their names today, or None if their numbers were wrong.
 FORMER: dict[str, dict[str, str | None]] = {
     "updates": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
     "update_steps": {"margin": "margin_before", "pair_accuracy": "pair_accuracy_before", "kl": None},
     "rounds": {"pair_accuracy": "pair_accuracy_before"},
 }
 
-# Closed sets and ranges that a schema cannot say.
+# Closed sets and ranges that a schema cannot express.
 ALLOWED = {
     ("samples", "split"): ("train", "eval"),
     ("judgements", "rater_kind"): ("proxy", "human", "gold"),
@@ -88,10 +89,10 @@ RANGES = {("preferences", "weight"): (0.0, 1.0), ("preferences", "agreement"): (
 
 
 def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as an Arrow table of the named table's schema.
+    """Return rows as an Arrow table with the named table's schema.
 
     Raises:
-        D3POError: a row lacks a column, has one too many, or a value of the wrong type.
+        D3POError: a row lacks a column, has an unknown one, or has a value of the wrong type.
     """
     schema = SCHEMAS[table]
     for index, row in enumerate(rows):
@@ -99,7 +100,7 @@ def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
             missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
             raise D3POError(f"{table} row {index}: missing columns {sorted(missing)}, unknown columns {sorted(extra)}")
     whole = [field.name for field in schema if pa.types.is_integer(field.type)]
-    for index, row in enumerate(rows):  # Arrow would cut 1.5 to 1 without a word
+    for index, row in enumerate(rows):  # Arrow would silently cut 1.5 to 1
         for name in whole:
             if isinstance(row[name], float):
                 raise D3POError(f"{table} row {index}: {name} is {row[name]} and does not fit the schema; expected int")
@@ -110,10 +111,10 @@ def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def check_table(table: str, data: pa.Table) -> None:
-    """Hold a table against its schema: names, types, nulls, closed sets, ranges.
+    """Check a table against its schema: names, types, nulls, closed sets, ranges.
 
     Raises:
-        D3POError: the first thing that does not hold.
+        D3POError: the first check that fails.
     """
     schema = SCHEMAS[table]
     if data.schema.names != schema.names or data.schema.types != schema.types:
@@ -140,12 +141,12 @@ def check_table(table: str, data: pa.Table) -> None:
 
 
 def partition(campaign: Path, table: str, round_number: int) -> Path:
-    """Folder of a table's files of one round."""
+    """Return the folder of a table's files for one round."""
     return campaign / table / f"round={round_number}"
 
 
 def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, name: str = "part") -> Path:
-    """Check a table and write it as one file of a round, whole or not at all; an older file of that name is replaced.
+    """Check a table and write it as one file of a round, whole or not at all, replacing any older one.
 
     Returns:
         The file's path.
@@ -162,7 +163,7 @@ def write_table(campaign: Path, table: str, round_number: int, data: pa.Table, n
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of one Parquet file (never its folder's hive columns).
+    """Return all rows of one Parquet file, without hive columns from its folder.
 
     Raises:
         D3POError: the file is gone, damaged, or not what a finished stage wrote.
@@ -177,7 +178,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _require_readable(campaign: Path) -> None:
-    """Make sure that the tables that no stage noted, as those of earlier versions, are Parquet files at least."""
+    """Check that table files that no stage listed, as in earlier versions, are at least Parquet files."""
     noted = noted_names(campaign)
     for table in SCHEMAS:
         for path in sorted((campaign / table).glob("round=*/*.parquet")):
@@ -185,7 +186,7 @@ def _require_readable(campaign: Path) -> None:
                 continue
             try:
                 pq.read_metadata(path)
-            except FileNotFoundError:  # a round that runs replaces its files
+            except FileNotFoundError:  # a running round replaces its files
                 continue
             except (OSError, pa.ArrowException) as error:
                 raise _unreadable(path, error) from None
@@ -198,7 +199,7 @@ def _unreadable(path: Path, error: Exception) -> D3POError:
 
 
 def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB with one view a table over all rounds of a campaign; tables without files are empty views."""
+    """Return an in-memory DuckDB with one view per table over all rounds; tables without files are empty."""
     require_whole(campaign, kinds=SCHEMAS)
     _require_readable(campaign)
     connection = duckdb.connect(":memory:")
@@ -206,12 +207,12 @@ def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
         former = FORMER.get(table, {})
         folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
         source = f"{folder}/round=*/*.parquet"
-        # An empty table of today's schema: files that were written before a column was added then read as null.
+        # An empty table with today's schema: in older files, columns added since then read as null.
         added = [pa.field("round", pa.int64()), *(pa.field(name, _real) for name in former)]
         connection.register(f"_{table}", pa.schema([*schema, *added]).empty_table())
         rows = f"SELECT * FROM _{table}"
         if any((campaign / table).glob("round=*/*.parquet")):
-            # The round is that of the file's own folder, whatever key=value names lie above it.
+            # Take the round from the file's own folder, since folders above may also have key=value names.
             rows += (
                 " UNION ALL BY NAME SELECT * EXCLUDE (filename), "
                 "CAST(regexp_extract(filename, 'round=([0-9]+)[/\\\\][^/\\\\]*$', 1) AS BIGINT) AS round "
