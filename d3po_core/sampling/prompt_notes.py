@@ -1,4 +1,4 @@
-"""What to know of prompts before anything is drawn: how many there are, and which look like something else."""
+"""Notes on prompts before anything is drawn: their number, and those that look like something else."""
 
 import re
 import unicodedata

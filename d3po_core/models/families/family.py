@@ -1,4 +1,4 @@
-"""What the policy asks of a model."""
+"""The interface between the policy and a model."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -13,7 +13,7 @@ Embedding = dict[str, torch.Tensor]
 
 
 class Family(Protocol):
-    """What the policy asks of a model."""
+    """The interface between the policy and a model."""
 
     PIPELINE: ClassVar[Any]
     """The diffusers pipeline that such a folder holds."""
