@@ -81,7 +81,7 @@ def _read_json(file: Path, column: str, field: str) -> list[str]:
 
 
 def _read_csv(file: Path, column: str, field: str) -> list[str]:
-    """A column of a table whose cells are separated by tabs, or by what its header has: commas or semicolons."""
+    """Read a table's column; .tsv uses tabs, else the header decides between tab, semicolon and comma."""
     text = _text_of(file)
     header = text.partition("\n")[0]
     delimiter = max("\t;,", key=header.count) if file.suffix.lower() != ".tsv" else "\t"

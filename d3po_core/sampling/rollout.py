@@ -161,7 +161,7 @@ def _denoise(
     """
     count, num_steps = len(seeds), len(schedule.timesteps_T)
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
-    # Drawn step by step, while the device works.
+    # Noise is drawn step by step, while the device works.
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype)], []
     with policy.merged(), policy.steady(conditioning):
