@@ -1,1 +1,1 @@
-"""The chains of denoising steps whose log_probs are exact: DDIM, and the SDE of a flow."""
+"""Denoising chains with exact log_probs: DDIM, and the SDE of a flow."""

@@ -1,12 +1,12 @@
-"""The DDIM step as a Gaussian policy: its mean, its standard deviation and the log_prob of what was sampled.
+"""The DDIM step as a Gaussian policy: mean, standard deviation, and log_prob of a sample.
 
 Source: D3PO, arXiv 2311.13231, Eq. 2 (denoising as a policy); DDIM, arXiv 2010.02502, Eq. 12 and 16 (the step).
-Agrees with diffusers' ``DDIMScheduler.step`` for every prediction type and any eta > 0, except where a step leads: here
-to the next timestep of the list, there to t - 1000 // T. The two differ with ``linspace``, and with ``trailing`` when T
-does not divide 1000; there the network would be asked about a noise level that the latent does not have. Share of 144
-held-out images that the embedded model draws right (standard error 0.04) at 10, 20 and 61 steps, here and by the other
-rule: linspace 0.438, 0.611, 0.507 and 0.417, 0.597, 0.521; trailing 0.465, 0.625, 0.521 and 0.465, 0.625, 0.528. No
-difference shows, so the exact one is taken.
+The step agrees with diffusers' ``DDIMScheduler.step`` for every prediction type and any eta > 0, except in its target:
+ours is the next timestep of the list, theirs is t - 1000 // T. The two differ with ``linspace``, and with ``trailing``
+when T does not divide 1000; their rule then asks the network about a noise level that the latent does not have. Share
+of 144 held-out images that the embedded model draws right (standard error 0.04) at 10, 20 and 61 steps: linspace 0.438,
+0.611, 0.507 by our rule and 0.417, 0.597, 0.521 by theirs; trailing 0.465, 0.625, 0.521 and 0.465, 0.625, 0.528. The
+shares do not differ clearly, so we use the exact rule.
 
 Tensor names carry their shape: B rows, T steps (index 0 is the noisiest), C H W latent channels, height, width.
 """
@@ -39,20 +39,20 @@ class Schedule:
     clip_x0: float | None
 
     def to(self, device: torch.device) -> "Schedule":
-        """The same schedule on another device."""
+        """Return the same schedule on another device."""
         tensors = [field.name for field in fields(self) if field.name != "clip_x0"]
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
     @property
     def trainable_T(self) -> torch.Tensor:
-        """Which steps are random (bool): a step with sigma 0 has no density and is never trained on."""
+        """Return a bool per step: True if it is random. Steps with sigma 0 have no density and are not trained on."""
         return self.sigma_T > 0
 
     def step_weights(self, weighting: str) -> torch.Tensor:
-        """Weight of each step's log-ratio ``[T]``, with mean 1 over the trainable steps and 0 elsewhere.
+        """Return the weight of each step's log-ratio ``[T]``: mean 1 over the trainable steps, 0 elsewhere.
 
-        On-policy, the gradient of log_prob with respect to the network's output scales as c_t / sigma_t, c_t being
-        the output's coefficient in the mean; ``equal_gradient`` divides that out, ``none`` leaves it.
+        On-policy, the gradient of log_prob with respect to the network's output scales as c_t / sigma_t; c_t is the
+        output's coefficient in the mean. ``equal_gradient`` divides this factor out, ``none`` keeps it.
         """
         trainable_T = self.trainable_T
         if weighting == "none":
@@ -63,7 +63,7 @@ class Schedule:
 
 
 def make_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float) -> Schedule:
-    """The steps that ``scheduler`` would take, with coefficients computed in float64 and kept in float32.
+    """Return the steps that ``scheduler`` takes; coefficients are computed in float64 and stored in float32.
 
     Raises:
         D3POError: the scheduler thresholds dynamically, which has no Gaussian density, or eta is not above 0.
@@ -110,7 +110,7 @@ def make_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float) -> Sched
 
 
 def _timesteps(scheduler: DDIMScheduler, num_steps: int) -> torch.Tensor:
-    """T timesteps, the noisiest first: diffusers' own, but ``trailing`` never has one more, which would be -1."""
+    """Return diffusers' T timesteps, noisiest first, without the extra -1 that ``trailing`` may add."""
     trained, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
     if spacing == "trailing":
         return (trained - torch.arange(num_steps, dtype=torch.float64) * (trained / num_steps)).round().long() - 1
@@ -119,10 +119,10 @@ def _timesteps(scheduler: DDIMScheduler, num_steps: int) -> torch.Tensor:
 
 
 def finite(schedule: Schedule) -> Schedule:
-    """The same schedule; every number of it is finite.
+    """Return the schedule after checking that all its numbers are finite.
 
     Raises:
-        D3POError: one is not, as with betas that are NaN or leave nothing of the signal.
+        D3POError: a number is not finite, for example because betas are NaN or remove the whole signal.
     """
     for field in fields(schedule):
         value = getattr(schedule, field.name)
@@ -138,7 +138,7 @@ def finite(schedule: Schedule) -> Schedule:
 def step_mean(
     schedule: Schedule, step_B: torch.Tensor, latent_BCHW: torch.Tensor, output_BCHW: torch.Tensor
 ) -> torch.Tensor:
-    """Mean of p(x_{t-1} | x_t, c) for rows at their own steps.
+    """Return the mean of p(x_{t-1} | x_t, c), with one step per row.
 
     Args:
         schedule: the steps, on the latents' device.
@@ -162,7 +162,7 @@ def step_mean(
 
 
 def log_prob(value_BCHW: torch.Tensor, mean_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
-    """Gaussian log density of x_{t-1}, *averaged* over C, H, W: nats per element, ``[B]`` in float32.
+    """Return the Gaussian log density of x_{t-1}, *averaged* over C, H, W: nats per element, ``[B]``, float32.
 
     The paper's log_prob is the sum; multiply by C*H*W to get it. Rows with sigma 0 give 0.
     """
@@ -174,19 +174,19 @@ def log_prob(value_BCHW: torch.Tensor, mean_BCHW: torch.Tensor, sigma_B: torch.T
 
 
 def gaussian_kl(mean_BCHW: torch.Tensor, other_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
-    """KL between two steps of one standard deviation, *averaged* over C, H, W: nats per element, ``[B]``.
+    """Return the KL of two steps with equal sigma, *averaged* over C, H, W: nats per element, ``[B]``.
 
-    Exact, and the same in both directions. Rows may have several leading dimensions; every sigma is above 0.
-    Source: the KL of two normal distributions of one variance, (mean - other)^2 / (2 sigma^2) for each element.
+    It is exact and symmetric. Rows may have several leading dimensions; every sigma is above 0.
+    Source: the KL of two normal distributions with equal variance, (mean - other)^2 / (2 sigma^2) per element.
     """
     return ((mean_BCHW - other_BCHW) ** 2).mean(dim=(-3, -2, -1)) / (2 * sigma_B**2)
 
 
 def rounding_kl(stored_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
-    """KL that rounding x_{t-1} to its stored dtype feigns, on average: nats per element, ``[B]`` in float32.
+    """Return the mean spurious KL from rounding x_{t-1} to its stored dtype: nats per element, ``[B]``, float32.
 
-    A number of binary exponent e is stored with an error spread evenly over one spacing, whose variance is
-    spacing^2 / 12. In float16 and at the last steps, where sigma is small, that is as large as a round's own KL.
+    The rounding error of a number with binary exponent e is uniform over one spacing, with variance spacing^2 / 12. In
+    float16 and at the last steps, where sigma is small, this is as large as a round's own KL.
     """
     exponent_BCHW = torch.frexp(stored_BCHW.float()).exponent - 1
     spacing_BCHW = torch.finfo(stored_BCHW.dtype).eps * torch.exp2(exponent_BCHW.float())

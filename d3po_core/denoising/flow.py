@@ -1,11 +1,11 @@
-"""The steps of a flow-matching model as Gaussians: its ODE turned into the SDE with the same marginals.
+"""A flow-matching model's steps as Gaussians: its ODE becomes the SDE with the same marginals.
 
     x_t = (1 - t) x_0 + t noise,   v = noise - x_0,   t from 1 down to 0
     mean of x_{t+dt} = x_t + [v + s^2 / (2 t) * (x_t + (1 - t) v)] dt
     sigma = s * sqrt(-dt),   s = a * sqrt(t / (1 - t))
 
-Source: Flow-GRPO, arXiv 2505.05470, Eq. 9 and Section 4.2. In terms of the estimates x_0 = x_t - t v and
-noise = x_t + (1 - t) v the mean is (1 - t - dt) x_0 + (t + dt + s^2 dt / (2 t)) noise: a ``Schedule`` like DDIM's.
+Source: Flow-GRPO, arXiv 2505.05470, Eq. 9 and Section 4.2. With the estimates x_0 = x_t - t v and
+noise = x_t + (1 - t) v, the mean is (1 - t - dt) x_0 + (t + dt + s^2 dt / (2 t)) noise: a ``Schedule`` like DDIM's.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from d3po_core.denoising.ddim import Schedule, finite
 from d3po_core.errors import D3POError
 
-# Variance of what makes an image sharp, in units of the latent's, and how many times as much may be left of it.
+# Variance of fine detail in units of the latent's, and the largest factor by which the steps may raise it.
 FINE_DETAIL, MOST_LEFT = 0.01, 1.3
 
 
 def make_flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, noise_level: float) -> Schedule:
-    """The steps that ``scheduler`` would take, as random ones; coefficients in float64, kept in float32.
+    """Return ``scheduler``'s steps with noise added; coefficients are computed in float64 and stored in float32.
 
     Args:
-        scheduler: the model's; its shifts and spacings count.
+        scheduler: the model's scheduler, with its shifts and spacings.
         num_steps: number of steps T.
-        noise_level: the factor a of s, above 0. At t = 1, where s has no bound, the next step's t is used in it.
+        noise_level: the factor a of s, above 0. At t = 1, where s is unbounded, s uses the next step's t.
 
     Raises:
         D3POError: the noise level is not above 0, or the scheduler's numbers are not finite.
@@ -56,10 +56,10 @@ def make_flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: in
 
 
 def flow_chain_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of a flow's Euler steps that a configuration means.
+    """Return the scheduler of a flow's Euler steps from a configuration.
 
     Raises:
-        D3POError: it is another solver, or asks for what depends on the image's size or on the step's own noise.
+        D3POError: it is another solver, or its steps depend on the image's size or add their own noise.
     """
     name = str(config.get("_class_name"))
     if name != "FlowMatchEulerDiscreteScheduler":
@@ -74,29 +74,29 @@ def flow_chain_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
     try:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
         scheduler.set_timesteps(4)
-    except Exception as error:  # whatever the library says of numbers that are none
+    except Exception as error:  # the library raises anything on invalid numbers
         raise D3POError(f"scheduler {name}: its configuration cannot be used ({error})") from None
     return scheduler
 
 
 def default_noise_level(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int) -> float:
-    """The largest noise level, 0.7 at most, whose steps leave fine detail with hardly more than its own variance.
+    """Return the largest noise level, at most 0.7, whose steps hardly raise the variance of fine detail.
 
-    Flow-GRPO trains with 0.7. With few steps and a large shift that is too much: data of a variance of 0.01 end with
-    5.5 times as much after 10 steps at a shift of 3, and with 15 times at a noise level of 1: the VAE decodes grain.
+    Flow-GRPO trains with 0.7. With few steps and a large shift this is too much, and the VAE decodes grain: after 10
+    steps at a shift of 3, data of variance 0.01 end with 5.5 times as much, or 15 times at a noise level of 1.
     """
     levels = [level / 100 for level in range(70, 5, -5)]
     return next((a for a in levels if variance_left(make_flow_schedule(scheduler, num_steps, a)) <= MOST_LEFT), 0.05)
 
 
 def variance_left(schedule: Schedule, of_data: float = FINE_DETAIL) -> float:
-    """The variance with which Gaussian data come out of a flow's steps when the network is exact, as a share of theirs.
+    """Return the variance of Gaussian data after a flow's steps with an exact network, as a multiple of their own.
 
     Args:
         schedule: made by ``make_flow_schedule``.
-        of_data: the variance of the data, whose mean is 0.
+        of_data: the variance of the data; their mean is 0.
     """
-    variance = 1.0  # of x_1, which is noise alone
+    variance = 1.0  # x_1 is pure noise
     for step in range(len(schedule.timesteps_T)):
         t = -float(schedule.x0_output_T[step])
         of_x0 = (1 - t) * of_data / ((1 - t) ** 2 * of_data + t**2)  # E[x_0 | x_t] = of_x0 * x_t

@@ -1,11 +1,11 @@
-"""What a folder's scheduler means for the chain of DDIM steps that is trained, whatever class it is.
+"""Turn a folder's scheduler, of any class, into the chain of DDIM steps that is trained.
 
-A scheduler's file says two things: which noise the network was trained with (betas, what it predicts, how many
-timesteps), and how its own class walks from noise to image. The first always counts. Of the second only what DDIM can
-do counts: which timesteps, clipping, and the last step's target. Everything else is refused, never left out.
+A scheduler's file describes the noise that the network was trained with (betas, prediction type, number of timesteps)
+and its own path from noise to image. We always use the first. From the second we use only what DDIM can do: timesteps,
+clipping, and the last step's target. We refuse everything else and never silently drop it.
 
-``DDIMScheduler.from_config`` is no way to get there: it fills what another class does not have with DDIM's own
-defaults, ``clip_sample=True`` among them.
+``DDIMScheduler.from_config`` does not work here: it fills fields that another class lacks with DDIM's defaults, such as
+``clip_sample=True``.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 
 from d3po_core.errors import D3POError
 
-# By class: whether its last step goes all the way to the clean image, where its file does not say.
+# By class: does the last step reach the clean image? Used if the file does not say.
 _ENDS_CLEAN = {
     "DDIMScheduler": True, "DDIMParallelScheduler": True, "PNDMScheduler": False, "DDPMScheduler": True,
     "DDPMParallelScheduler": True, "EulerDiscreteScheduler": True, "EulerAncestralDiscreteScheduler": True,
@@ -23,7 +23,7 @@ _ENDS_CLEAN = {
     "KDPM2AncestralDiscreteScheduler": True, "DPMSolverMultistepScheduler": True, "DPMSolverSinglestepScheduler": True,
     "DPMSolverSDEScheduler": True, "DEISMultistepScheduler": True, "UniPCMultistepScheduler": True,
 }  # fmt: skip
-# Fields that ask for what the chain cannot do, and the value that asks for nothing.
+# Fields for features that the chain lacks, each with the value that turns the feature off.
 _MUST_BE = {
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False,
     "use_lu_lambdas": False, "thresholding": False, "use_dynamic_shifting": False, "sigma_min": None, "sigma_max": None,
@@ -38,15 +38,15 @@ _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 def chain_of(
     config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None
 ) -> DDIMScheduler:
-    """The DDIM chain that a scheduler's configuration means.
+    """Return the DDIM chain for a scheduler's configuration.
 
     Args:
-        config: of any scheduler of a model with a UNet, with its class's name and its class's defaults.
-        prediction_type: what the network predicts, when it is known better than the file does.
-        zero_snr: whether its last timestep is pure noise, likewise.
+        config: that of any UNet model's scheduler, with its class's name and defaults.
+        prediction_type: the network's prediction type; overrides ``config``.
+        zero_snr: whether the last timestep is pure noise; overrides ``config``.
 
     Raises:
-        D3POError: the scheduler asks for steps that are no such chain; one line that names the field.
+        D3POError: the scheduler's steps do not form such a chain; one line that names the field.
     """
     name = str(config.get("_class_name"))
     if name not in _ENDS_CLEAN:
@@ -102,5 +102,5 @@ def _refusals(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _harmless(field: str, value: Any) -> bool:
-    """Values that ask for the fixed variance, which eta decides here, or for nothing at all."""
+    """Return whether a value asks for nothing, or for the fixed variance, which eta decides here."""
     return field == "variance_type" and value in ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")

@@ -1,1 +1,1 @@
-"""What held-out images say: comparisons, the guard, win rates by people."""
+"""Evaluate on held-out images: comparisons, the guard, win rates by people."""

@@ -1,14 +1,14 @@
-"""Is one checkpoint better than another? Paired on the same held-out prompts and seeds, with intervals over prompts.
+"""Compare checkpoints on the same held-out prompts and seeds, with intervals over prompts.
 
-Images of one prompt are not independent: the units are the prompts, each with the mean of its images. Every prompt
-weighs the same. With a single prompt its images are the units, and the interval speaks of that prompt alone.
+Images of one prompt are not independent, so the units are prompts, each with the mean of its images. Every prompt
+weighs the same. With a single prompt, its images are the units, and the interval holds for that prompt alone.
 
-The champion is the best of many noisy looks, so on the images that chose it its score is too high. ``fitted_champion``
+The champion is the best of many noisy scores, so its score on the images that chose it is too high. ``fitted_champion``
 judges each prompt by the champion that the other half of the prompts chose. A verdict needs a one-sided p-value below
-``SURE``: a campaign of 100 rounds changes its champion some ten times, and in at most 5 % of those that learned nothing
-does the report ever call it better (tests/benchmarks/false_alarms.py).
+``SURE``. A campaign of 100 rounds changes its champion some ten times; among campaigns that learned nothing, the report
+ever calls the champion better in at most 5 % (tests/benchmarks/false_alarms.py).
 
-Names in shapes: R checkpoints, I images (a prompt and a seed each), U units, K images of one prompt.
+Names in shapes: R checkpoints, I images (one prompt and one seed each), U units, K images of one prompt.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 class Comparison:
     """A checkpoint against a reference, on the same images.
 
-    ``difference`` is the mean of score minus reference score; ``win_rate`` the share of images on which the checkpoint
-    scores higher, where a tie counts one half; both with 95 % intervals over prompts. ``units_U`` are the prompts'
+    ``difference`` is the mean of score minus reference score. ``win_rate`` is the share of images on which the
+    checkpoint scores higher; a tie counts one half. Both have 95 % intervals over prompts. ``units_U`` are the prompts'
     mean differences.
     """
 
@@ -44,12 +44,12 @@ class Comparison:
 
     @property
     def num_units(self) -> int:
-        """Prompts, or images when there is one prompt."""
+        """Return the number of prompts, or of images if there is only one prompt."""
         return len(self.units_U)
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if chance alone would look so in fewer than ``SURE`` of all cases."""
+        """Return ``better`` or ``worse`` if chance alone gives such a difference in fewer than ``SURE`` of cases."""
         if chance_of_as_high(self.units_U) < SURE:
             return BETTER
         if self.chance_of_as_low() < SURE:
@@ -57,13 +57,13 @@ class Comparison:
         return UNCLEAR
 
     def chance_of_as_low(self, bound: float = 0.0) -> float:
-        """How often chance would make the difference so low if its true mean were ``bound``: a one-sided p-value."""
+        """Return the one-sided p-value of a difference this low, if its true mean were ``bound``."""
         return chance_of_as_high(-self.units_U, -bound)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out scores of R checkpoints on the I images, a prompt and a seed each, that all of them drew."""
+    """Held-out scores of R checkpoints on the I images (one prompt and one seed each) that all of them drew."""
 
     prompts: list[str]  # I
     seeds: list[int]  # I
@@ -89,10 +89,10 @@ def compare_scores(scores: np.ndarray, reference: np.ndarray, prompts: list[str]
 
 
 def champions(scores: np.ndarray, prompts: list[str]) -> list[int]:
-    """The best checkpoint so far, after each of R checkpoints in order; the first, the base, starts as champion.
+    """Return the champion after each of R checkpoints in order; the first, the base, starts as champion.
 
-    A checkpoint takes over when its mean is higher than the champion's, unless it clearly wins less often: the
-    interval of its paired win rate lies below 1/2 (a few images may lift a mean that most images lower).
+    A checkpoint takes over if its mean is higher than the champion's, unless the interval of its paired win rate lies
+    below 1/2: a few images may lift a mean that most images lower.
 
     Args:
         scores: ``[R, I]`` of the first scorer.
@@ -109,9 +109,9 @@ def champions(scores: np.ndarray, prompts: list[str]) -> list[int]:
 
 
 def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Which checkpoint judges each image, ``[I]``: the champion that the other half of the prompts chose.
+    """Return, for each image, the champion that the other half of the prompts chose, ``[I]``.
 
-    Its scores there, ``scores[rows, range(I)]``, have no bias from having been chosen.
+    Its scores there, ``scores[rows, range(I)]``, have no selection bias.
 
     Args:
         scores: ``[R, I]`` of the first scorer, the base first.
@@ -128,12 +128,12 @@ def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
-    """Scores of checkpoints, each a campaign's folder and a round, on the prompts and seeds that all of them share.
+    """Read the scores of checkpoints (campaign folder, round) on the prompts and seeds that all share.
 
     Scorers that only some checkpoints have are left out.
 
     Raises:
-        D3POError: a round is not evaluated, or there is no prompt and seed, or no scorer, that all share.
+        D3POError: a round is not evaluated, or the checkpoints share no prompt and seed, or no scorer.
     """
     with duckdb.connect(":memory:") as everything:
         everything.execute(
@@ -194,16 +194,16 @@ def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb
 
 
 def round_named(folder: Path, name: str) -> int:
-    """The round that a name means: ``base``, ``latest``, ``champion`` or a number.
+    """Return the round for a name: ``base``, ``latest``, ``champion`` or a number.
 
     Raises:
-        D3POError: no finished round is called so.
+        D3POError: no finished round has this name.
     """
     rounds = finished_numbers(folder)
     if name == "champion" and rounds:
         with connect(folder) as connection:
             recorded = connection.sql("SELECT arg_max(champion, round) FROM rounds").fetchall()[0][0]
-        if recorded is not None:  # by the guard, which rejected what may look best
+        if recorded is not None:  # by the guard, which may have rejected the best-looking round
             return int(recorded)
         held_out = read_held_out([(folder, number) for number in rounds])
         return rounds[champions(next(iter(held_out.scores.values())), held_out.prompts)[-1]]

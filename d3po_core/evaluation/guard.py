@@ -1,9 +1,9 @@
-"""Whether a round's checkpoint can be trusted: what a person would look at before the next round builds on it.
+"""Check a round's checkpoint for problems before the next round builds on it.
 
-A fall of the held-out score is tested twice: against the round it started from, and against the champion, each prompt
-by the champion that the other half of the prompts chose. Each test flags a round only when chance alone would look so
-in fewer than ``ALARM`` of all cases (for one scorer; shared between several). In simulated campaigns of 100 rounds in
-which nothing gets worse, at most some 5 % are ever flagged: ``tests/benchmarks/false_alarms.py``.
+A fall of the held-out score is tested twice: against the round it started from, and against the champion that the other
+half of the prompts chose. Each test flags a round only if chance alone gives such a fall in fewer than ``ALARM`` of
+cases; several scorers share this level. Of simulated campaigns of 100 rounds in which nothing gets worse, at most some
+5 % are ever flagged: ``tests/benchmarks/false_alarms.py``.
 """
 
 import math
@@ -37,15 +37,15 @@ def findings_of(
     base: EvaluateRecord,
     against: Mapping[str, Mapping[str, Comparison]],
 ) -> list[str]:
-    """What is wrong with a round, a sentence each; nothing when it can be trusted.
+    """Return one sentence per problem of a round; empty if it can be trusted.
 
     Args:
         config: the bounds.
-        derived: the round's preferences.
-        trained: what training said.
-        evaluated: the round's held-out images.
-        base: those of the base model.
-        against: by scorer, unseen ones too, the round against each reference that is named.
+        derived: the record of the round's preferences.
+        trained: the training record.
+        evaluated: the record of the round's held-out images.
+        base: the same for the base model.
+        against: by scorer, including unseen ones, the round against each named reference.
     """
     found = [f"training ended early: {trained.failure}"] if trained.failure else []
     found += _nothing_learned(derived, trained, evaluated)
@@ -85,19 +85,19 @@ def _falls(config: GuardConfig, scorer: str, comparisons: Mapping[str, Compariso
 
 
 def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
-    """What the guard says of a round's checkpoint, and which checkpoint the next round starts from.
+    """Return the guard's verdict on a round's checkpoint, and the checkpoint that the next round starts from.
 
     Args:
         config: the campaign's configuration.
-        round_number: a round that is evaluated and not finished yet.
+        round_number: a round that is evaluated but not finished.
 
     Raises:
-        D3POError: a record or a table that it needs is gone or damaged.
+        D3POError: a needed record or table is missing or damaged.
     """
     folder = config.folder
     if round_number == 0:
         return GuardRecord(verdict="ok", findings=[], go_on_from=0, champion=0, win_rates={})
-    champion = round_named(folder, "champion")  # of the rounds before: this one is not finished yet
+    champion = round_named(folder, "champion")  # of earlier rounds, since this one is not finished
     references = {"base": 0, "before": round_number - 1, "champion": champion}
     trusted = [number for number in range(round_number) if _trusted(folder, number)]
     numbers = [*sorted({*trusted, *references.values(), start_of(folder, round_number)}), round_number]
@@ -138,7 +138,7 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
 
 
 def _trusted(folder: Path, round_number: int) -> bool:
-    """Whether the guard let a finished round's checkpoint stand; rounds of before there was a guard are trusted."""
+    """Return whether the guard accepted a finished round's checkpoint; rounds older than the guard are trusted."""
     if not stage_path(folder, round_number, "guard").exists():
         return True
     return read_record(folder, round_number, "guard", GuardRecord).verdict not in ("rejected", "stopped")

@@ -1,4 +1,4 @@
-"""Draw a round's held-out images, batch by batch, and measure the drift; ranks take batches in turn."""
+"""Draw a round's held-out images batch by batch and measure the drift; ranks take batches in turn."""
 
 from pathlib import Path
 
@@ -20,22 +20,22 @@ from d3po_core.store.images import save_pngs
 
 
 def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:
-    """What the held-out images are made from, prompt after prompt; the same in every round."""
+    """Return the held-out images' seeds, prompt by prompt; the same in every round."""
     settings = config.evaluate
     prompts = load_prompts(settings.prompts, settings.prompt_column, "evaluate.prompts")[: settings.max_prompts]
     return evaluation_seeds(prompts, settings.images_per_prompt, config.seed)
 
 
 def held_out_path(round_number: int, index: int) -> Path:
-    """Where a held-out image is kept, relative to the campaign; its name is its sample_id."""
+    """Return a held-out image's path, relative to the campaign; its name is its sample_id."""
     return Path(f"images/round={round_number}/{held_out_id(round_number, index)}.png")
 
 
 def draw_held_out(config: CampaignConfig, round_number: int, tell: Tell) -> float | None:
-    """The job: draw and write the held-out images with the round's checkpoint, telling of images.
+    """Draw and write the held-out images with the round's checkpoint, and report the number of images.
 
     Returns:
-        The drift: mean KL from the base over the trajectories of some of them, the same in every round; None for none.
+        The drift: mean KL from the base over the trajectories of a fixed subset of images; None if the subset is empty.
     """
     policy = policy_at(config, round_number)
     seeds = held_out_seeds(config)
@@ -72,5 +72,5 @@ def _drift(
             lambda rows: kl_from_base(policy, schedule, own_seeds, latents_BTCHW, guidance, rows),
         )
     kl_D = kl_D.to(policy.device)
-    sum_over_ranks(policy.accelerator, [kl_D])  # every entry is one rank's, and 0 elsewhere
+    sum_over_ranks(policy.accelerator, [kl_D])  # one rank fills each entry; the others hold 0
     return float(kl_D.cpu().mean())

@@ -1,1 +1,1 @@
-"""Models and their families: loaded, checked, and wrapped as a policy with checkpoints."""
+"""Load and check models and their families, and wrap them as a policy with checkpoints."""

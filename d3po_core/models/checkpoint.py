@@ -1,4 +1,4 @@
-"""Checkpoints: trained weights and their optimizer's state in a folder that appears whole or not at all."""
+"""Checkpoints: trained weights and optimizer state in a folder that is written atomically."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RECORD_FILE = "checkpoint.json"
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
-    """Write trained weights, optimizer state and a JSON record; ``folder`` comes into being when all of it is on disk.
+    """Write trained weights, optimizer state and a JSON record; ``folder`` appears when all is on disk.
 
     Raises:
         D3POError: the disk is full or read-only; nothing is left behind.
@@ -49,10 +49,10 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Take the weights, and the optimizer's state if one is given, from a checkpoint; returns its JSON record.
+    """Load weights, and optimizer state if one is given, from a checkpoint; return its JSON record.
 
     Raises:
-        D3POError: a file is missing or is not what was written.
+        D3POError: a file is missing or differs from what was written.
     """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
@@ -81,10 +81,10 @@ def _digest(path: Path) -> str | None:
 def load_round(
     campaign: Path, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Put the policy, and the optimizer if one is given, where a round left them; round 0 is the base model.
+    """Load a round's end state into the policy, and into the optimizer if given; round 0 is the base model.
 
     Raises:
-        D3POError: the round's checkpoint is missing or is not what was written.
+        D3POError: the round's checkpoint is missing or differs from what was written.
     """
     relative = checkpoint_path(round_number)
     if relative is None:
@@ -94,7 +94,7 @@ def load_round(
 
 
 def computed_on(policy: Policy) -> dict[str, Any]:
-    """What decides how sums are rounded: ``device``, ``threads`` of the CPU, version of ``torch``, ``processes``."""
+    """Return what rounding depends on: ``device``, CPU ``threads``, ``torch`` version, ``processes``."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
     return {
         "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -103,12 +103,12 @@ def computed_on(policy: Policy) -> dict[str, Any]:
 
 
 def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by the weights' names, on the CPU."""
+    """Return the optimizer's state by weight name, on the CPU."""
     state = {}
     for name, parameter in policy.weights.parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             value = torch.as_tensor(value).detach()
-            # Always a copy: some optimizers share tables between parameters, which the file's format refuses.
+            # Always copy: some optimizers share tables between parameters, which safetensors refuses.
             state[f"{name}.{key}"] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state
 
@@ -135,7 +135,7 @@ def _load_optimizer_state(path: Path, policy: Policy, optimizer: torch.optim.Opt
 
 
 def _placed(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor | int:
-    """A saved value as the optimizer had it: a moment in its parameter's memory layout, for the same rounding."""
+    """Restore a saved value; a moment gets its parameter's memory layout, so that it rounds as before."""
     if value.ndim == 0:
         return value if value.is_floating_point() else int(value)
     if value.shape == parameter.shape:

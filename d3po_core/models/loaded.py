@@ -1,4 +1,4 @@
-"""The policy of a process that runs jobs: loaded once, its weights always from a checkpoint's file."""
+"""A job process's policy: loaded once, with weights always read from a checkpoint file."""
 
 import torch
 
@@ -11,10 +11,10 @@ _loaded: dict[str, Policy] = {}
 
 
 def loaded_policy(config: CampaignConfig) -> Policy:
-    """The campaign's policy, loaded once in the life of the process and kept between stages and rounds.
+    """Return the campaign's policy, loaded once per process and kept between stages and rounds.
 
-    Loaded again when the process computes on another number of threads: the embeddings that a policy remembers were
-    rounded as on those it had, and a round is to be what a process that has its threads from the start makes of it.
+    Cached embeddings depend on the thread count. The policy is reloaded when it changes, so that a round gives the same
+    bytes as in a fresh process.
     """
     key = f"{config.model.model_dump_json()} {config.seed} {torch.get_num_threads()}"
     if key not in _loaded:
@@ -24,10 +24,10 @@ def loaded_policy(config: CampaignConfig) -> Policy:
 
 
 def policy_at(config: CampaignConfig, round_number: int) -> Policy:
-    """The loaded policy with the weights of a round's checkpoint; round 0 is the base model.
+    """Return the loaded policy with the weights of a round's checkpoint; round 0 is the base model.
 
-    The weights always come from the checkpoint's file, never from what an earlier stage left in memory: a killed and
-    resumed round then computes with the same numbers as one that was not killed.
+    The weights always come from the checkpoint file, never from memory. A killed and resumed round therefore computes
+    with the same numbers as an uninterrupted one.
     """
     policy = loaded_policy(config)
     load_round(config.folder, round_number, policy)
@@ -35,13 +35,13 @@ def policy_at(config: CampaignConfig, round_number: int) -> Policy:
 
 
 def load_policy(config: ModelConfig, seed: int) -> Policy:
-    """Load the base model and give it an untrained LoRA, or make all of its network trainable.
+    """Load the base model and add an untrained LoRA, or make its whole network trainable.
 
     Args:
-        config: where the model is and what of it is trained.
+        config: the model's location and its trained part.
         seed: seed of the LoRA's initial weights.
 
     Raises:
-        D3POError: no such model, or it cannot be read; one line that says what to do.
+        D3POError: the model is missing or unreadable; the message is one line and says what to do.
     """
     return Policy(load_family(config), config, seed)

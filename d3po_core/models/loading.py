@@ -1,4 +1,4 @@
-"""Loading a base model: a diffusers folder, a hub id, or one merged file with the configuration it was made with."""
+"""Load a base model from a diffusers folder, a hub id, or one merged file with its original configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_family(config: ModelConfig) -> Family:
-    """The base model, on the CPU, in the precision that it computes in.
+    """Load the base model on the CPU, in its compute precision.
 
     Raises:
-        D3POError: no such model, or it cannot be read; one line that says what to do.
+        D3POError: the model is missing or unreadable; the message is one line and says what to do.
     """
     check_model(config)
     diffusers_logging.disable_progress_bar()
@@ -36,7 +36,7 @@ def load_family(config: ModelConfig) -> Family:
             expect_finite(part, f"model.path {config.path!r}: {name}")
     except D3POError:
         raise
-    except Exception as error:  # whatever a library says of files that are not what they seem
+    except Exception as error:  # libraries raise anything on malformed files
         hint = "; is the hub id right, and the network or the hub's cache there? A folder works too"
         if resolve_path(config.path).exists():
             hint = "; is it a whole model, made from model.single_file_config?" if config.single_file_config else ""
@@ -78,13 +78,13 @@ def _loaded(config: ModelConfig) -> tuple[Any, type[Family]]:
 
 
 def _left_out(family: type[Family], index: dict[str, Any]) -> dict[str, Any]:
-    """What has to be named as absent: parts that a folder was saved without, and unwanted ones."""
+    """Return the parts to pass as absent: those the folder was saved without, and unwanted ones."""
     absent = [name for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None]
     return dict.fromkeys(absent) | family.LEFT_OUT
 
 
 def _text_encoder(config: ModelConfig, folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    """A text encoder all of whose weights came from its files: the library draws missing ones at random."""
+    """Load a text encoder and refuse missing weights, which the library would draw at random."""
     has_variant = config.variant and any(folder.glob(f"*.{config.variant}*safetensors"))
     encoder, found = getattr(transformers, kind).from_pretrained(
         folder, dtype=dtype, variant=config.variant if has_variant else None, use_safetensors=True,
@@ -97,10 +97,10 @@ def _text_encoder(config: ModelConfig, folder: Path, kind: str, dtype: torch.dty
 
 
 def check_model(config: ModelConfig) -> None:
-    """Look at a model's files without loading it, so that a wrong one is known before any work.
+    """Check a model's files without loading it, so that a broken one fails before any work.
 
     Raises:
-        D3POError: the folder lacks a part of a pipeline, or a CUDA device is asked for and absent.
+        D3POError: the folder lacks a pipeline part, or the configured CUDA device is absent.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
@@ -143,7 +143,7 @@ def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _expect_all_weights(pipeline: Any) -> None:
-    """Make sure that no part lacks weights, which the library leaves without values and says nothing."""
+    """Check that no part lacks weights, which the library silently leaves without values."""
     missing = [f"{name}.{key}" for name, part in _modules(pipeline)
                for key, value in (*part.named_parameters(), *part.named_buffers()) if value.is_meta]  # fmt: skip
     if missing:
@@ -151,6 +151,6 @@ def _expect_all_weights(pipeline: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, NotImplementedError):  # torch's word for a weight that has no value
+    if isinstance(error, NotImplementedError):  # torch raises this for a weight without a value
         return "weights are missing"
     return " ".join(str(error).split())[:300] or type(error).__name__

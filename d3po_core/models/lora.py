@@ -1,4 +1,4 @@
-"""A LoRA beside a frozen network: the network with the LoRA switched off is the base model."""
+"""A LoRA beside a frozen network; with the LoRA off, the network is the base model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,15 +37,15 @@ class Lora:
         self._initial = {k: v.clone() for k, v in get_peft_model_state_dict(network).items()}
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names and values of the LoRA's weights, in a fixed order."""
+        """Return names and values of the LoRA's weights, in a fixed order."""
         return sorted((n, p) for n, p in self._network.named_parameters() if p.requires_grad)
 
     def changed(self) -> None:
-        """Nothing: a LoRA's weights are used as they are."""
+        """Do nothing: passes use a LoRA's weights directly."""
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the LoRA is off, at no cost in memory."""
+        """Switch the LoRA off within this context, at no memory cost."""
         self._network.disable_adapters()
         try:
             yield
@@ -54,9 +54,9 @@ class Lora:
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """Within this context the LoRA is added into the base weights.
+        """Merge the LoRA into the base weights within this context.
 
-        The base weights themselves come back afterwards, not a difference that drifts.
+        Afterwards the original base weights are restored; subtracting the LoRA would let them drift.
         """
         layers = [m for m in self._network.modules() if isinstance(m, LoraLayer)]
         originals = [layer.get_base_layer().weight.data for layer in layers]
@@ -70,11 +70,11 @@ class Lora:
                 layer.get_base_layer().weight.data = original
 
     def reset(self) -> None:
-        """Put the LoRA back to its seeded start, where it changes nothing."""
+        """Reset the LoRA to its seeded start, where it changes nothing."""
         set_peft_model_state_dict(self._network, self._initial)
 
     def save(self, folder: Path) -> Path:
-        """Write the LoRA as the file that ``pipe.load_lora_weights(folder)`` reads; returns its path."""
+        """Write the LoRA as the file that ``pipe.load_lora_weights(folder)`` reads; return its path."""
         part = self._family.NETWORK
         state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(self._network).items()}
         metadata = {"r": self._config.lora_rank, "lora_alpha": self._config.lora_alpha or self._config.lora_rank,
@@ -85,10 +85,10 @@ class Lora:
         return folder / LORA_FILE
 
     def load(self, folder: Path) -> None:
-        """Take the LoRA from a checkpoint folder.
+        """Load the LoRA from a checkpoint folder.
 
         Raises:
-            D3POError: the file is missing, damaged, or of another rank or other layers.
+            D3POError: the file is missing or damaged, or its rank or layers differ.
         """
         try:
             found = self._family.PIPELINE.lora_state_dict(folder, weight_name=LORA_FILE, local_files_only=True)

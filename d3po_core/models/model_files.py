@@ -1,4 +1,4 @@
-"""A model folder as its files describe it, read before any weights: what is wrong with one is one line."""
+"""Check a model folder's files before any weights are loaded; each problem is reported in one line."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES, Family, Part
 
 INDEX = "model_index.json"
-# Real configurations have some kB and real headers of weights some 100 kB: a larger one is not what it seems.
+# Real configurations take some kB and real weight headers some 100 kB; a larger file is something else.
 MOST_JSON_BYTES, MOST_HEADER_BYTES = 4_000_000, 25_000_000
 
 
 def model_folder(config: ModelConfig) -> Path | None:
-    """The folder that describes the model, if it is on this machine: the user's own, or the hub's cached copy."""
+    """Return the local folder that describes the model: the user's own or the hub's cached copy; else None."""
     described_by = config.single_file_config or config.path
     folder = resolve_path(described_by)
     if folder.exists():
@@ -29,19 +29,19 @@ def model_folder(config: ModelConfig) -> Path | None:
 
 
 def cached_folder(hub_id: str, revision: str | None) -> Path | None:
-    """The hub's cached copy of a model at a revision, if it is on this machine."""
+    """Return the hub's cached copy of a model at a revision, if it is on this machine."""
     try:
         cached = try_to_load_from_cache(hub_id, INDEX, revision=revision)
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -> type[Family]:
-    """The family of a model folder whose files hold together.
+    """Check that a model folder's files fit each other, and return its family.
 
     Raises:
-        D3POError: a file is absent, damaged or says something that the family cannot do; one line.
+        D3POError: a file is absent, damaged or asks for something the family cannot do; one line.
     """
     family, index = family_of(config, folder), _read(config, folder, INDEX)
     for part in needed_parts(family, index):
@@ -54,25 +54,25 @@ def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -
 
 
 def family_of(config: ModelConfig, folder: Path) -> type[Family]:
-    """The family that a folder's index names; a D3POError when it cannot be read or names another."""
+    """Return the family that a folder's index names; D3POError if it is unreadable or names none of ours."""
     return family_named(config, _read(config, folder, INDEX).get("_class_name"))
 
 
 def absent_parts(config: ModelConfig, folder: Path) -> list[str]:
-    """Names of the parts that a folder says it has none of, and that whoever loads it must say too."""
+    """Return the parts that a folder declares absent; loading must declare them too."""
     index = _read(config, folder, INDEX)
     return [name for name, entry in index.items() if entry == [None, None]]
 
 
 def layers_per_block(config: ModelConfig) -> int:
-    """How many layers a UNet's blocks have; 2, as every published one, when its configuration is not here."""
+    """Return the number of layers per UNet block; 2, as in every published UNet, if its configuration is absent."""
     folder = model_folder(config)
     found = _read(config, folder, "unet/config.json").get("layers_per_block") if folder else None
     return found if isinstance(found, int) else 2
 
 
 def family_named(config: ModelConfig, name: Any) -> type[Family]:
-    """The family whose pipeline has this class name; a D3POError when there is none."""
+    """Return the family whose pipeline has this class name; D3POError if there is none."""
     if not isinstance(name, str) or name not in FAMILIES:
         found = name if isinstance(name, str) else f"{json.dumps(name)[:60]} (in {INDEX})"
         raise D3POError(f"model.path {config.path!r}: is a {found}; expected one of {', '.join(FAMILIES)}")
@@ -80,7 +80,7 @@ def family_named(config: ModelConfig, name: Any) -> type[Family]:
 
 
 def needed_parts(family: type[Family], index: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the parts that a folder of this family must have; an optional one it may say to be null."""
+    """Return the parts that a folder of this family must have; it may declare optional ones null."""
     absent = (None, [None, None])
     texts = [part for part in family.TEXT_PARTS if part not in family.OPTIONAL_PARTS or index.get(part) not in absent]
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in texts]
@@ -88,10 +88,10 @@ def needed_parts(family: type[Family], index: dict[str, Any]) -> tuple[str, ...]
 
 
 def parts_of(config: ModelConfig, folder: Path, family: type[Family]) -> dict[str, Part]:
-    """The checked configurations of a folder's network and VAE, by the parts' names.
+    """Return the checked configurations of a folder's network and VAE, by part name.
 
     Raises:
-        D3POError: one is not there, or says something that the family cannot do.
+        D3POError: one is missing, or asks for something the family cannot do.
     """
     return {
         part: _checked(config, part, kind, _read(config, folder, f"{part}/config.json"))
@@ -100,18 +100,18 @@ def parts_of(config: ModelConfig, folder: Path, family: type[Family]) -> dict[st
 
 
 def scheduler_of(config: ModelConfig, folder: Path, family: type[Family]) -> Any:
-    """The scheduler whose steps are trained, as the folder's own means it.
+    """Return the scheduler whose steps are trained, built from the folder's own scheduler.
 
     Raises:
-        D3POError: its file is damaged, disagrees with a single file's marks, or asks for other steps.
+        D3POError: its file is damaged, contradicts a merged file's marks, or asks for other steps.
     """
     content = _read(config, folder, "scheduler/scheduler_config.json")
     name = content.get("_class_name")
     try:
-        # Its class knows what the file leaves out; one that is no class of diffusers the family refuses by name.
+        # The class supplies fields that the file omits; the family refuses a class that diffusers lacks by name.
         known = getattr(diffusers, str(name), None)
         full = dict(known.from_config(content).config) | {"_class_name": name} if known else content
-    except Exception as error:  # whatever the class says of values that are none of its own
+    except Exception as error:  # classes raise anything on values they do not know
         raise D3POError(
             f"model.path {config.path!r}: scheduler/scheduler_config.json: {name} cannot be made of it "
             f"({' '.join(str(error).split())[:200]})"
@@ -120,9 +120,9 @@ def scheduler_of(config: ModelConfig, folder: Path, family: type[Family]) -> Any
 
 
 def chain(config: ModelConfig, scheduler: Mapping[str, Any], family: type[Family]) -> Any:
-    """The family's scheduler out of a model's own, of a single file's marks, and of the configuration's fields.
+    """Build the family's scheduler from the model's own, a merged file's marks, and the configuration's fields.
 
-    A field decides what files leave open or say differently; what a file says of itself it must not contradict.
+    A field decides what files leave open or state differently, but must not contradict a file's own marks.
 
     Raises:
         D3POError: file, configuration and fields disagree, or the scheduler asks for other steps; one line.
@@ -149,10 +149,10 @@ def _agree(config: ModelConfig, field: str, marked: Any, described: Any, given: 
 
 
 def marks_of(config: ModelConfig) -> tuple[str | None, bool | None]:
-    """What a merged file says of itself: what it predicts, and whether its last timestep is pure noise.
+    """Return a merged file's own marks: its prediction type, and whether its last timestep is pure noise.
 
     Trainers leave empty tensors ``v_pred`` and ``ztsnr`` among the weights, or ``modelspec.prediction_type`` in the
-    metadata (Stability AI's Model Metadata Standard). None where the file does not say.
+    metadata (Stability AI's Model Metadata Standard). A missing mark gives None.
     """
     path = resolve_path(config.path)
     if not path.is_file():
@@ -165,9 +165,9 @@ def marks_of(config: ModelConfig) -> tuple[str | None, bool | None]:
 
 
 def with_model_defaults(config: CampaignConfig) -> CampaignConfig:
-    """The configuration with the model's own values where the user gave none: the noise of its steps.
+    """Return the configuration with the model's own step noise if the user gave none.
 
-    A model whose description is neither here nor to be had keeps the general default.
+    If the model's description is unavailable, the general default stays.
     """
     if "eta" in config.sample.model_fields_set:
         return config
@@ -180,7 +180,7 @@ def with_model_defaults(config: CampaignConfig) -> CampaignConfig:
 
 
 def network_elements(config: ModelConfig) -> int | None:
-    """How many weights the trained network has; None when its files are not here."""
+    """Return the trained network's number of weights, or None if its files are absent."""
     folder = model_folder(config)
     if folder is None or not folder.is_dir():
         return None
@@ -189,10 +189,10 @@ def network_elements(config: ModelConfig) -> int | None:
 
 
 def tensor_shapes(config: ModelConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, from its header alone.
+    """Return names and shapes of a safetensors file's tensors, from its header alone.
 
     Raises:
-        D3POError: the file is cut, is no safetensors file, or has a header that no model needs.
+        D3POError: the file is truncated, is not safetensors, or has an oversized header.
     """
     header = _header(config, path)
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
@@ -218,7 +218,7 @@ def _header(config: ModelConfig, path: Path) -> dict[str, Any]:
 
 
 def _read(config: ModelConfig, folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a folder, which must hold a mapping."""
+    """Read a folder's JSON file, which must hold a mapping."""
     path = folder / name
     if not path.is_file():
         raise D3POError(f"model.path {config.path!r}: {name} is missing; expected a diffusers pipeline folder, "
@@ -266,7 +266,7 @@ def _checked(config: ModelConfig, part: str, kind: type[Part], content: dict[str
 
 
 def _weight_files(config: ModelConfig, folder: Path, part: str) -> list[Path]:
-    """A part's files of weights: those of the variant if it has some, else the plain ones."""
+    """Return a part's weight files: the variant's if it has any, else the plain ones."""
     files = sorted((folder / part).glob("*.safetensors"))
     variant = [path for path in files if config.variant and f".{config.variant}" in path.stem]
     return variant or [path for path in files if "." not in path.stem]
@@ -283,7 +283,7 @@ def _check_weights(config: ModelConfig, folder: Path, family: type[Family], inde
             files = _weight_files(config, folder, part)
             for path in files:
                 tensor_shapes(config, path)
-            # Further encoders may lack a variant; the pipeline then takes their plain files, and so do we.
+            # Other encoders may lack the variant; we then use their plain files, as the pipeline does.
             strict = config.variant and part in (family.NETWORK, "vae", "text_encoder")
             pattern = wanted
             there = any(f".{config.variant}" in path.stem for path in files) if strict else bool(files)
@@ -295,7 +295,7 @@ def _check_weights(config: ModelConfig, folder: Path, family: type[Family], inde
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without safetensors has in their place."""
+    """Describe what a folder without safetensors holds instead."""
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)
     if pickled is None:
         return ""

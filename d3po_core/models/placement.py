@@ -1,4 +1,4 @@
-"""Where a pipeline's parts are: on the device all the time, or only while they are needed."""
+"""Keep a pipeline's parts on the device all the time, or only while they are needed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ import torch
 
 
 class Placement:
-    """Moves parts of a pipeline.
+    """Moves a pipeline's parts between device and main memory.
 
     Args:
         pipeline: the pipeline.
         device: where parts compute.
-        moves: whether parts wait in main memory; otherwise they stay where they are put.
+        moves: if true, unused parts wait in main memory; else parts stay where they are put.
     """
 
     def __init__(self, pipeline: Any, device: torch.device, moves: bool) -> None:
@@ -21,14 +21,14 @@ class Placement:
         self._pipeline, self._device = pipeline, device
 
     def move(self, name: str, device: torch.device | str) -> None:
-        """Put a part somewhere, if the pipeline has it."""
+        """Move a part to a device, if the pipeline has it."""
         part = getattr(self._pipeline, name, None)
         if part is not None:
             part.to(device)
 
     @contextlib.contextmanager
     def on_device(self, *parts: str) -> Iterator[None]:
-        """Within this context these parts are on the device; afterwards they wait in main memory, if parts move."""
+        """Keep these parts on the device within this context; afterwards they go to main memory if ``moves``."""
         if not self.moves:
             yield
             return

@@ -1,4 +1,4 @@
-"""The policy: a base model and what of it is trained, the same for every family of models.
+"""The policy: a base model and its trained weights, the same for every model family.
 
 Tensor names carry their shape: B images, C H W latent channels, height, width.
 """
@@ -37,7 +37,7 @@ from d3po_core.speed.fused_layers import (
 )
 from d3po_core.speed.row_limit import RowLimit
 
-# At most so many image-steps are trained on, images sampled and images decoded at once.
+# The most image-steps trained on, images sampled and images decoded at once.
 TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
 SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
 DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
@@ -45,7 +45,7 @@ DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told of B prompts, of the empty prompt, and the guidance scale that joins the two."""
+    """Embeddings of B prompts and of the empty prompt, and the guidance scale that combines them."""
 
     embeddings: Embedding
     empty: Embedding
@@ -53,17 +53,17 @@ class Conditioning:
 
     @property
     def guided(self) -> bool:
-        """Whether a pass has two rows an image, one of them for the empty prompt."""
+        """Return whether a pass has two rows per image, one of them for the empty prompt."""
         return self.guidance_scale != 1.0
 
 
 class Policy:
-    """A diffusion model that is trained.
+    """A diffusion model in training.
 
     Attributes:
-        network: the part that is trained, for passes.
-        weights: what of it training changes.
-        loss_scale: what losses are multiplied by.
+        network: the trained part, for passes.
+        weights: the weights that training changes.
+        loss_scale: the factor on losses.
     """
 
     def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
@@ -101,10 +101,10 @@ class Policy:
 
     @torch.no_grad()
     def _try_once(self) -> None:
-        """Pass one row through every part, so that configurations that do not fit each other are known before any work.
+        """Pass one row through every part, so that mismatched configurations fail before any work.
 
         Raises:
-            D3POError: a part fails, or gives something else than the next one needs.
+            D3POError: a part fails, or its output does not fit the next part.
         """
         latent_1CHW = gaussian(0, 1, *self.latent_shape).to(self.device)
         t_1 = torch.ones(1, dtype=torch.long, device=self.device)
@@ -120,7 +120,7 @@ class Policy:
                 self.family.decode(latent_1CHW)
         except (D3POError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a part says of a configuration that is not its own
+        except Exception as error:  # parts raise anything on a wrong configuration
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise D3POError(
                 f"model.path {self.config.path!r}: its {part} fails in a first pass ({reason}); is its config.json "
@@ -128,7 +128,7 @@ class Policy:
             ) from None
 
     def _make_fast(self) -> None:
-        """What makes passes faster or smaller and leaves what they compute alone, up to rounding."""
+        """Make passes faster or smaller; their results stay the same up to rounding."""
         self._shared_rows = None
         if self.config.precision != "no":
             fuse_attention(self.network)
@@ -156,13 +156,13 @@ class Policy:
         return self.family.latent_shape
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """The model's denoising steps, on its device; sent there once: that waits for all that the device has to do."""
+        """Return the model's denoising steps on its device; cached, because sending waits for all device work."""
         if (num_steps, eta) not in self._schedules:
             self._schedules[num_steps, eta] = self.family.schedule(num_steps, eta).to(self.device)
         return self._schedules[num_steps, eta]
 
     def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
-        """Embed prompts; a prompt that was embedded lately does not pass through the text encoder again."""
+        """Embed prompts; recent ones come from a cache."""
         self._texts_kept.embed(list(dict.fromkeys([*prompts, ""])))
         rows = [self._texts_kept[prompt] for prompt in prompts]
         stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
@@ -170,7 +170,7 @@ class Policy:
         return Conditioning(stacked, empty, guidance_scale)
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The network's output at timesteps t_B, float32, with classifier-free guidance when its scale is not 1."""
+        """Return the network's output at timesteps t_B in float32, with classifier-free guidance if scale is not 1."""
         rows, embeddings = len(latent_BCHW), self._texts(conditioning)
         if self.sizes is not None:
             size = self.sizes.fitting(rows)
@@ -186,7 +186,7 @@ class Policy:
         return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
 
     def _texts(self, conditioning: Conditioning) -> Embedding:
-        """What the network is told in a pass: with guidance the empty prompt's rows come first."""
+        """Return the embeddings for one pass; with guidance, the empty prompt's rows come first."""
         embeddings = conditioning.embeddings
         if self.sizes is not None:
             size = self.sizes.fitting(len(next(iter(embeddings.values()))))
@@ -200,22 +200,22 @@ class Policy:
 
     @contextlib.contextmanager
     def steady(self, conditioning: Conditioning) -> Iterator[None]:
-        """Within this context all passes have this conditioning and no gradient, and the LoRA stays as it is.
+        """Fix conditioning and LoRA, and disable gradients, within this context.
 
-        What depends on nothing else is then computed once: the same function, bit by bit, and faster.
+        Values that depend on nothing else are computed once: faster, and bit for bit the same.
         """
         text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
         with torch.no_grad(), constants_held(self.network, text_BLK):
             yield
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
-        """Images of final latents: uint8 ``[B, height, width, 3]``."""
+        """Decode final latents to uint8 images ``[B, height, width, 3]``."""
         return self.decode_on_device(latent_BCHW).cpu().numpy()
 
     @torch.no_grad()
     def decode_on_device(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images of final latents, uint8 ``[B, height, width, 3]``, where they were made: nobody waits for them."""
-        # Images are 50 times larger than their latents: few at a time need little memory, and are as fast.
+        """Decode final latents to uint8 images ``[B, height, width, 3]`` on the device, without waiting for it."""
+        # Images are 50 times larger than their latents; small chunks save memory and are as fast.
         rows = DECODED_ROWS[self.config.memory]
         with self._placement.on_device("vae"):
             return torch.cat([self._decode(chunk, rows) for chunk in latent_BCHW.split(rows)])
@@ -229,19 +229,19 @@ class Policy:
         return (image_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def base(self) -> AbstractContextManager[None]:
-        """Within this context the policy is the base model."""
+        """Make the policy the base model within this context."""
         return self.weights.base()
 
     def merged(self) -> AbstractContextManager[None]:
-        """Within this context passes without a gradient compute the same function, up to rounding, and faster.
+        """Speed up passes without gradient within this context; results are the same up to rounding.
 
-        Only in full precision: rounding merged weights to half precision would move log_probs by more than training
+        Used in full precision only: rounding merged weights to half precision would move log_probs more than training
         does.
         """
         plain = self.config.precision == "no" and not self.config.compile
         return self.weights.merged() if plain else contextlib.nullcontext()
 
     def reset(self) -> None:
-        """Put the trained weights and the loss scale back to their start, where the policy is the base model."""
+        """Reset trained weights and loss scale to their start, where the policy is the base model."""
         self.loss_scale.factor = self.loss_scale.first
         self.weights.reset()

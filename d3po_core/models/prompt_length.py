@@ -1,4 +1,4 @@
-"""Prompts that a model's text encoders read only in part: counted and named before a round."""
+"""Count and name the prompts that a model's text encoders cut, before a round starts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,16 +10,16 @@ from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.model_files import family_of, model_folder
 
-# Encoders that read more have this window in diffusers' pipelines: T5's in Stable Diffusion 3.
+# diffusers' pipelines cap longer encoders at this window: T5 in Stable Diffusion 3.
 T5_WINDOW = 256
 NAMED = 3
 
 
 def check_length(config: ModelConfig, prompts: Iterable[str]) -> list[str]:
-    """Say which prompts are cut, a line per encoder; nothing when the model's tokenizers are not here yet.
+    """Return one line per encoder about the prompts it cuts; none if the tokenizers are not on this machine.
 
     Raises:
-        D3POError: two prompts are the same to every encoder.
+        D3POError: every encoder reads two prompts as the same.
     """
     folder = model_folder(config)
     if folder is None:
@@ -32,7 +32,7 @@ def check_length(config: ModelConfig, prompts: Iterable[str]) -> list[str]:
         window = min(int(tokenizer.model_max_length), most)
         tokens = dict(zip(distinct, tokenizer(distinct, truncation=False).input_ids, strict=True))
         cut = [prompt for prompt in distinct if len(tokens[prompt]) > window]
-        # The last place in the window is the mark of the end.
+        # The window's last place holds the end token.
         read = {prompt: (*before, tuple(tokens[prompt][: window - 1])) for prompt, before in read.items()}
         shortened |= set(cut)
         if cut:
@@ -46,7 +46,7 @@ def _tokenizers(config: ModelConfig, folder: Path) -> dict[str, Any]:
     names = [part.replace("text_encoder", "tokenizer") for part in family.TEXT_PARTS]
     try:
         return {name: AutoTokenizer.from_pretrained(folder / name) for name in names if (folder / name).is_dir()}
-    except Exception as error:  # whatever the library says of files that are no tokenizer's
+    except Exception as error:  # the library raises anything on wrong files
         raise D3POError(f"model.path {config.path!r}: a tokenizer cannot be read ({str(error)[:200]})") from None
 
 

@@ -1,4 +1,4 @@
-"""The disk that a round needs, from the model's own files."""
+"""Estimate a round's disk space from the model's own files."""
 
 import shutil
 
@@ -7,15 +7,15 @@ from d3po_core.errors import D3POError
 from d3po_core.models.families import Network, Vae
 from d3po_core.models.model_files import family_of, model_folder, network_elements, parts_of
 
-# Of a hub model that is not on this machine yet: Stable Diffusion 1.5's.
+# For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
 UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
 
 
 def check_space(config: CampaignConfig) -> None:
-    """Make sure that a round fits on the disk before anything is computed.
+    """Check that a round fits on the disk before anything is computed.
 
     Raises:
-        D3POError: there is less free space than a round needs.
+        D3POError: the free space is less than a round needs.
     """
     needed = round_bytes(config)
     existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
@@ -28,19 +28,19 @@ def check_space(config: CampaignConfig) -> None:
 
 
 def round_bytes(config: CampaignConfig) -> int:
-    """About how many bytes a round writes: trajectories, images (a byte per channel, as PNG at most), weights."""
+    """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights."""
     (channels, height, width), per_side = latent_and_pixels(config.model)
     trajectory = (config.sample.num_steps + 1) * channels * height * width
     trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
     pixels = 3 * (height * per_side) * (width * per_side)
     evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
-    # Weights and two moments in single precision, in the checkpoint and in the progress that it replaces.
+    # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
     trained = (network_elements(config.model) or UNKNOWN_WEIGHTS) if config.model.train == "full" else 0
     return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
 
 
 def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, int, int], int]:
-    """A latent's channels, height and width, and how many pixels one of its elements is wide."""
+    """Return a latent's channels, height and width, and the pixel width of one element."""
     folder = model_folder(config)
     if folder is None:
         return UNKNOWN_LATENT, UNKNOWN_PIXELS

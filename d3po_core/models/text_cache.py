@@ -1,4 +1,4 @@
-"""Embeddings of the prompts that were needed lately."""
+"""A cache of recent prompts' embeddings."""
 
 from collections import OrderedDict
 
@@ -11,13 +11,13 @@ MOST_EMBEDDINGS = 4096
 
 
 class TextCache:
-    """Embeds prompts, and keeps the latest; a prompt that is kept does not pass through the text encoder again.
+    """Embeds prompts and caches the latest; a cached prompt skips the text encoder.
 
     Args:
         family: embeds one prompt.
-        placement: brings the text encoders to the device.
-        device: where they compute.
-        keep_on: where embeddings are kept.
+        placement: moves the text encoders to the device.
+        device: the text encoders' device.
+        keep_on: the device that holds the embeddings.
     """
 
     def __init__(self, family: Family, placement: Placement, device: torch.device, keep_on: torch.device) -> None:
@@ -25,16 +25,16 @@ class TextCache:
         self._kept: OrderedDict[str, Embedding] = OrderedDict()
 
     def __getitem__(self, prompt: str) -> Embedding:
-        """The embedding of a prompt that was embedded in the latest ``embed``."""
+        """Return the embedding of a prompt from the latest ``embed``."""
         return self._kept[prompt]
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> None:
-        """Have the embeddings of all these prompts, and forget the oldest of the others."""
+        """Embed all these prompts, and drop the oldest of the others."""
         if all(prompt in self._kept for prompt in prompts):
             return
         with self._placement.on_device(*self._family.TEXT_PARTS):
-            # One prompt at a time: a prompt's embedding then cannot depend on which others came with it.
+            # One at a time, so that an embedding cannot depend on the other prompts in a batch.
             for prompt in prompts:
                 if prompt not in self._kept:
                     embedding = self._family.embed(prompt, self._device)

@@ -1,4 +1,4 @@
-"""What of a network is trained: a LoRA beside it (lora.py), or all of its weights (whole.py)."""
+"""The interface of trained weights: a LoRA beside the network (lora.py), or all its weights (whole.py)."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,19 +11,19 @@ class Trained(Protocol):
     """The weights that training changes."""
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names and values of the trained weights in single precision, in a fixed order."""
+        """Return names and values of the trained weights in single precision, in a fixed order."""
         ...
 
     def changed(self) -> None:
-        """Use new values of the parameters from now on."""
+        """Make later passes use the parameters' new values."""
         ...
 
     def base(self) -> AbstractContextManager[None]:
-        """Within this context the network is the base model, for passes without a gradient."""
+        """Make the network the base model within this context, for passes without gradient."""
         ...
 
     def merged(self) -> AbstractContextManager[None]:
-        """Within this context passes compute the same function, up to rounding, as fast as the base model's."""
+        """Make passes as fast as the base model's within this context; results are the same up to rounding."""
         ...
 
     def reset(self) -> None:
@@ -31,13 +31,13 @@ class Trained(Protocol):
         ...
 
     def save(self, folder: Path) -> Path:
-        """Write the weights as files that diffusers reads; returns the file that holds them."""
+        """Write the weights as files that diffusers reads; return the weights file."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take the weights from a checkpoint folder.
+        """Load the weights from a checkpoint folder.
 
         Raises:
-            D3POError: a file is missing, damaged, or of other layers.
+            D3POError: a file is missing or damaged, or its layers differ.
         """
         ...

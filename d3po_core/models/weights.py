@@ -1,4 +1,4 @@
-"""Which file of a checkpoint holds what was trained: a LoRA, or a whole network in diffusers' format."""
+"""A checkpoint's file of trained weights: a LoRA, or a whole network in diffusers' format."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the trained weights, whether or not it is there: a network lies beside its configuration."""
+    """Return the path of the trained weights, even if missing; a whole network lies beside its configuration."""
     network = next(folder.glob("*/config.json"), None)
     return network.with_name(NETWORK_FILE) if network else folder / LORA_FILE
 
 
 def weights_sha256(folder: Path) -> str:
-    """Digest of a checkpoint's file of trained weights."""
+    """Return the digest of a checkpoint's file of trained weights."""
     with weights_file(folder).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def loading_line(folder: Path, shown: str) -> str:
-    """The line of Python that gives a diffusers pipeline ``pipe`` a checkpoint's weights.
+    """Return the line of Python that loads a checkpoint's weights into a diffusers pipeline ``pipe``.
 
     Args:
         folder: the checkpoint.
-        shown: how the line names the folder, a Python expression.
+        shown: the folder as a Python expression, for the line.
     """
     file = weights_file(folder)
     if file.name == LORA_FILE:
@@ -41,13 +41,13 @@ def loading_line(folder: Path, shown: str) -> str:
 
 
 def expect_finite(module: "torch.nn.Module", whose: str) -> None:
-    """Make sure that a model's weights are numbers.
+    """Check that a model's weights are finite.
 
     Raises:
-        D3POError: some are NaN or infinite; the message begins with ``whose`` and names the first of them.
+        D3POError: some are NaN or infinite; the message begins with ``whose`` and names the first.
     """
     for name, value in (*module.named_parameters(), *module.named_buffers()):
-        # The smallest and the largest are NaN or infinite as soon as one weight is.
+        # Minimum or maximum is NaN or infinite if any weight is.
         if value.is_floating_point() and value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
             wrong = value.isfinite().logical_not().sum()
             raise D3POError(f"{whose}: {int(wrong)} of {value.numel()} numbers of {name} are NaN or infinite; "
@@ -55,7 +55,7 @@ def expect_finite(module: "torch.nn.Module", whose: str) -> None:
 
 
 def sort_metadata(path: Path) -> None:
-    """Give a safetensors file's metadata one order: the library writes it in a random one, and equal weights differ."""
+    """Sort a safetensors file's metadata; the library's random order would make files of equal weights differ."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

@@ -1,10 +1,10 @@
 """All weights of a network (``model.train: full``), with no LoRA.
 
-What is trained is always in single precision. When passes run in half precision, the network holds rounded copies of
-the trained weights, and hands its gradients on to them: most steps of a small learning rate are smaller than the
-distance of two half-precision numbers, and would be lost. Source: arXiv 1710.03740, Section 3.1.
+Trained weights are always in single precision. When passes run in half precision, the network holds rounded copies and
+passes its gradients on to the trained weights. With a small learning rate, most steps are smaller than the gap between
+half-precision numbers and would be lost. Source: arXiv 1710.03740, Section 3.1.
 
-The base's weights wait in main memory and replace the trained ones for a pass of the base model.
+The base weights wait in main memory and replace the trained ones for passes of the base model.
 """
 
 import contextlib
@@ -40,19 +40,19 @@ class Whole:
                 weight.register_post_accumulate_grad_hook(partial(_hand_on, self._trained[name]))
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names and values of the network's weights in single precision, in a fixed order."""
+        """Return names and values of the network's weights in single precision, in a fixed order."""
         return list(self._trained.items())
 
     @torch.no_grad()
     def changed(self) -> None:
-        """Round the trained weights into the network that passes go through."""
+        """Round the trained weights into the network used for passes."""
         if self._trained is not self._passing:
             for name, weight in self._passing.items():
                 weight.copy_(self._trained[name])
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the network has the base's weights, for passes without gradient."""
+        """Give the network the base weights within this context, for passes without gradient."""
         trained = [weight.data for weight in self._passing.values()]
         try:
             for name, weight in self._passing.items():
@@ -64,19 +64,19 @@ class Whole:
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """There is nothing to merge."""
+        """Do nothing: there is no LoRA to merge."""
         yield
 
     def reset(self) -> None:
-        """Put the base's weights back."""
+        """Restore the base weights."""
         self._take(self._base)
 
     def save(self, folder: Path) -> Path:
-        """Write the network as a folder that its class reads by ``from_pretrained``; returns the file of weights."""
+        """Write the network as a folder for its class's ``from_pretrained``; return the weights file."""
         part = folder / self._family.NETWORK
         self._network.save_config(part)
         config = json.loads((part / "config.json").read_text())
-        config.pop("_name_or_path", None)  # where the base lay on this machine
+        config.pop("_name_or_path", None)  # the base's path on this machine
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         state = self._network.state_dict() | self._trained
         state = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
@@ -84,10 +84,10 @@ class Whole:
         return part / NETWORK_FILE
 
     def load(self, folder: Path) -> None:
-        """Take the network's weights from a checkpoint folder.
+        """Load the network's weights from a checkpoint folder.
 
         Raises:
-            D3POError: the file is missing, damaged, or of another network.
+            D3POError: the file is missing, damaged, or from another network.
         """
         try:
             state = load_file(folder / self._family.NETWORK / NETWORK_FILE)
@@ -108,7 +108,7 @@ class Whole:
 
 
 def _hand_on(trained: torch.nn.Parameter, weight: torch.nn.Parameter) -> None:
-    """Add a half-precision gradient to that of the trained weight, which sums micro-batches in single precision."""
+    """Add a half-precision gradient to the trained weight's, which sums micro-batches in single precision."""
     assert weight.grad is not None
     gradient, weight.grad = weight.grad.float(), None
     trained.grad = gradient if trained.grad is None else trained.grad.add_(gradient)

@@ -1,1 +1,1 @@
-"""Judgements become preferences: votes, deciding among raters, gold questions."""
+"""Turn judgements into preferences: votes, deciding among raters, gold questions."""

@@ -1,8 +1,8 @@
-"""What one judgement is, in SQL, for everything that counts them.
+"""The SQL definition of one judgement, for everything that counts them.
 
-A rater judges a question: a group that is marked or ranked (``rating``, ``rank``), the two images of a ``choice``, an
-image of a ``score``. The table ``judgements`` has a row per image of a group, and keeps what was replaced or taken
-back: its rows are no judgements.
+A rater judges a question: a group to mark or rank (``rating``, ``rank``), the two images of a ``choice``, or the image
+of a ``score``. A row of the table ``judgements`` is not a judgement: the table has one row per image of a group, and
+keeps replaced and withdrawn answers.
 """
 
 _QUESTIONS = """
@@ -29,16 +29,15 @@ WITH said AS (
 
 
 def questions(which: str) -> str:
-    """SQL of two named queries over the judgements that a condition lets through.
+    """Return the SQL of two named queries over the judgements that meet a condition.
 
     Args:
         which: the condition, on columns of ``judgements``.
 
     Returns:
-        ``WITH said AS (...), questions AS (...)``. ``said``: the rows, each with its ``question``, its ``group_key``
-        (round and group), and whether it is the rater's last word on its image or pair (``is_last``), the one that
-        votes are made of. ``questions``: for each question whether it is ``judged`` (the last words hold at least two
-        images against each other), ``skipped`` (nothing else was ever said), and how often an answer was
-        ``taken_back``.
+        ``WITH said AS (...), questions AS (...)``. ``said`` holds the rows, each with ``question``, ``group_key``
+        (round and group) and ``is_last``: it is the rater's latest answer on its image or pair, and so becomes a vote.
+        ``questions`` has one row per rater and question. It is ``judged`` if the latest answers compare at least two
+        images, and ``skipped`` if the rater only ever skipped it. ``taken_back`` counts withdrawn answers.
     """
     return _QUESTIONS.format(which=which)

@@ -1,25 +1,24 @@
-"""Which rater to believe: one decision a pair of images out of several people's votes, and its weight.
+"""Combine several raters' votes into one decision per pair of images, with a weight.
 
     majority       the side with more votes; weight (for - against) / raters, so that a unanimous pair weighs 1
-    dawid_skene    every rater has a confusion matrix, estimated with the decisions; weight |p(first) - p(second)|
-    bradley_terry  every image has a strength, every rater counts alike; weight |2p - 1|, p: the first beats the second
+    dawid_skene    one confusion matrix per rater, estimated with the decisions; weight |p(first) - p(second)|
+    bradley_terry  one strength per image, all raters count alike; weight |2p - 1|, p: the first beats the second
 
-Gold questions decide the pairs that they answer, and a rater who fails them is left out. A decision without a weight is
-a tie. Dawid-Skene and Bradley-Terry are crowd-kit's. What its version 1.4.2 does, and what is done about it here:
+Gold questions decide the pairs that they answer, and raters who fail them are left out. A decision without weight is a
+tie. Dawid-Skene and Bradley-Terry come from crowd-kit. Quirks of its version 1.4.2, and what we do about each:
 
-- Dawid-Skene tells first from second, which is only the members' order: every pair is also given mirrored, so that the
-  answer cannot depend on that order, and half as many numbers are estimated from the same votes.
-- Its EM stops when the likelihood bound no longer grows, but its bound counts a task's prior once a vote, and may
-  fall while EM improves: with 3 of 5 raters a group it stopped after 3 iterations. With ``tol`` -inf it goes on.
-- It has no prior, so that a few pairs can turn everybody's votes around: every rater starts with some known
-  answers, mostly right (PRIOR_RIGHT, PRIOR_WRONG), as tasks of known truth. ``initial_error`` is no such prior: it is
-  used before the first iteration only.
-- Bradley-Terry compares an array with itself to see if it has converged, and stops after two iterations unless
-  ``tol`` is 0. It takes no ties, and an image that never wins or never loses has no finite strength: a tie is half a
-  win for both, and half a win is added to both sides of each compared pair. Parts of a group that were never compared
-  with each other are then fitted apart. Sparse comparisons (long chains) converge slowly: 7 images in a row to 1e-3
-  of the weight, 20 in a row to 0.03.
-- Both are given sorted rows of numbers, so that the order of the votes changes nothing.
+- Dawid-Skene distinguishes first from second, which is only the members' order. We pass every pair mirrored as well, so
+  the order cannot matter and the same votes estimate half as many numbers.
+- Its EM stops when the likelihood bound stops growing, but the bound counts a task's prior once per vote and may fall
+  while EM improves: with 3 of 5 raters per group it stopped after 3 iterations. ``tol`` -inf keeps it going.
+- It has no prior, so a few pairs can flip everybody's votes. We give every rater some answers of known truth, mostly
+  right (PRIOR_RIGHT, PRIOR_WRONG). ``initial_error`` cannot replace them: it acts before the first iteration only.
+- Bradley-Terry's convergence test compares an array with itself and stops after two iterations unless ``tol`` is 0.
+- Bradley-Terry takes no ties, and an image that never wins or never loses has no finite strength. We count a tie as
+  half a win for both, and add half a win to both sides of each compared pair. Parts of a group that were never compared
+  are fitted separately. Sparse comparisons (long chains) converge slowly: 7 images in a row to 1e-3 of the weight, 20
+  in a row to 0.03.
+- Both get sorted rows of numbers, so that the order of the votes changes nothing.
 
 Sources: Dawid and Skene, Applied Statistics 28 (1979); Hunter, Annals of Statistics 32 (2004).
 """
@@ -50,21 +49,21 @@ DECISIONS = pa.schema(
 def decide(
     votes: pa.Table, combine: str, accuracy_floor: float, earlier_gold: Mapping[str, GoldScore] | None = None
 ) -> pa.Table:
-    """One decision for each pair that a person or gold voted on.
+    """Return one decision per pair that a person or gold voted on.
 
     Args:
-        votes: a round's people's votes, as ``deriving.collect_votes`` makes them; rows in any order.
+        votes: people's votes of one round from ``deriving.collect_votes``; rows in any order.
         combine: ``majority``, ``dawid_skene`` or ``bradley_terry``.
-        accuracy_floor: raters below it, by their gold questions (gold.left_out), have no vote.
+        accuracy_floor: raters whose gold answers fall below it (gold.left_out) have no vote.
         earlier_gold: gold scores of earlier rounds, added to those among the votes.
 
     Returns:
-        A row a pair, sorted by group and members: num_raters who have a vote (gold is one), outcome (1: the first won,
-        -1: the second, 0: a tie), weight in (0, 1] (1 for ties and for what gold decided), agreement in (0, 1]: the
-        share of the larger side. Pairs on which only raters who are left out voted are missing.
+        One row per pair, sorted by group and members: num_raters with a vote (gold counts as one), outcome (1: the
+        first won, -1: the second, 0: a tie), weight in (0, 1] (1 for ties and for gold's decisions), agreement in
+        (0, 1]: the share of the larger side. Pairs that only left-out raters voted on are missing.
 
     Raises:
-        D3POError: no such way to combine.
+        D3POError: ``combine`` is unknown.
     """
     if combine not in _MARGINS:
         raise D3POError(f"judge.people.combine is {combine!r}; expected one of {', '.join(_MARGINS)}")
@@ -76,7 +75,7 @@ def decide(
     pairs, ballots = _ballots(kept)
     tally = pd.crosstab(kept.groupby(PAIR).ngroup(), kept.vote).reindex(columns=[-1, 0, 1], fill_value=0).to_numpy()
     against_P, tied_P, for_P = tally.T
-    # Where nobody said that one is better, no model shall know it.
+    # If nobody preferred either image, no model may decide the pair.
     margin_P = np.where(np.maximum(for_P, against_P) > 0, _MARGINS[combine](ballots), 0.0)
     margin_P = np.where(np.isnan(ballots.known_P), margin_P, ballots.known_P)
     outcome_P = np.where(np.abs(margin_P) > SMALLEST_WEIGHT, np.sign(margin_P), 0).astype(int)
@@ -90,10 +89,10 @@ def decide(
 
 
 def reliability(votes: pa.Table) -> dict[str, float]:
-    """How often each person is right where Dawid-Skene holds that one image is better: 1 always, 0 never.
+    """Return each person's share of right votes, 0 to 1, on pairs where Dawid-Skene finds one image better.
 
-    A tie is half right, so that guessing gives 1/2. Only over pairs that several people, or a person and gold, voted
-    on; a rater without such pairs is missing. The rater's own vote is among those that the truth is estimated from.
+    A tie counts half, so that guessing gives 1/2. Only pairs with votes of several people, or of a person and gold,
+    count; a rater without such pairs is missing. The estimated truth includes the rater's own vote.
     """
     frame = votes_frame(votes)
     if frame.empty:
@@ -114,12 +113,12 @@ def reliability(votes: pa.Table) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Ballots:
-    """People's votes in numbers, sorted by pair and rater: V votes on P pairs of G groups."""
+    """People's votes as numbers, sorted by pair and rater: V votes on P pairs of G groups."""
 
     pair_V: np.ndarray
     rater_V: np.ndarray
     vote_V: np.ndarray
-    known_P: np.ndarray  # gold's answer, nan where there is none
+    known_P: np.ndarray  # gold's answer, nan without one
     group_P: np.ndarray
     image_P2: np.ndarray
     raters: list[str]
@@ -130,7 +129,7 @@ class _Ballots:
 
 
 def _ballots(frame: pd.DataFrame) -> tuple[pd.DataFrame, _Ballots]:
-    """The distinct pairs in order, and the votes on them."""
+    """Return the distinct pairs in order, and the votes on them."""
     frame = frame.assign(pair=frame.groupby(PAIR).ngroup()).sort_values(["pair", "rater"])
     pairs = frame.drop_duplicates("pair")[PAIR].reset_index(drop=True)
     is_gold = frame.rater_kind == "gold"
@@ -156,7 +155,7 @@ def _dawid_skene(ballots: _Ballots) -> np.ndarray:
 
 
 def _posterior(ballots: _Ballots) -> np.ndarray:
-    """Probability that the second is better, that neither is, that the first is: ``[P, 3]``."""
+    """Return the probabilities ``[P, 3]`` that the second is better, that neither is, that the first is."""
     from crowdkit.aggregation import DawidSkene
 
     posterior_P3 = np.full((ballots.num_pairs, 3), 1 / 3)
@@ -170,10 +169,10 @@ def _posterior(ballots: _Ballots) -> np.ndarray:
             name: np.concatenate([part[i] for part in [*parts, prior]])
             for i, name in enumerate(("task", "worker", "label"))
         })  # fmt: skip
-        # Gold may know a label that nobody used; it decides the pair anyway, and crowd-kit's tables have no row for it.
+        # Drop gold labels that nobody used: crowd-kit's tables have no row for them, and gold decides the pair anyway.
         truth = pd.concat([known_P[known_P.isin(labels)].astype(int), prior_truth])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # crowd-kit's use of pandas is older than pandas 3
+            warnings.simplefilter("ignore")  # crowd-kit was written before pandas 3
             found = DawidSkene(n_iter=EM_ITERATIONS, tol=-np.inf).fit_predict_proba(tasks, true_labels=truth)
         found = found.reindex(index=range(count), columns=[-1, 0, 1]).fillna(0.0)
         judged_P = np.bincount(task_V, minlength=count) > 0
@@ -184,7 +183,7 @@ def _posterior(ballots: _Ballots) -> np.ndarray:
 
 
 def _prior(num_raters: int, labels: list[int], first_task: int) -> tuple[tuple[np.ndarray, ...], pd.Series]:
-    """Answers that every rater is taken to have given to tasks of known truth: (task, worker, label), and the truth."""
+    """Return each rater's assumed answers to tasks of known truth, as (task, worker, label), and the truth."""
     kinds = [(truth, said, PRIOR_RIGHT if truth == said else PRIOR_WRONG) for truth in labels for said in labels]
     truth_K, said_K = (np.repeat([kind[i] for kind in kinds], [kind[2] for kind in kinds]) for i in (0, 1))
     task = first_task + np.arange(num_raters * len(truth_K))
@@ -198,10 +197,10 @@ def _bradley_terry(ballots: _Ballots) -> np.ndarray:
     margin_P = np.zeros(ballots.num_pairs)
     votes_P = np.bincount(ballots.pair_V, minlength=ballots.num_pairs)
     balance_P = np.bincount(ballots.pair_V, ballots.vote_V, ballots.num_pairs).astype(int)
-    # Whole numbers of half wins: two for a vote, one for each side of a tie, and one for each side of a compared pair.
+    # In half wins, to stay whole: two per vote, one per side of a tie, and one per side of a compared pair.
     wins_P2 = np.stack([votes_P + balance_P, votes_P - balance_P], axis=1) + 1
     judged_P = votes_P > 0
-    # The strengths of a group say nothing about another; a few groups at a time keep crowd-kit's win matrix small.
+    # Groups are independent, so fit a few at a time to keep crowd-kit's win matrix small.
     for fit in np.unique(ballots.group_P[judged_P] // GROUPS_A_FIT):
         chosen = np.flatnonzero(judged_P & (ballots.group_P // GROUPS_A_FIT == fit))
         repeats = wins_P2[chosen].sum(1)

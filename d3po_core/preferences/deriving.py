@@ -1,16 +1,16 @@
-"""Preferences from judgements, in SQL.
+"""Derive preferences from judgements, in SQL.
 
-Every rater's last word on each image (or pair) becomes a vote on every pair of a group; votes are combined, and the
-pairs to train on are chosen. Judgements stay as they are: derive again under another rule at any time.
+Every rater's latest answer on each image or pair becomes a vote on every pair of a group. The votes are combined, and
+the training pairs are chosen. Judgements never change, so preferences can be derived again under another rule.
 
     pareto    the first wins if no rater is against it and at least one is for it (Pareto dominance)
     majority  the first wins if more raters are for it than against it
     weighted  the first wins if the weighted sum of its scores is higher; each scorer's scores are standardised over the
-              round (mean 0, standard deviation 1), so that a weight does not depend on a scorer's unit; a scorer that
-              gives all images the same score adds nothing
+              round (mean 0, standard deviation 1), so that weights do not depend on units; a scorer that gives all
+              images the same score adds nothing
     ties      pairs that nobody wins; they never reach training
 
-A group that people judged is decided by people alone, by a rule that the caller brings; the others by the proxies.
+People alone decide the groups that people judged, by a rule that the caller passes; proxies decide the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import duckdb
 import pyarrow as pa
 
-# Sums of standardised scores that differ by less are equal: they differ by rounding.
+# Sums of standardised scores that differ by less are equal up to rounding.
 SAME_SUM = 1e-9
 
-# Every number that a rater gave an image, in the rounds that a condition on `round` lets through.
+# Every number that a rater gave an image, in the rounds that meet a condition on `round`.
 _MARKS = """
 WITH last_word AS (
     -- A rater may judge the same thing again: the later judgement counts, both stay on record.
@@ -78,7 +78,7 @@ WHERE a.member < b.member AND a.rater_kind = 'proxy' AND a.kind = 'score'
   AND b.rater_kind = 'proxy' AND b.kind = 'score'
 """
 
-# Summed in one order, so that the rows' order changes not even the rounding.
+# Sum in a fixed order, so that the rows' order cannot change the rounding.
 _WEIGHED = f"""
 SELECT *, 1.0::DOUBLE AS weight,
        CASE outcome WHEN 1 THEN votes_for WHEN -1 THEN votes_against ELSE num_raters - votes_for - votes_against END
@@ -109,7 +109,7 @@ _RULES = {
 
 _PAIRS = {
     "all": "SELECT * FROM decided WHERE outcome != 0",
-    # Standing: wins minus losses within the group; the lower member is taken among equals, so that it is repeatable.
+    # Standing is wins minus losses within the group; the lower member breaks ties, so that results are repeatable.
     "best_worst": """
         SELECT d.* FROM decided d JOIN (
             SELECT group_id, arg_max(member, (standing, -member)) AS best, arg_min(member, (standing, member)) AS worst
@@ -128,7 +128,7 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Preferences:
-    """Derived pairs, as a table of the ``preferences`` schema, and the number of judged pairs that nobody won."""
+    """Derived pairs as a table of the ``preferences`` schema, and the number of judged pairs that nobody won."""
 
     table: pa.Table
     num_ties: int
@@ -151,14 +151,14 @@ def derive_preferences(
     Args:
         connection: a database with ``samples`` and ``judgements``.
         round_number: the round.
-        combine: ``pareto``, ``majority`` or ``weighted``; of proxies, and of people too when ``decide_people`` is not
-            given (people have no scores to weigh: with ``weighted`` theirs is ``majority``).
+        combine: ``pareto``, ``majority`` or ``weighted``, for proxies, and for people if ``decide_people`` is not given
+            (people have no scores to weigh, so ``weighted`` is ``majority`` for them).
         pairs: ``all`` pairs of a group that somebody won, or each group's ``best_worst``.
-        decide_people: makes one decision a pair of people's votes. It gets the table of ``collect_votes`` without the
-            proxies' rows and returns group_id, first_id, second_id, first_member, second_member, num_raters,
+        decide_people: makes one decision per pair from people's votes. It gets the table of ``collect_votes`` without
+            the proxies' rows and returns group_id, first_id, second_id, first_member, second_member, num_raters,
             outcome (1: the first won, -1: the second, 0: a tie), weight in (0, 1], agreement in (0, 1].
-        proxies_decide: whether proxies decide the groups in which no person judged anything; else those have no pairs.
-        weights: with ``weighted``, how much a proxy scorer counts, by its name; 1 when not given.
+        proxies_decide: if true, proxies decide the groups that no person judged; else those have no pairs.
+        weights: with ``weighted``, each proxy scorer's weight by name; 1 by default.
 
     Source: the paper's order of judged images, arXiv 2311.13231, Section 5.
     """
@@ -206,9 +206,9 @@ def derive_preferences(
 
 
 def collect_votes(connection: duckdb.DuckDBPyConnection, round_number: int) -> None:
-    """Make the temporary table ``votes``: every rater's vote on every pair of a group that the rater judged.
+    """Create the temporary table ``votes``: every rater's vote on every pair of a group that the rater judged.
 
-    Its columns: group_id, first_id, second_id, first_member, second_member (the first is the lower member), rater,
+    Columns: group_id, first_id, second_id, first_member, second_member (the first is the lower member), rater,
     rater_kind, vote (1: for the first, -1: for the second, 0: a tie).
     """
     votes = VOTES.format(rounds="round = $round")

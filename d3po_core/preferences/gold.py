@@ -1,4 +1,4 @@
-"""Gold questions: images whose order is known, mixed in among the others, and what they say about a rater."""
+"""Gold questions: images of known order, mixed in among the others, to measure a rater's accuracy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from scipy.special import betainc, betaln
 
 from d3po_core.intervals import share_interval
 
-# At most so many raters who reach the floor are ever left out, however often their answers are looked at.
+# The largest share of raters at the floor who are ever left out, however often we look at their answers.
 ERROR = 0.05
 PAIR = ["group_id", "first_member", "second_member", "first_id", "second_id"]
 
 
 @dataclass(frozen=True)
 class GoldScore:
-    """Gold questions that a rater answered, and how many were right; a half-right one counts in part."""
+    """A rater's number of answered gold questions, and of right ones; partly right answers count in part."""
 
     answered: int = 0
     right: float = 0.0
@@ -27,15 +27,15 @@ class GoldScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the share of right answers, for one look at them; 0 to 1 without any answer."""
+        """Return the 95 % interval of the share of right answers, for a single look; 0 to 1 without answers."""
         return share_interval(self.right, self.answered)
 
     def evidence_below(self, floor: float) -> float:
-        """How much more likely the answers are from somebody below the floor than from somebody on it.
+        """Return the likelihood ratio of the answers: accuracy below ``floor`` against accuracy at ``floor``.
 
-        The likelihood ratio, averaged over all accuracies from 0 to ``floor``. For a rater whose accuracy is at least
-        ``floor`` its mean is at most 1 after every answer, so that the chance of it ever reaching 1 / a is at most a,
-        however often one looks. Half-right answers only lower it.
+        The ratio is averaged over all accuracies from 0 to ``floor``. If the rater's accuracy is at least ``floor``,
+        its mean is at most 1 after every answer. The chance that it ever reaches 1 / a is then at most a, however often
+        one looks. Half-right answers only lower it.
 
         Source: Ville's inequality for a mixture martingale; Howard, Ramdas, McAuliffe and Sekhon, "Time-uniform,
         nonparametric, nonasymptotic confidence sequences", Annals of Statistics 49 (2021), Section 3.2.
@@ -46,12 +46,11 @@ class GoldScore:
 
 
 def gold_scores(votes: pa.Table) -> dict[str, GoldScore]:
-    """How each person answered the gold questions among the votes.
+    """Return each person's score on the gold questions among the votes.
 
-    A question is a group of which gold says that some image is better than another. Its score is the mean over those
-    pairs: 1 for the same order, 1/2 for a tie, 0 for the opposite; guessing scores 1/2 on average, however people
-    judge. The pairs of a group are one question because they stand and fall together: one wrong mark is wrong in
-    several pairs.
+    A question is a group in which gold prefers some image to another. Its score is the mean over those pairs: 1 for the
+    same order, 1/2 for a tie, 0 for the opposite. Guessing scores 1/2 on average, however people judge. A group's pairs
+    form one question because they are not independent: one wrong mark makes several pairs wrong.
 
     Args:
         votes: the table of ``d3po_core.preferences.deriving.collect_votes``.
@@ -67,18 +66,18 @@ def gold_scores(votes: pa.Table) -> dict[str, GoldScore]:
 
 
 def left_out(gold: Mapping[str, GoldScore], accuracy_floor: float) -> list[str]:
-    """Raters who are below the floor for sure, also when their answers are looked at after every question.
+    """Return the raters who are surely below the floor, even if we test them after every question.
 
-    Of raters at the floor at most 5 % are ever left out, see ``GoldScore.evidence_below``. At a floor of 0.6 nobody is
-    left out for fewer than five wrong answers, and one who answered too few questions to tell is kept.
+    At most 5 % of raters at the floor are ever left out, see ``GoldScore.evidence_below``. At a floor of 0.6, leaving
+    out a rater takes at least five wrong answers. Raters with too few answers to tell are kept.
     """
-    if not 0 < accuracy_floor < 1:  # nobody is below 0; below 1 is whoever was ever wrong
+    if not 0 < accuracy_floor < 1:  # nobody is below 0; one error puts a rater below 1
         return sorted(rater for rater, score in gold.items() if accuracy_floor == 1 and score.right < score.answered)
     return sorted(rater for rater, score in gold.items() if score.evidence_below(accuracy_floor) >= 1 / ERROR)
 
 
 def sum_scores(*parts: Mapping[str, GoldScore]) -> dict[str, GoldScore]:
-    """Gold scores of several rounds, a rater at a time."""
+    """Add up each rater's gold scores over several rounds."""
     total: dict[str, GoldScore] = {}
     for part in parts:
         for rater, score in part.items():
@@ -87,5 +86,5 @@ def sum_scores(*parts: Mapping[str, GoldScore]) -> dict[str, GoldScore]:
 
 
 def votes_frame(votes: pa.Table) -> pd.DataFrame:
-    """Votes as pandas, with whole numbers for votes; the other columns of the table are dropped."""
+    """Return votes as a pandas frame, with integer votes and only the needed columns."""
     return votes.select([*PAIR, "rater", "rater_kind", "vote"]).to_pandas().astype({"vote": int})

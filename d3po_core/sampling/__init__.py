@@ -1,1 +1,1 @@
-"""Images drawn from prompts and seeds, with trajectories and exact log_probs."""
+"""Draw images from prompts and seeds, with trajectories and exact log_probs."""

@@ -1,4 +1,4 @@
-"""Draw batches of images and write each in a thread of its own, so that the device waits for no file."""
+"""Draw batches of images and write them from another thread, so that the device never waits for files."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,12 +31,12 @@ def draw_and_write(
     Args:
         policy: the policy.
         config: steps and guidance.
-        batches: what the images of each are made from.
+        batches: the image seeds of each batch.
         latent_dtype: dtype in which latents are stored.
         write: called with a batch's index, its trajectories and its images, uint8 ``[B, height, width, 3]``.
 
     Yields:
-        What ``write`` returned, batch by batch.
+        The return value of ``write`` for each batch.
 
     Raises:
         D3POError: not even one image fits into memory.

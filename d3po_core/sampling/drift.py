@@ -1,4 +1,4 @@
-"""How far the trained model moved from the base on the images that evaluation draws."""
+"""Measure the trained model's drift from the base on the images that evaluation draws."""
 
 import torch
 
@@ -14,20 +14,20 @@ def kl_from_base(
     policy: Policy, schedule: Schedule, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor, guidance_scale: float,
     rows: int,
 ) -> torch.Tensor:  # fmt: skip
-    """How far the policy has drifted: KL(policy || base) along trajectories of the policy, ``[B]``, nats per element.
+    """Return KL(policy || base) along the policy's trajectories, ``[B]``, nats per element.
 
-    Each step's KL is exact (two Gaussians of one variance); the sum over the steps of a sampled trajectory is, by the
-    chain rule, an unbiased estimate of the KL between the whole trajectories. Steps with sigma 0 are left out. Only the
-    base passes over the trajectories: the policy's means are what it sampled, less the noise.
+    Each step's KL is exact (two Gaussians with the same variance). By the chain rule, the sum over a sampled
+    trajectory's steps is an unbiased estimate of the KL between whole trajectories. Steps with sigma 0 do not count.
+    Only the base runs over the trajectories; subtracting the noise from the samples gives the policy's means.
 
     Args:
         policy: the policy.
         schedule: the T steps, on the policy's device.
-        seeds: what the B images were made from.
-        latents_BTCHW: x_T ... x_0 as the policy sampled them, ``[B, T+1, C, H, W]`` on the CPU in float32: what another
-            dtype rounds away would count as drift.
+        seeds: the seeds of the B images.
+        latents_BTCHW: x_T ... x_0 as the policy sampled them, ``[B, T+1, C, H, W]`` on the CPU in float32; rounding to
+            another dtype would count as drift.
         guidance_scale: the guidance that they were sampled with.
-        rows: how many images and steps pass through the network at once.
+        rows: the number of rows (one image at one step) per pass.
     """
     if len(seeds) > rows:
         parts = [slice(i, i + rows) for i in range(0, len(seeds), rows)]
@@ -36,7 +36,7 @@ def kl_from_base(
         )
     steps, at_once = torch.nonzero(schedule.trainable_T).flatten().cpu(), max(1, rows // len(seeds))
     sigma_S = schedule.sigma_T.cpu()[steps]
-    # Every pass has all images, so that its texts stay the same; the last one repeats a step to be as large.
+    # Each pass holds all images at several steps, so one conditioning serves all; the last is padded to full size.
     passes = pad_rows(steps, -(-len(steps) // at_once) * at_once).view(-1, at_once)
     conditioning = policy.encode([seed.prompt for seed in seeds] * at_once, guidance_scale)
 
@@ -46,9 +46,9 @@ def kl_from_base(
         output = policy.predict(latent, schedule.timesteps_T[step_R], conditioning)
         return step_mean(schedule, step_R, latent, output).unflatten(0, (at_once, -1))
 
-    with policy.base(), policy.steady(conditioning):  # once: a network trained as a whole is swapped for the base's
+    with policy.base(), policy.steady(conditioning):  # entered once: full training swaps the whole network
         base_SBCHW = torch.cat([base_mean(steps_S) for steps_S in passes])[: len(steps)]
-    # While the device works.
+    # The CPU does this while the device works.
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
     mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - sigma_S[:, None, None, None, None] * noise_SBCHW

@@ -1,4 +1,4 @@
-"""Sample a round's images, shard by shard; ranks take shards in turn."""
+"""Sample a round's images shard by shard; ranks take shards in turn."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +27,7 @@ from d3po_core.store.tables import SCHEMAS, table_from_rows
 
 
 class Member(NamedTuple):
-    """An image of a group: its ids, its place in the group, and what it is made from."""
+    """One image of a group: its ids, its place in the group, and its seed."""
 
     sample_id: str
     group_id: str
@@ -42,7 +42,7 @@ class Shard:
     Attributes:
         index: its place in the round.
         members: its images.
-        rows_path: their rows of ``samples``; written last, so that what a killed run finished is not sampled again.
+        rows_path: their rows of ``samples``; written last, so a resumed run skips finished shards.
     """
 
     index: int
@@ -51,7 +51,7 @@ class Shard:
 
 
 def round_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
-    """All shards of a round, in order."""
+    """Return all shards of a round, in order."""
     groups = round_members(config, round_number)
     per_shard = max(1, config.sample.batch_size // config.sample.group_size)
     staging = config.folder / "staging" / f"round={round_number}"
@@ -62,9 +62,9 @@ def round_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
 
 
 def round_members(config: CampaignConfig, round_number: int) -> list[list[Member]]:
-    """The members of the round's groups.
+    """Return the members of the round's groups.
 
-    Every seed is a hash of (campaign seed, round, prompt, how often the prompt came before, member).
+    Every seed is a hash of (campaign seed, round, prompt, earlier uses of the prompt in this round, member).
     """
     prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     drawn = draw_prompts(prompts, config.sample.groups_per_round, config.seed, round_number)
@@ -85,7 +85,7 @@ def round_members(config: CampaignConfig, round_number: int) -> list[list[Member
 
 
 def sample_shards(config: CampaignConfig, round_number: int, tell: Tell) -> None:
-    """The job: sample and write the shards that are not there yet, each on one rank, telling of images."""
+    """Sample and write the missing shards, each on one rank, and report the number of images."""
     policy = policy_at(config, start_of(config.folder, round_number))
     own = round_shards(config, round_number)[own_share(policy.accelerator)]
     shards = [shard for shard in own if not shard.rows_path.exists()]
@@ -102,7 +102,7 @@ def _write_shard(
     config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, trajectories: Trajectories,
     images: np.ndarray,
 ) -> int:  # fmt: skip
-    # Asked of the family: the policy's schedule is on the GPU, and to read from there is to wait for the next shard.
+    # Use the family's schedule on the CPU: reading the policy's from the GPU would wait for the next shard.
     schedule = policy.family.schedule(config.sample.num_steps, config.sample.eta)
     trajectory_path = f"trajectories/round={round_number}/shard-{shard.index:04d}.safetensors"
     with atomic_path(config.folder / trajectory_path) as temporary:

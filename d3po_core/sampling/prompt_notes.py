@@ -1,4 +1,4 @@
-"""What to know of prompts before anything is drawn: how many there are, and which look like something else."""
+"""Notes on prompts before anything is drawn: their number, and those that look like something else."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ _ODD: tuple[tuple[str, Callable[[str], object]], ...] = (
     ("hold a tab or another control character", _control),
     ("hold wildcards or LoRA tags of another program, which are drawn as plain words", _OTHER_PROGRAMS.search),
 )
-# What a prompt may well begin or end with, but hardly every prompt of a list.
+# Fine for a single prompt, but suspicious if every prompt of a list matches.
 _ODD_IF_ALL: tuple[tuple[str, Callable[[str], object]], ...] = (
     ("begin with a number as in a list", _LIST_ITEM.match),
     ("stand between quotes", lambda prompt: len(prompt) > 1 and prompt[0] == prompt[-1] == '"'),
@@ -25,11 +25,11 @@ _ODD_IF_ALL: tuple[tuple[str, Callable[[str], object]], ...] = (
 
 
 def prompt_notes(prompts: list[str], field: str) -> list[str]:
-    """What to know of a list of prompts, a line each: what looks like something else than a prompt.
+    """Return one line per kind of text that does not look like a prompt.
 
     Args:
-        prompts: as they will be drawn.
-        field: name of the configuration field, for the lines.
+        prompts: the prompts as they will be drawn.
+        field: name of the configuration field, shown in the lines.
     """
     notes = []
     for what, is_odd in _ODD + (_ODD_IF_ALL if len(prompts) > 1 else ()):
@@ -40,7 +40,7 @@ def prompt_notes(prompts: list[str], field: str) -> list[str]:
 
 
 def prompts_shown(prompts: list[str], field: str) -> str:
-    """A line with the number of prompts and the first of them."""
+    """Return a line with the number of prompts and the first few."""
     more = ", ..." if len(prompts) > 3 else ""
     return f"{field}: {len(prompts):,} prompts: {', '.join(map(_short, prompts[:3]))}{more}"
 

@@ -1,4 +1,4 @@
-"""Prompts: read from a file, and drawn for a round."""
+"""Read prompts from a file and draw them for a round."""
 
 import csv
 import io
@@ -13,15 +13,15 @@ from d3po_core.seeds import derive_seed, permutation
 
 
 def load_prompts(path: str, column: str, field: str) -> list[str]:
-    """Distinct prompts of a file, in its order.
+    """Return a file's distinct prompts, in order.
 
     Args:
         path: a text file (one prompt per line), CSV, TSV, JSON (a list), JSON lines or Parquet.
-        column: the column to read of a table, or the field of JSON's objects.
+        column: the table column, or the field of JSON objects, to read.
         field: name of the configuration field, for messages.
 
     Raises:
-        D3POError: no such file, no such column, not text, or no prompt in it.
+        D3POError: the file or column is missing, holds no text, or holds no prompt.
     """
     file = resolve_path(path)
     if not file.is_file():
@@ -45,7 +45,7 @@ def load_prompts(path: str, column: str, field: str) -> list[str]:
 
 
 def _text_of(file: Path) -> str:
-    """A file's text, in UTF-8 or with the mark of UTF-16."""
+    """Return a file's text: UTF-8, or UTF-16 if it starts with a byte order mark."""
     data = file.read_bytes()
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
@@ -57,11 +57,11 @@ def _read_text(file: Path, column: str, field: str) -> list[str]:
             f"{field} {file}: looks like JSON, not like one prompt per line; name it .json (a list) or .jsonl (an "
             "object per line)"
         )
-    return re.split(r"\r\n|\r|\n", text)  # not at U+2028 and its like, which may stand within a prompt
+    return re.split(r"\r\n|\r|\n", text)  # unlike splitlines, keep U+2028 and the like: a prompt may hold them
 
 
 def _read_json(file: Path, column: str, field: str) -> list[str]:
-    """A list of prompts, or of objects with a field of that name; in one text, or one per line."""
+    """Read a list of prompts, or of objects with field ``column``; .json holds one list, .jsonl one entry per line."""
     text = _text_of(file)
     found = (
         json.loads(text) if file.suffix.lower() == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
@@ -81,7 +81,7 @@ def _read_json(file: Path, column: str, field: str) -> list[str]:
 
 
 def _read_csv(file: Path, column: str, field: str) -> list[str]:
-    """A column of a table whose cells are separated by tabs, or by what its header has: commas or semicolons."""
+    """Read a table's column; .tsv uses tabs, else the header decides between tab, semicolon and comma."""
     text = _text_of(file)
     header = text.partition("\n")[0]
     delimiter = max("\t;,", key=header.count) if file.suffix.lower() != ".tsv" else "\t"
@@ -120,10 +120,10 @@ def _require_column(column: str, names: Sequence[str], file: Path, field: str) -
 
 
 def check_held_out(training: list[str], held_out: list[str]) -> None:
-    """Make sure that no evaluation prompt is trained on.
+    """Check that no evaluation prompt is trained on.
 
     Raises:
-        D3POError: a prompt is in both lists, or differs in case and spaces only.
+        D3POError: a prompt is in both lists, ignoring case and spaces.
     """
     trained = {_plain(prompt) for prompt in training}
     both = sorted(prompt for prompt in set(held_out) if _plain(prompt) in trained)
@@ -139,9 +139,9 @@ def _plain(prompt: str) -> str:
 
 
 def draw_prompts(prompts: list[str], count: int, seed: int, round_number: int) -> list[tuple[str, int]]:
-    """Prompts of a round's groups, each with how often it came before in this round.
+    """Return the prompts of a round's groups, each with its number of earlier uses in this round.
 
-    Every prompt is used once before one is used twice; the order is new each round.
+    Every prompt comes once before any comes twice. Each round has a new order.
     """
     drawn: list[tuple[str, int]] = []
     occurrence = 0

@@ -1,8 +1,8 @@
-"""Sampling of trajectories with exact log_probs.
+"""Sample trajectories with exact log_probs.
 
-Every latent is rounded to its stored dtype before it is scored and before the next step starts from it, so that the
-log_prob of a stored trajectory, computed again, is the one that was stored: exactly when it is computed in that way,
-within float rounding when training computes it with other batches and with the LoRA apart from the base weights.
+Every latent is rounded to its stored dtype before it is scored and before the next step uses it. Replaying a stored
+trajectory therefore gives the stored log_prob: exactly if computed the same way, and within float rounding in training,
+which uses other batches and keeps the LoRA apart from the base weights.
 
 Tensor names carry their shape: B images, T steps, C H W latent channels, height, width.
 """
@@ -39,12 +39,12 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images that are being made: the device works on, whoever needs them waits for them.
+    """Images that the device is still computing; call ``wait`` to get them.
 
     Attributes:
-        trajectories: in memory that the device still writes to.
-        images_BHWC: uint8, the same.
-        done: reached when all is written; None when it already is.
+        trajectories: memory that the device may still write to.
+        images_BHWC: uint8, likewise.
+        done: event after the last write; None if everything is written.
     """
 
     trajectories: Trajectories
@@ -52,10 +52,10 @@ class Drawn:
     done: torch.cuda.Event | None
 
     def wait(self) -> tuple[Trajectories, np.ndarray]:
-        """Trajectories and images, when they are there.
+        """Wait for the device and return trajectories and images.
 
         Raises:
-            D3POError: latents are not finite.
+            D3POError: some latents are not finite.
         """
         if self.done is not None:
             self.done.synchronize()
@@ -84,7 +84,7 @@ def sample_trajectories(
     Args:
         policy: the current policy.
         schedule: the T steps, on the policy's device.
-        seeds: one entry an image; images with equal ``initial_seed`` start from one x_T.
+        seeds: one entry per image; images with equal ``initial_seed`` share x_T.
         guidance_scale: classifier-free guidance, 1 for none.
         latent_dtype: dtype in which latents are stored, float32 or float16.
         on_step: called with the number of images after each step.
@@ -94,15 +94,15 @@ def sample_trajectories(
 
 
 class FirstOutputs:
-    """The network's outputs at x_T, where a group's members are still equal: computed once a group, in full batches.
+    """The network's outputs at x_T, computed once per shared start, in full batches.
 
-    Only in half precision. In full precision every row is computed, so that a step replayed in its batch has the stored
-    log_prob's bits.
+    Used in half precision only. In full precision every row is computed, so that replaying a step in its batch gives
+    the stored log_prob bit for bit.
 
     Args:
         policy: the current policy.
         config: steps and guidance.
-        to_come: all images whose outputs will be asked for, in that order.
+        to_come: all images whose outputs will be requested, in that order.
         latent_dtype: dtype in which latents are stored.
     """
 
@@ -116,7 +116,7 @@ class FirstOutputs:
         self._schedule = policy.schedule(config.num_steps, config.eta)
 
     def of(self, seeds: list[ImageSeed]) -> torch.Tensor | None:
-        """Outputs ``[B, C, H, W]`` on the policy's device; None if they are better computed row by row.
+        """Return outputs ``[B, C, H, W]`` on the policy's device, or None to compute them row by row.
 
         Raises:
             D3POError: not even one image fits into memory.
@@ -128,7 +128,7 @@ class FirstOutputs:
         return torch.stack([self._known[_start(seed)] for seed in seeds])
 
     def _next(self, rows: int) -> dict[Start, torch.Tensor]:
-        """Outputs of the next starts; always of as many rows as a batch has, for which there is compiled code."""
+        """Return outputs of the next starts, padded to a full batch, since compiled code exists for that size."""
         starts = self._to_come[:rows]
         padded = starts + starts[:1] * (rows - len(starts))
         conditioning = self._policy.encode([prompt for prompt, _ in padded], self._config.guidance_scale)
@@ -141,12 +141,12 @@ class FirstOutputs:
 
 
 def _start(seed: ImageSeed) -> Start:
-    """What an image's first step depends on."""
+    """Return the key that an image's first step depends on."""
     return seed.prompt, seed.initial_seed
 
 
 def _first_latent(policy: Policy, initial_seeds: list[int], latent_dtype: torch.dtype) -> torch.Tensor:
-    """x_T ``[B, C, H, W]`` in its stored dtype, on the policy's device."""
+    """Return x_T ``[B, C, H, W]`` in its stored dtype, on the policy's device."""
     drawn = {seed: gaussian(seed, *policy.latent_shape) for seed in dict.fromkeys(initial_seeds)}
     return send(torch.stack([drawn[seed] for seed in initial_seeds]).to(latent_dtype), policy.device)
 
@@ -155,13 +155,13 @@ def _denoise(
     policy: Policy, schedule: Schedule, seeds: list[ImageSeed], guidance_scale: float, latent_dtype: torch.dtype,
     first_BCHW: torch.Tensor | None = None, on_step: Callable[[int], None] | None = None,
 ) -> Trajectories:  # fmt: skip
-    """Trajectories on the policy's device; the device is never waited for.
+    """Return trajectories on the policy's device without waiting for it.
 
-    The first step starts from the network's output ``first_BCHW``, if that is known.
+    The first step uses the network's output ``first_BCHW`` if given.
     """
     count, num_steps = len(seeds), len(schedule.timesteps_T)
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
-    # Drawn step by step, while the device works.
+    # Noise is drawn step by step, while the device works.
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype)], []
     with policy.merged(), policy.steady(conditioning):
@@ -185,23 +185,23 @@ def _denoise(
 def draw_images(
     policy: Policy, config: SampleConfig, seeds: list[ImageSeed], latent_dtype: torch.dtype
 ) -> tuple[Trajectories, np.ndarray]:
-    """Sample a batch and decode it: trajectories, and uint8 images ``[B, height, width, 3]``.
+    """Sample and decode a batch; return trajectories and uint8 images ``[B, height, width, 3]``.
 
-    The same batch gives the same bytes on the same machine with as many threads; the same images in another batch agree
-    within float rounding.
+    The same batch gives the same bytes on the same machine with the same number of threads. In another batch, the same
+    images agree within float rounding.
     """
     return start_drawing(policy, config, seeds, FirstOutputs(policy, config, seeds, latent_dtype)).wait()
 
 
 @torch.no_grad()
 def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], first: FirstOutputs) -> Drawn:
-    """Begin to sample and decode a batch; on a GPU this returns while the images are still being made.
+    """Start to sample and decode a batch; on a GPU this returns before the images are done.
 
     Args:
         policy: the current policy.
         config: steps and guidance.
-        seeds: one entry an image.
-        first: the first outputs of these images, and perhaps of others that come later.
+        seeds: one entry per image.
+        first: the first outputs of these images, and possibly of later ones.
 
     Raises:
         D3POError: not even one image fits into memory.
@@ -230,7 +230,7 @@ def _draw(
     policy: Policy, config: SampleConfig, schedule: Schedule, seeds: list[ImageSeed], latent_dtype: torch.dtype,
     first_BCHW: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Latents, log_probs and images of one chunk, on the policy's device."""
+    """Return latents, log_probs and images of one chunk, on the policy's device."""
     drawn = _denoise(policy, schedule, seeds, config.guidance_scale, latent_dtype, first_BCHW)
     return drawn.latents_BTCHW, drawn.log_probs_BT, policy.decode_on_device(drawn.latents_BTCHW[:, -1])
 
@@ -245,7 +245,7 @@ def replay_log_probs(
     guidance_scale: float,
     equal_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log_prob ``[B]`` of stored steps under the policy as it is now; see ``replay_steps``."""
+    """Return log_prob ``[B]`` of stored steps under the current policy; see ``replay_steps``."""
     return replay_steps(policy, schedule, prompts, latent_BCHW, next_BCHW, step_B, guidance_scale, equal_B)[0]
 
 
@@ -259,7 +259,7 @@ def replay_steps(
     guidance_scale: float,
     equal_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log_prob ``[B]`` and mean of stored steps under the policy as it is now, with gradient if one is being recorded.
+    """Return log_prob ``[B]`` and mean of stored steps under the current policy, with gradient if enabled.
 
     Args:
         policy: the policy to score with.
@@ -269,7 +269,7 @@ def replay_steps(
         next_BCHW: stored x_{t-1}.
         step_B: index of each row's step.
         guidance_scale: the guidance that the trajectory was sampled with.
-        equal_B: for each row the first one of the same prompt, x_t and step, which passes through the network for all.
+        equal_B: for each row, the first row with the same prompt, x_t and step; it passes through the network for all.
     """
     equal_B = torch.arange(len(prompts)) if equal_B is None else equal_B
     first_U, pass_B = equal_B.unique(return_inverse=True)

@@ -1,1 +1,1 @@
-"""Scorers of images: built in, learned, functions of your own, servers."""
+"""Image scorers: built in, learned, your own functions, servers."""

@@ -1,4 +1,4 @@
-"""Scorers made of CLIP: cosines between image and prompt, and a head on the image's embedding.
+"""Scorers built on CLIP: the cosine of image and prompt, and a head on the image's embedding.
 
 Sources: CLIPScore, arXiv 2104.08718; PickScore, arXiv 2305.01569; HPSv2, arXiv 2306.09341; the aesthetic head
 "sac+logos+ava1-l14-linearMSE" of the LAION aesthetic predictor. B images, T tokens, F features.
@@ -27,8 +27,8 @@ HEAD_FILE = "head.safetensors"
 class Similarity(torch.nn.Module):
     """A factor times the cosine between CLIP's embeddings of an image and its prompt.
 
-    ``clip_score``: 100, without the published cut at 0, below which images would tie. ``pickscore``: the factor that
-    CLIP learned, about 100. ``hpsv2``: 1, as its authors give it.
+    ``clip_score``: 100, without the published clamp at 0, below which images would tie. ``pickscore``: CLIP's learned
+    factor, about 100. ``hpsv2``: 1, as published.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype, scale: float | None) -> None:
@@ -44,7 +44,7 @@ class Similarity(torch.nn.Module):
         self._most_tokens = config.text_config.max_position_embeddings
 
     def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
-        """Scores ``[B]``; a prompt longer than CLIP reads is cut."""
+        """Return scores ``[B]``; prompts are cut at CLIP's length."""
         distinct = list(dict.fromkeys(prompts))
         tokens = self._tokenizer(
             distinct, padding="max_length", truncation=True, max_length=self._most_tokens, return_tensors="pt"
@@ -56,7 +56,7 @@ class Similarity(torch.nn.Module):
 
 
 class Aesthetic(torch.nn.Module):
-    """A linear head on CLIP's embedding of an image, of length 1: about 1 (ugly) to 10; prompts do not matter."""
+    """A linear head on CLIP's unit-length image embedding: about 1 (ugly) to 10; ignores prompts."""
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class Aesthetic(torch.nn.Module):
         self._processor = CLIPImageProcessorPil.from_pretrained(place)
 
     def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
-        """Scores ``[B]``."""
+        """Return scores ``[B]``."""
         image_BF = self._model(pixels(self._processor, images, self._model)).image_embeds.float()
         return self._head(torch.nn.functional.normalize(image_BF, dim=1))
 
 
 def pixels(processor: CLIPImageProcessorPil, images: np.ndarray, model: torch.nn.Module) -> torch.Tensor:
-    """What a model gets of uint8 images ``[B, height, width, 3]``, on its device and in its precision."""
+    """Preprocess uint8 images ``[B, height, width, 3]`` to a model's input, on its device and in its precision."""
     parameter = next(model.parameters())
     shown = processor(images=list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
     return shown.to(parameter.device, parameter.dtype)
@@ -102,7 +102,7 @@ _OPEN_CLIP_NAMES = (
 
 
 def open_clip_names(state: State) -> State:
-    """Weights with open_clip's names, in which HPSv2 is published, as transformers' CLIPModel has them."""
+    """Rename open_clip's weights, the format of HPSv2, to those of transformers' CLIPModel."""
     renamed: State = {}
     for name, tensor in state.items():
         fused = re.match(r"(.*)\.attn\.in_proj_(weight|bias)$", name)
@@ -112,7 +112,7 @@ def open_clip_names(state: State) -> State:
             parts = {
                 f"{block}.self_attn.{part}_proj.{kind}": rows for part, rows in zip("qkv", tensor.chunk(3), strict=True)
             }
-        elif name in ("visual.proj", "text_projection"):  # used from the other side
+        elif name in ("visual.proj", "text_projection"):  # open_clip stores it transposed
             parts = {name: tensor.T}
         for key, value in parts.items():
             for pattern, replacement in _OPEN_CLIP_NAMES:

@@ -6,7 +6,7 @@ A scorer is a function ``(images, prompts) -> scores``:
     prompts   list of B strings
     scores    B finite numbers, higher is better
 
-Four kinds, told apart by their name in the configuration (docs/scorers.md):
+The name in the configuration selects one of four kinds (docs/scorers.md):
 
     proxies   ``brightness``, ``jpeg_compressibility``, ...: no weights
     learned   ``aesthetic``, ``clip_score``, ``pickscore``, ``hpsv2``, ``image_reward``: weights by hub id or folder
@@ -45,17 +45,17 @@ BUILT_IN: dict[str, Scorer] = {
 def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "auto", memory: str = "fast") -> Scorer:
     """Find a scorer by name; its results are checked at every call.
 
-    A learned scorer's files are found here (and fetched from the hub, if they were not yet); its weights are read at
-    the first call and kept for the life of the process.
+    A learned scorer's files are found here, and downloaded from the hub if needed. Its weights are read at the first
+    call and kept for the life of the process.
 
     Args:
         name: as in ``judge.scorers``.
-        scoring: where models and servers are; all defaults when not given.
+        scoring: locations of models and servers; defaults if not given.
         device: where learned scorers run: ``auto``, ``cpu`` or ``cuda``.
         memory: as ``model.memory``: unless ``fast``, a learned scorer leaves the device after each call.
 
     Raises:
-        D3POError: no such scorer, or its model's files are not there or not safe to read.
+        D3POError: no such scorer, or its model's files are missing or unsafe to read.
     """
     scoring = scoring or ScoringConfig()
     where = scoring.models.get(name)
@@ -77,12 +77,12 @@ def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "
 
 
 def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str:
-    """The type of device, ``cuda`` or ``cpu``, that scoring with these scorers occupies."""
+    """Return the device type, ``cuda`` or ``cpu``, that these scorers occupy."""
     learned = any(name in MODELS and not is_url(scoring.models.get(name, "")) for name in names)
     return device_type(device) if learned else "cpu"
 
 
-# Kept for the life of the process: weights are read once, connections to a server stay open.
+# Cached for the life of the process, so that weights are read once and connections stay open.
 _model = functools.cache(ModelScorer)
 
 
@@ -93,7 +93,7 @@ def _without_secrets(name: str, url: str) -> str:
             "the report, MLflow and Prefect; put it in the environment and its name in the address, such as "
             "https://${SCORER_LOGIN}@host/score or https://host/score?api_key=${SCORER_KEY}"
         )
-    filled_in(url, f"scoring.models.{name}")  # what is missing is said now, not after the sampling
+    filled_in(url, f"scoring.models.{name}")  # report missing variables now, not after sampling
     return url
 
 
@@ -113,7 +113,7 @@ def _imported(name: str) -> Scorer:
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+    except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise D3POError(f"scorer {name!r} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
     if not callable(function):
@@ -144,10 +144,10 @@ def _checked(name: str, scorer: Scorer) -> Scorer:
 
 
 def load_scorers(config: CampaignConfig, names: Iterable[str]) -> dict[str, Scorer]:
-    """The campaign's scorers by name, each once.
+    """Return the campaign's scorers by name, each loaded once.
 
     Raises:
-        D3POError: one of them is not there.
+        D3POError: a scorer is missing.
     """
     model = config.model
     return {name: load_scorer(name, config.scoring, model.device, model.memory) for name in names}

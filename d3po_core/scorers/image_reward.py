@@ -1,8 +1,8 @@
-"""ImageReward: BLIP reads a prompt while it looks at the image, and a head turns what it understood into a number.
+"""ImageReward: BLIP reads the prompt together with the image, and a head turns its first token into a score.
 
-The authors' package needs an old transformers; here BLIP is transformers', and weights keep the authors' names. What
-is theirs: 35 tokens, always padded; CLIP's preparation of images; the head on the first token; mean and deviation.
-Source: arXiv 2304.05977 and the code of its authors. B images, S patches, F features.
+The authors' package needs an old transformers; here BLIP is transformers' own, and the weights keep the authors' names.
+As in their code: 35 tokens, always padded; CLIP's image preprocessing; the head on the first token; mean and deviation.
+Source: arXiv 2304.05977 and its authors' code. B images, S patches, F features.
 """
 
 import re
@@ -21,7 +21,7 @@ from d3po_core.scorers.sources import Source
 TOKENS = 35
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 
-# BLIP with the large vision transformer, as ImageReward-v1.0 has it.
+# BLIP with the large vision transformer, as in ImageReward-v1.0.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "vision_config": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -45,7 +45,7 @@ class _Blip(BlipPreTrainedModel):
 
 
 class ImageReward(torch.nn.Module):
-    """How well an image fits its prompt and pleases: about 0 on average, 1 for a standard deviation more."""
+    """A score of an image's fit to its prompt and its appeal: mean about 0, standard deviation about 1."""
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ImageReward(torch.nn.Module):
         self._tokenizer = BertTokenizer.from_pretrained(source.place_of("tokenizer_config.json"))
 
     def forward(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
-        """Scores ``[B]``; a prompt of more than 35 tokens is cut."""
+        """Return scores ``[B]``; prompts are cut at 35 tokens."""
         tokens = self._tokenizer(
             prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self._model.device)
@@ -85,7 +85,7 @@ _NAMES = (
 
 
 def authors_names(state: State) -> State:
-    """BLIP's weights under transformers' names; the head and what only pretraining used are left out."""
+    """Return BLIP's weights under transformers' names, without the head and pretraining-only weights."""
     renamed: State = {}
     for name, tensor in state.items():
         key = name

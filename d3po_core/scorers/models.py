@@ -1,6 +1,6 @@
-"""Learned scorers: which there are, and how each is read once and asked in batches.
+"""Learned scorers: their list, and a wrapper that reads each model once and calls it in batches.
 
-Half precision on a GPU, single on a CPU; similarities and heads are always computed in single precision.
+Models run in half precision on a GPU and single on a CPU; similarities and heads always in single precision.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ class Model:
     """A learned scorer's files.
 
     Attributes:
-        default: hub id or folder of the weights when the configuration names none; empty if there is none to name.
-        rest: hub id of what the place of the weights may lack.
-        files: which those are, besides the weights.
-        read: makes the model of them: gives scores ``[B]`` of images and prompts, on the CPU in a type.
+        default: hub id or folder of the weights if the configuration names none; empty if there is no default.
+        rest: hub id for files that the weights' location may lack.
+        files: the names of the files other than weights.
+        read: builds the model on the CPU in a dtype; the model returns scores ``[B]`` of images and prompts.
     """
 
     default: str
@@ -38,7 +38,7 @@ class Model:
 
 
 def _clip(name: str, **options: Any) -> "Callable[[Source, torch.dtype], torch.nn.Module]":
-    """A reader out of ``clip.py``, whose libraries take seconds to import."""
+    """Return a reader that imports ``clip.py`` only when called, since its libraries take seconds to import."""
 
     def read(source: Source, dtype: "torch.dtype") -> "torch.nn.Module":
         from d3po_core.scorers import clip
@@ -67,9 +67,9 @@ MODELS: dict[str, Model] = {
 
 
 class ModelScorer:
-    """A learned scorer: its files are found at once, its weights are read at the first call.
+    """A learned scorer: it finds its files at once and reads its weights at the first call.
 
-    Between calls its weights stay on the device, or wait in main memory when ``leaves_device``.
+    Between calls the weights stay on the device, or wait in main memory if ``leaves_device``.
     """
 
     def __init__(self, name: str, where: str, device: str, batch_size: int, leaves_device: bool) -> None:
@@ -91,7 +91,7 @@ class ModelScorer:
         self._judge: torch.nn.Module | None = None
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        """Scores ``[B]`` of images ``[B, height, width, 3]``."""
+        """Return scores ``[B]`` of images ``[B, height, width, 3]``."""
         if self._judge is None:
             self._judge = _read(self.name, self._source, half_precision=self._device == "cuda")
         with self._on_device(self._judge):
@@ -118,7 +118,7 @@ class ModelScorer:
 
 
 def _read(name: str, source: Source, half_precision: bool) -> "torch.nn.Module":
-    """The model that gives scores ``[B]`` of images and prompts, on the CPU."""
+    """Load the model on the CPU; it returns scores ``[B]`` of images and prompts."""
     import torch
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Scorers that need nothing but the image: sizes, brightness, and the judge of the shapes world."""
+"""Scorers without weights: file sizes, brightness, and the judge of the shapes world."""
 
 import tempfile
 
@@ -12,23 +12,26 @@ JPEG_QUALITY = 95
 
 
 def jpeg_incompressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Size in kB (1000 bytes) of each image as JPEG of quality 95. Source: DDPO, arXiv 2305.13301, Section 5.1."""
+    """Return each image's size in kB (1000 bytes) as JPEG at quality 95.
+
+    Source: DDPO, arXiv 2305.13301, Section 5.1.
+    """
     return np.array(at_once(_jpeg_bytes, images)) / 1000
 
 
 def jpeg_compressibility(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Minus the JPEG size in kB: smaller files score higher."""
+    """Return minus the JPEG size in kB, so that smaller files score higher."""
     return -jpeg_incompressibility(images, prompts)
 
 
 def brightness(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """Mean luma (ITU-R BT.601 weights) of each image, in [0, 1]."""
-    # No matrix product: it may round one row otherwise than another, and equal images are to tie.
+    """Return each image's mean luma (ITU-R BT.601 weights), in [0, 1]."""
+    # No matrix product: it may round rows differently, and equal images must tie.
     return ((images.astype(np.float64) / 255).mean(axis=(1, 2)) * [0.299, 0.587, 0.114]).sum(axis=-1)
 
 
 def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """1 where an image of the shapes world shows what its prompt says, else 0: d3po_core.scorers.shapes.drawn_right."""
+    """Return 1 for shapes-world images that show their prompt, else 0: see d3po_core.scorers.shapes.drawn_right."""
     import torch
 
     from d3po_core.scorers import shapes
@@ -41,7 +44,7 @@ def prompt_alignment(images: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def _jpeg_bytes(image: np.ndarray) -> int:
-    # A file, not memory: Pillow lets other threads run only while it packs into a file.
+    # A file, not memory: Pillow releases the GIL only while it encodes into a file.
     with tempfile.TemporaryFile() as file:
         Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
         return file.tell()

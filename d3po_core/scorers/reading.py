@@ -1,4 +1,4 @@
-"""Reading models for scorers: transformers' own layout of weights, or that of the authors, renamed."""
+"""Read scorers' models, from transformers' own weight layout or the authors' renamed."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ State = dict[str, torch.Tensor]
 
 
 def read_model(kind: Any, source: Source, config: Any, state: State | None = None, place: str | None = None) -> Any:
-    """A model in single precision on the CPU, for inference; every weight that it needs comes from the file.
+    """Load a model in single precision on the CPU, for inference; all its weights must come from the file.
 
     Args:
         kind: transformers' class.
         source: where the weights are.
         config: its configuration.
-        state: the weights by transformers' names, if they were read already, such as to rename them.
-        place: folder or hub id with the weights, ``source.where`` when not given.
+        state: weights under transformers' names, if already read, for example to rename them.
+        place: folder or hub id with the weights; ``source.where`` by default.
 
     Raises:
         D3POError: weights are missing, or do not fit the configuration.
@@ -29,7 +29,7 @@ def read_model(kind: Any, source: Source, config: Any, state: State | None = Non
         model, found = kind.from_pretrained(None, state_dict=state, **options)
     else:
         model, found = kind.from_pretrained(place or source.where, use_safetensors=True, **options)
-    # What is left out is drawn at random, with a warning; a score out of that would look like any other.
+    # The library draws missing weights at random with only a warning, and the scores would look normal.
     wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if wrong:
         raise source.error(
@@ -40,7 +40,7 @@ def read_model(kind: Any, source: Source, config: Any, state: State | None = Non
 
 
 def names_in(source: Source) -> set[str]:
-    """Names of the weights in their file; none if they are in several files, which only transformers writes."""
+    """Return the weights' names in their file; empty for several files, which only transformers writes."""
     path = source.weights()
     if path.name != WEIGHTS:
         return set()
@@ -49,9 +49,9 @@ def names_in(source: Source) -> set[str]:
 
 
 class Head(torch.nn.Module):
-    """Linear layers one after the other, ``[B, width] -> [B]``, as the authors of both heads publish them.
+    """A stack of linear layers, ``[B, width] -> [B]``, as the authors of both heads publish them.
 
-    Between the layers there is nothing but dropout, which is off. Their names are ``layers.<n>.weight`` and ``.bias``.
+    Only dropout lies between the layers, and it is off. The names are ``layers.<n>.weight`` and ``.bias``.
     """
 
     def __init__(self, source: Source, state: State, width: int) -> None:
@@ -68,7 +68,7 @@ class Head(torch.nn.Module):
         self.layers = torch.nn.Sequential(*(_linear(weight, bias) for weight, bias in layers))
 
     def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """One number for each of B features, in single precision."""
+        """Return one number per row ``[B]``, in single precision."""
         return self.layers(features_BF.float()).squeeze(1)
 
 
@@ -81,6 +81,6 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
 
 
 def head_state(state: State, prefix: str = "") -> State:
-    """The tensors of a head among others, without the prefix of their names."""
+    """Select a head's tensors by prefix, and strip the prefix from their names."""
     start = f"{prefix}layers."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(start)}

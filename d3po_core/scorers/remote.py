@@ -1,14 +1,14 @@
-"""A scorer behind HTTP: a batch of images goes out, their scores come back.
+"""A scorer behind HTTP: send a batch of images, receive their scores.
 
     POST URL     {"images": [PNG in base64, ...], "prompts": [text, ...]}     as many images as prompts
-    200          {"scores": [number, ...]}                                    one for each image, higher is better
+    200          {"scores": [number, ...]}                                    one per image, higher is better
 
-A server that is away, too slow, busy (429) or broken (5xx) is asked again, after 1, 2, 4, ... seconds or what its
-``Retry-After`` says, a minute at most. Any other answer is an error at once. The same images may so be sent twice.
+If a server is down, too slow, busy (429) or broken (5xx), the client retries after 1, 2, 4, ... seconds or after its
+``Retry-After``, at most a minute. It may so send the same images twice. Any other answer raises at once.
 
-The timeout bounds the whole exchange, so that a server that sends a byte now and then is too slow as well. An answer
-may have LARGEST_ANSWER bytes.
-``${NAME}`` in the URL stands for that variable of the environment: messages show the name, the server gets the value.
+The timeout bounds the whole exchange, so it also catches a server that trickles bytes. An answer may have at most
+LARGEST_ANSWER bytes.
+``${NAME}`` in the URL is replaced by that environment variable; messages show the name, the server gets the value.
 """
 
 import base64
@@ -27,7 +27,7 @@ from d3po_core.errors import D3POError
 from d3po_core.urls import NAMED, filled_in
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
-LARGEST_ANSWER = 4 * 1024 * 1024  # bytes; a score takes some twenty
+LARGEST_ANSWER = 4 * 1024 * 1024  # bytes; a score takes about 20
 
 
 class _Answer(BaseModel):
@@ -47,7 +47,7 @@ class _Response(NamedTuple):
 
 
 class RemoteScorer:
-    """Asks one server, in batches, over one connection that stays open."""
+    """Sends batches to one server over one connection that stays open."""
 
     def __init__(self, name: str, url: str, batch_size: int, timeout_seconds: float, tries: int) -> None:
         self.name, self.url = name, url
@@ -64,10 +64,10 @@ class RemoteScorer:
         self._client = httpx.Client(timeout=timeout_seconds)
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        """Scores ``[B]`` of uint8 images ``[B, height, width, 3]``.
+        """Return scores ``[B]`` of uint8 images ``[B, height, width, 3]``.
 
         Raises:
-            D3POError: no answer, or not the answer that the protocol asks for.
+            D3POError: the server did not answer, or its answer breaks the protocol.
         """
         size = self._batch_size
         parts = [self._ask(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
@@ -110,16 +110,16 @@ class RemoteScorer:
         raise self._error(f"{trouble}, asked {self._tries} times; is it running? Then run again: nothing is lost")
 
     def _exchange(self, content: dict[str, Any]) -> _Response:
-        """The server's answer; the whole of it must be here before the time is over."""
+        """Return the server's answer, which must arrive completely within the timeout."""
         found: concurrent.futures.Future[_Response] = concurrent.futures.Future()
 
         def ask(client: httpx.Client) -> None:
             try:
                 found.set_result(self._read(client, content))
-            except BaseException as error:  # raised again where it is waited for
+            except BaseException as error:  # re-raised in the waiting thread
                 found.set_exception(error)
 
-        # httpx bounds each read, not all of them together: only somebody who watches can end an answer that trickles.
+        # httpx limits each read, not the total. Only a watching thread can end a trickling answer.
         threading.Thread(target=ask, args=(self._client,), daemon=True).start()
         try:
             return found.result(self._timeout)

@@ -1,7 +1,7 @@
 """The shapes world: drawn images of prompts such as ``a red circle on a black background``, and its judge.
 
-The embedded base model is trained on this world, so that whether an image shows what its prompt says can be
-decided by a program and needs no learned scorer.
+The embedded base model is trained on this world, so a program can decide whether an image shows its prompt; no learned
+scorer is needed.
 
 Tensor names carry their shape: B images, C = 3 channels (RGB), H = W = 64 pixels, K palette entries, S shapes.
 """
@@ -45,7 +45,7 @@ _AREA_PER_RADIUS2 = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt of this world asks for; each field is an index into SHAPES, COLOURS or BACKGROUNDS."""
+    """The content of a prompt; each field is an index into SHAPES, COLOURS or BACKGROUNDS."""
 
     shape: int
     colour: int
@@ -53,24 +53,24 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The sentence that describes this scene."""
+        """Return the sentence that describes this scene."""
         colour, background = list(COLOURS)[self.colour], list(BACKGROUNDS)[self.background]
         return f"a {colour} {SHAPES[self.shape]} on a {background} background"
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of the world (4 shapes x 6 colours x 3 backgrounds = 72), in a fixed order."""
+    """Return every scene of the world (4 shapes x 6 colours x 3 backgrounds = 72), in a fixed order."""
     sizes = (range(len(SHAPES)), range(len(COLOURS)), range(len(BACKGROUNDS)))
     return [Scene(*indices) for indices in itertools.product(*sizes)]
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene's prompt is kept for evaluation: a quarter of them, covering every word of the world."""
+    """Return whether a scene is held out for evaluation: a quarter of them, covering every word."""
     return (scene.shape + scene.colour + scene.background) % 4 == 0
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """Read a prompt of this world back into its scene.
+    """Parse a prompt of this world into its scene.
 
     Raises:
         ValueError: the prompt is not a sentence of this world; the message lists its words.
@@ -100,11 +100,11 @@ def _pixel_grid(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def signed_distance(centre_B2: torch.Tensor, radius_SB: torch.Tensor) -> torch.Tensor:
-    """Distance of every pixel to the outline of each of the S shapes, negative inside.
+    """Return every pixel's distance to the outline of each of the S shapes, negative inside.
 
     Args:
         centre_B2: (x, y) centre of each object, in pixels.
-        radius_SB: size of each object were it shape S, in pixels.
+        radius_SB: size of each object as shape S, in pixels.
 
     Returns:
         ``[S, B, H, W]``, in pixels (exact for the circle, a lower bound outside the others' corners).
@@ -126,7 +126,7 @@ def signed_distance(centre_B2: torch.Tensor, radius_SB: torch.Tensor) -> torch.T
 def draw(
     shape_B: torch.Tensor, colour_B: torch.Tensor, background_B: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw one image a scene, with random place, size and background texture.
+    """Draw one image per scene, with random place, size and background texture.
 
     Returns:
         ``[B, 3, 64, 64]`` in [0, 1], on the device of the indices.
@@ -158,9 +158,9 @@ def draw(
 def drawn_right(image_BCHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """Decide for each image whether it shows its prompt: shape, colour and background.
 
-    An image is right when its largest patch of pure colour has the prompted colour, that patch overlaps the
-    ideal prompted shape of the same centre and area (intersection over union above 0.75, and above that of every
-    other shape), other colours stay below 15 % of it, and 80 % of the rest has the prompted background level.
+    An image is right if its largest patch of pure colour meets four conditions. It has the prompted colour. It overlaps
+    the ideal prompted shape of the same centre and area, with an intersection over union above 0.75 and above every
+    other shape's. Other colours stay below 15 % of it. And 80 % of the rest has the prompted background level.
 
     Args:
         image_BCHW: ``[B, 3, 64, 64]`` in [0, 1].
@@ -189,7 +189,7 @@ def drawn_right(image_BCHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     iou_SB = _iou_with_ideal_shapes(mask_BHW)
     iou_B, shape_B = iou_SB.max(dim=0)
 
-    # Two pixels around the object are a blend of object and ground: they belong to neither.
+    # Two pixels around the object blend object and background, so they count as neither.
     near_BHW = torch.nn.functional.max_pool2d(mask_BHW[:, None].float(), 5, 1, 2)[:, 0] > 0
     ground_area_B = (~near_BHW).sum((1, 2)).clamp(min=1)
     wanted = torch.tensor([[s.shape, s.colour, s.background] for s in scenes], device=device)
@@ -206,7 +206,7 @@ def drawn_right(image_BCHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def _iou_with_ideal_shapes(mask_BHW: torch.Tensor) -> torch.Tensor:
-    """Overlap ``[S, B]`` of each mask with the four ideal shapes of its own centre and area."""
+    """Return each mask's overlap ``[S, B]`` with the four ideal shapes of its own centre and area."""
     x_HW, y_HW = _pixel_grid(mask_BHW.device)
     area_B = mask_BHW.sum((1, 2)).clamp(min=1).float()
     centre_B2 = torch.stack([(mask_BHW * x_HW).sum((1, 2)), (mask_BHW * y_HW).sum((1, 2))], dim=1) / area_B[:, None]

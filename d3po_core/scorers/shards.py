@@ -1,4 +1,4 @@
-"""Scores of one shard's images, by the scorers that can be asked while others are sampled."""
+"""Score a shard's images while later shards are sampled."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from d3po_core.store.sealed import read_sealed, sealed
 
 @dataclass(frozen=True)
 class ShardScores:
-    """What the scorers that can be asked early say of a shard's images.
+    """The early scorers' results for a shard's images.
 
     Attributes:
         scores: scorer -> a score of every image.
-        dissimilarities: how different the images of each group look.
+        dissimilarities: a measure of how different each group's images look.
     """
 
     scores: dict[str, list[float]]
@@ -27,7 +27,7 @@ class ShardScores:
 
 
 def shard_scorers(config: CampaignConfig) -> list[str]:
-    """The judge's scorers that can be asked while the model samples; asked about a shard at once, whenever that is."""
+    """Return the judge's scorers that can run while the model samples; they always score whole shards."""
     beside_gpu = device_type(config.model.device) == "cuda"
     return [
         name
@@ -37,7 +37,7 @@ def shard_scorers(config: CampaignConfig) -> list[str]:
 
 
 def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardScores:
-    """Ask the early scorers about a shard.
+    """Score a shard with the early scorers.
 
     Args:
         config: the campaign's configuration.
@@ -55,18 +55,18 @@ def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardS
 
 
 def scores_path(shard: Shard) -> Path:
-    """Where the early scores of a shard lie: beside its rows."""
+    """Return the path of a shard's early scores, beside its rows."""
     return shard.rows_path.with_suffix(".scores.json")
 
 
 def write_scores(shard: Shard, found: ShardScores) -> None:
-    """Keep what the early scorers said of a shard."""
+    """Write the early scorers' results for a shard."""
     with atomic_path(scores_path(shard)) as temporary:
         temporary.write_text(sealed(asdict(found)))
 
 
 def read_scores(shard: Shard, scorers: list[str]) -> ShardScores | None:
-    """What these early scorers said of a shard; None if they, all of them and no others, were not asked yet.
+    """Return a shard's early scores, or None if the file does not hold exactly these scorers.
 
     Raises:
         D3POError: the file is damaged.

@@ -1,6 +1,6 @@
-"""Where a learned scorer's files are: a folder or a hub id, and another hub id for what the first does not hold.
+"""Find a learned scorer's files: in a folder or hub id, and in a second hub id for files the first lacks.
 
-Weights are read from safetensors alone, which run no code when they are read.
+Weights are read from safetensors only, since reading them runs no code.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ UNSAFE = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class Source:
-    """The places of one scorer's files."""
+    """The locations of one scorer's files."""
 
     def __init__(self, scorer: str, where: str, rest: str | None) -> None:
-        """Look at the places; a local folder must exist.
+        """Check the locations; a local folder must exist.
 
         Args:
             scorer: the scorer's name, for messages.
-            where: folder (relative ones start at the project) or hub id of its weights.
-            rest: hub id of a configuration, a tokenizer and an image processor, should ``where`` lack them.
+            where: folder (relative to the project) or hub id of its weights.
+            rest: hub id of a configuration, a tokenizer and an image processor, in case ``where`` lacks them.
         """
         self.scorer, self.given = scorer, where
         local = resolve_path(where)
@@ -35,11 +35,11 @@ class Source:
         self._places = [self.where, *([rest] if rest else [])]
 
     def error(self, problem: str) -> D3POError:
-        """An error that names the scorer and the place that was asked for."""
+        """Return an error that names the scorer and its configured location."""
         return D3POError(f"scorer {self.scorer!r}: {self.given}: {problem}")
 
     def find(self, filename: str, place: str | None = None) -> Path | None:
-        """A file's path, fetched from the hub if need be; None if the place (``where`` when not given) has none."""
+        """Return a file's path, downloaded if needed, or None if ``place`` (``where`` by default) lacks it."""
         from transformers.utils import cached_file
 
         with self.explained():
@@ -47,10 +47,10 @@ class Source:
         return Path(found) if found else None
 
     def place_of(self, filename: str) -> str:
-        """The first place that has a file.
+        """Return the first location that has a file.
 
         Raises:
-            D3POError: none has it.
+            D3POError: no location has it.
         """
         for place in self._places:
             if self.find(filename, place):
@@ -58,10 +58,10 @@ class Source:
         raise self.error(f"{filename} is missing; expected a folder written by save_pretrained (docs/scorers.md)")
 
     def weights(self) -> Path:
-        """The weights' file; of weights in several files, their index.
+        """Return the weights file, or the index if the weights are in several files.
 
         Raises:
-            D3POError: there is none, or only files that would run code.
+            D3POError: there are no weights, or only files that would run code.
         """
         found = self.find(WEIGHTS) or self.find(f"{WEIGHTS}.index.json")
         if found:
@@ -79,7 +79,7 @@ class Source:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Tell what libraries say of a model that cannot be read in one line."""
+        """Turn library errors about an unreadable model into a one-line error."""
         try:
             yield
         except D3POError:

@@ -1,1 +1,1 @@
-"""The same functions, faster: compiled blocks, fused layers, kernels."""
+"""Faster versions of the same functions: compiled blocks, fused layers, kernels."""

@@ -1,20 +1,20 @@
-"""Compilation of a network's blocks, one by one: faster passes for a slower start.
+"""Compile a network block by block: a slower start for faster passes.
 
-Blocks of one class and shape share compiled code, which is also kept on disk (``TORCHINDUCTOR_CACHE_DIR``): a second
-process starts in a part of the time. Code is compiled for exact shapes, so batches are padded to sizes already seen.
+Blocks of one class and shape share compiled code, which is also kept on disk (``TORCHINDUCTOR_CACHE_DIR``), so a second
+process starts faster. Code is compiled for exact shapes, so batches are padded to sizes already seen.
 """
 
 import torch
 
-# One entry a shape, with and without gradient, LoRA on and off.
+# One entry per shape, with and without gradient, LoRA on and off.
 MOST_VERSIONS = 128
-# Channels-last throughout: left to itself, Inductor hands gradients over in the other layout, and every convolution's
-# backward pass begins with a copy.
+# Force channels-last: by default Inductor passes gradients in the other layout, and every convolution's backward pass
+# starts with a copy.
 OPTIONS = {"force_layout_optimization": True}
 
 
 def compile_regions(network: torch.nn.Module, classes: tuple[str, ...], backend: str = "inductor") -> int:
-    """Compile all blocks of the named classes in place; returns how many those are."""
+    """Compile all blocks of the named classes in place; return their number."""
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_VERSIONS
     blocks = [module for module in network.modules() if type(module).__name__ in classes]
@@ -24,24 +24,24 @@ def compile_regions(network: torch.nn.Module, classes: tuple[str, ...], backend:
 
 
 def compile_whole(network: torch.nn.Module, backend: str = "inductor") -> None:
-    """Compile a network in place, as one."""
+    """Compile a network in place, as a whole."""
     network.compile(dynamic=False, backend=backend, options=OPTIONS if backend == "inductor" else None)
 
 
 class BatchSizes:
-    """Numbers of rows that code was compiled for."""
+    """The batch sizes that code was compiled for."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def fitting(self, rows: int) -> int:
-        """The smallest known number that is at least ``rows``; ``rows`` itself, known from now on, if there is none."""
+        """Return the smallest known size of at least ``rows``; if there is none, remember and return ``rows``."""
         size = min((size for size in self._seen if size >= rows), default=rows)
         self._seen.add(size)
         return size
 
 
 def pad_rows(tensor_B: torch.Tensor, size: int) -> torch.Tensor:
-    """A batch of ``size`` rows: missing ones repeat the first."""
+    """Pad a batch to ``size`` rows by repeating the first row."""
     missing = size - len(tensor_B)
     return torch.cat([tensor_B, tensor_B[:1].expand(missing, *tensor_B.shape[1:])]) if missing else tensor_B

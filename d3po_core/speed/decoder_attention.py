@@ -1,4 +1,4 @@
-"""The attention of a VAE's decoder as plain products: its one head is too wide for the fast kernels of attention."""
+"""Compute a VAE decoder's attention as plain products: its one head is too wide for fast attention kernels."""
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -11,7 +11,7 @@ MOST_SCORES = 2**12 * 2**12
 
 
 def attend_by_products(decoder: torch.nn.Module, positions: int) -> None:
-    """Let the decoder's wide heads, over so many positions, compute all scores at once, if they are few enough."""
+    """Make the decoder's wide heads compute all scores at once, if ``positions`` is small enough."""
     if positions**2 > MOST_SCORES:
         return
     for module in decoder.modules():

@@ -1,8 +1,8 @@
-"""An upsampling and the convolution after it as one transposed convolution: the same function, up to rounding.
+"""Fold an upsampling and its convolution into one transposed convolution: the same function, up to rounding.
 
-A nearest-neighbour upsampling by two writes every pixel four times, and the 3x3 convolution behind it multiplies all
-four. Gathered by the pixel that they are equal to, nine products become four: 4/9 of the arithmetic, and the large
-image is never written. The weights are sums of up to four of the original's.
+A nearest-neighbour upsampling by two writes every pixel four times, and the 3x3 convolution after it multiplies all
+four. Grouping the products by source pixel turns nine into four: 4/9 of the arithmetic, and the large image is never
+written. Each weight is a sum of up to four original ones.
 
 Tensor names carry their shape: B images, I input channels, O output channels, H W height, width.
 """
@@ -15,9 +15,9 @@ from d3po_core.speed.fused_layers import replace_modules
 
 
 def fold_weight(weight_OI33: torch.Tensor) -> torch.Tensor:
-    """The transposed convolution's weight ``[I, O, 4, 4]``; sums are taken in single precision, then rounded.
+    """Return the transposed convolution's weight ``[I, O, 4, 4]``, summed in single precision, then rounded.
 
-    An upsampling is a transposed convolution with a 2x2 box of ones, so the two kernels are convolved with each other.
+    The upsampling is a transposed convolution with a 2x2 box of ones, so the two kernels are convolved with each other.
     """
     accurate_OI33 = weight_OI33.to(torch.promote_types(weight_OI33.dtype, torch.float32)).flip(2, 3)
     padded_OI55 = functional.pad(accurate_OI33, (1, 1, 1, 1))
@@ -27,7 +27,7 @@ def fold_weight(weight_OI33: torch.Tensor) -> torch.Tensor:
 
 
 class FoldedUpsample(torch.nn.Module):
-    """In place of diffusers' Upsample2D, whose frozen convolution it keeps."""
+    """Replaces diffusers' Upsample2D and keeps its frozen convolution."""
 
     folded_IO44: torch.Tensor
 
@@ -37,15 +37,15 @@ class FoldedUpsample(torch.nn.Module):
         self.register_buffer("folded_IO44", fold_weight(self.conv.weight.data), persistent=False)
 
     def forward(self, x_BIHW: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """``[B, I, H, W]`` to ``[B, O, 2H, 2W]``, or to ``output_size`` where sides cannot be halved evenly."""
+        """Map ``[B, I, H, W]`` to ``[B, O, 2H, 2W]``, or to ``output_size`` for sides that do not halve evenly."""
         if output_size is not None:
-            # Contiguous: the channels-last kernel of this fails on large batches (PyTorch issue 141831).
+            # Contiguous, because interpolate's channels-last kernel fails on large batches (PyTorch issue 141831).
             return self.conv(functional.interpolate(x_BIHW.contiguous(), size=output_size, mode="nearest"))
         return functional.conv_transpose2d(x_BIHW, self.folded_IO44, self.conv.bias, stride=2, padding=1)
 
 
 def fold_upsampling(network: torch.nn.Module) -> None:
-    """Replace a network's upsamplings whose convolution is a plain frozen one."""
+    """Replace the upsamplings that have a plain frozen convolution."""
     replace_modules(network, Upsample2D, FoldedUpsample, _can_be_folded)
 
 

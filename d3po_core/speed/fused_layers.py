@@ -1,13 +1,13 @@
-"""A UNet's transformer blocks in fewer passes over memory: the same function, value and gradient, up to rounding.
+"""Run a UNet's transformer blocks in fewer memory passes; values and gradients are the same up to rounding.
 
 The three projections of a self-attention become one product with one LoRA (lora_linear.py).
 
-A group norm becomes a scale and a shift a channel, which compiled code applies in half the time.
+A group norm becomes one scale and one shift per channel, which compiled code applies in half the time.
 
-While a batch is sampled neither the LoRA nor the text changes: what depends on them alone is computed once and held.
+While a batch is sampled, LoRA and text stay the same, so everything that depends only on them is computed once.
 
-Of a gated layer (GEGLU) both halves are products of their own: the gradients of one product's two halves would have to
-be joined first, which compiled code does by computing both for every element.
+The two halves of a gated layer (GEGLU) are separate products. The gradients of one shared product's halves would have
+to be joined first, and compiled code does that by computing both for every element.
 
 Tensor names carry their shape: B images, L tokens, K inputs, N outputs, R ranks; M rows (images x tokens).
 """
@@ -30,9 +30,9 @@ Original = TypeVar("Original", bound=torch.nn.Module)
 
 
 class FusedLoRA:
-    """Linear layers with a LoRA that read the same input, computed as one.
+    """Linear layers with a LoRA and a common input, computed as one.
 
-    Their frozen weights become views of one matrix, so that nothing is kept twice.
+    Their frozen weights become views of one matrix, so that nothing is stored twice.
     """
 
     def __init__(self, layers: list[Linear]) -> None:
@@ -42,14 +42,14 @@ class FusedLoRA:
         self.sizes = [base.weight.shape[0] for base in bases]
         for base, rows in zip(bases, self.weight_NK.split(self.sizes), strict=True):
             base.weight.data = rows
-        # What ``_low_rank`` gives, while the weights stay as they are.
+        # The result of ``_low_rank`` while the weights do not change.
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         biases = [base.bias for base in bases]
         assert len(biases) == 1 or not any(b is not None for b in biases), "fused projections have no bias"
         self.bias_N = biases[0]
 
     def __call__(self, x_BLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs of the layers, each ``[B, L, N]``."""
+        """Return the layers' outputs, each ``[B, L, N]``."""
         dtype = self.weight_NK.dtype
         x_MK = x_BLK.reshape(-1, x_BLK.shape[-1]).to(dtype)
         if self.layers[0].disable_adapters:
@@ -60,11 +60,11 @@ class FusedLoRA:
         return out_MN.view(*x_BLK.shape[:-1], -1).split(self.sizes, dim=-1)
 
     def hold(self) -> None:
-        """Compute A and B now, once for all calls that follow."""
+        """Compute A and B once for all following calls."""
         self.held = self._low_rank(self.weight_NK.dtype)
 
     def _low_rank(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A one below the other ``[R, K]`` and scaled B on a block diagonal ``[N, R]``, R padded with zeros."""
+        """Return A stacked ``[R, K]`` and scaled B block-diagonal ``[N, R]``, with R padded with zeros."""
         down_RK = torch.cat([layer.lora_A["default"].weight for layer in self.layers])
         scaled = [layer.lora_B["default"].weight * layer.scaling["default"] for layer in self.layers]
         up_NR = torch.block_diag(*scaled)
@@ -73,22 +73,22 @@ class FusedLoRA:
 
 
 class SharedRows:
-    """Rows that come twice, once for each text of guidance, while both are still equal: they are computed once."""
+    """Compute rows once while guidance's two copies, one per text, are still equal."""
 
     def __init__(self) -> None:
         self.come_twice = False
 
     def once(self, x_B: torch.Tensor) -> torch.Tensor:
-        """The first half of rows that come twice."""
+        """Return the first half of the rows if they come twice, else all."""
         return x_B[: len(x_B) // 2] if self.come_twice else x_B
 
     def twice(self, x_B: torch.Tensor) -> torch.Tensor:
-        """Rows as they came."""
+        """Undo ``once``: repeat the rows if they came twice."""
         return torch.cat([x_B, x_B]) if self.come_twice else x_B
 
 
 class FusedAttention:
-    """An attention processor of diffusers, for the transformer blocks of a UNet."""
+    """A diffusers attention processor for a UNet's transformer blocks."""
 
     def __init__(self, attention: Attention, *, reads_text: bool) -> None:
         self.shared = SharedRows()
@@ -98,23 +98,23 @@ class FusedAttention:
         else:
             self.query_key_value = FusedLoRA([attention.to_q, attention.to_k, attention.to_v])
         self.out, self.reads_text = FusedLoRA([out]), reads_text
-        # Key and value of the text, while it stays the same.
+        # Key and value of the text while it does not change.
         self.held_text: tuple[torch.Tensor, ...] | None = None
 
     @property
     def layers(self) -> list[FusedLoRA]:
-        """Its projections."""
+        """The projections of this attention."""
         return [self.query, self.key_value, self.out] if self.reads_text else [self.query_key_value, self.out]
 
     def hold(self, text_BLK: torch.Tensor) -> None:
-        """Compute what depends only on the LoRA and on the text now, once for all calls that follow."""
+        """Compute everything that depends only on LoRA and text, once for all following calls."""
         for layer in self.layers:
             layer.hold()
         if self.reads_text:
             self.held_text = tuple(x_BLN.contiguous() for x_BLN in self.key_value(text_BLK))
 
     def let_go(self) -> None:
-        """Compute everything at every call again."""
+        """Go back to computing everything at every call."""
         self.held_text = None
         for layer in self.layers:
             layer.held = None
@@ -127,7 +127,7 @@ class FusedAttention:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention over ``[B, L, K]``, to itself or to the text's states."""
+        """Return the attention of ``[B, L, K]`` to itself or to the text's states."""
         assert attention_mask is None, "Stable Diffusion's UNet masks nothing"
         hidden_states = self.shared.once(hidden_states)
         if self.reads_text:
@@ -143,14 +143,14 @@ class FusedAttention:
 
 
 class SplitGEGLU(torch.nn.Module):
-    """``hidden * gelu(gate)`` with a product for each; in place of diffusers' GEGLU, whose weights it keeps."""
+    """``hidden * gelu(gate)`` with one product for each; replaces diffusers' GEGLU and keeps its weights."""
 
     def __init__(self, original: GEGLU) -> None:
         super().__init__()
         self.proj = original.proj
 
     def forward(self, x_BLK: torch.Tensor) -> torch.Tensor:
-        """``[B, L, K]`` to ``[B, L, N]``."""
+        """Map ``[B, L, K]`` to ``[B, L, N]``."""
         weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         hidden, gate = (functional.linear(x_BLK, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return hidden * functional.gelu(gate)
@@ -158,7 +158,7 @@ class SplitGEGLU(torch.nn.Module):
 
 @torch.library.custom_op("d3po::kept", mutates_args=())
 def kept(x: torch.Tensor) -> torch.Tensor:
-    """The same values: compiled code keeps them, rather than to compute them again wherever they are used."""
+    """Return a copy that compiled code stores, so that it does not recompute the values at every use."""
     return x.clone()
 
 
@@ -167,9 +167,9 @@ kept.register_autograd(lambda _, grad: grad)
 
 
 class ScaledGroupNorm(torch.nn.Module):
-    """A group norm as one scale and one shift a channel, for compiled code; keeps the weights of the one it replaces.
+    """A group norm as one scale and one shift per channel, for compiled code; keeps the original's weights.
 
-    Left to itself, the compiler finds group, statistics and weights again for every element: twice the time.
+    Without it, the compiler looks up group, statistics and weights for every element, in twice the time.
     """
 
     def __init__(self, original: torch.nn.GroupNorm) -> None:
@@ -178,7 +178,7 @@ class ScaledGroupNorm(torch.nn.Module):
         self.weight, self.bias = original.weight, original.bias
 
     def forward(self, x_BCP: torch.Tensor) -> torch.Tensor:
-        """``[B, C, ...]`` to the same; statistics, scale and shift are in single precision."""
+        """Normalise ``[B, C, ...]``; statistics, scale and shift are in single precision."""
         groups_BPGK = x_BCP.movedim(1, -1).reshape(len(x_BCP), -1, self.num_groups, x_BCP.shape[1] // self.num_groups)
         variance_BG, mean_BG = torch.var_mean(groups_BPGK.float(), dim=(1, 3), correction=0)
         weight_GK, bias_GK = (x_C.float().view(self.num_groups, -1) for x_C in (self.weight, self.bias))
@@ -195,7 +195,7 @@ def replace_modules(
     made_of: Callable[[Original], torch.nn.Module],
     fits: Callable[[Original], bool] = lambda _: True,
 ) -> None:
-    """Put something in the place of all modules of exactly this kind that fit."""
+    """Replace all modules of exactly this type that ``fits`` accepts."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is kind and fits(child):
@@ -208,7 +208,7 @@ def scale_group_norms(network: torch.nn.Module) -> None:
 
 
 def split_gated_layers(network: torch.nn.Module) -> None:
-    """Replace the gated layers whose projection is a plain one, without a LoRA."""
+    """Replace the gated layers that have a plain projection without a LoRA."""
     for feed_forward in network.modules():
         if isinstance(feed_forward, FeedForward):
             gated = feed_forward.net[0]
@@ -225,7 +225,7 @@ def fuse_attention(network: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def constants_held(network: torch.nn.Module, text_BLK: torch.Tensor) -> Iterator[None]:
-    """Within this context all passes have this text, this LoRA and no gradient: see FusedAttention.hold."""
+    """Fix text and LoRA for all passes in this context, which must be without gradient: see FusedAttention.hold."""
     processors = [getattr(module, "processor", None) for module in network.modules()]
     fused = [processor for processor in processors if isinstance(processor, FusedAttention)]
     try:
@@ -238,12 +238,12 @@ def constants_held(network: torch.nn.Module, text_BLK: torch.Tensor) -> Iterator
 
 
 def share_rows_until_text(unet: UNet2DConditionModel) -> SharedRows:
-    """Let a UNet that reads text by attention alone compute its first blocks once for both texts of guidance.
+    """Make a UNet that reads text only by attention compute its first blocks once for both texts of guidance.
 
-    Those are the first residual block, and the first attention if it is a fused one to itself.
+    These are the first residual block, and the first attention if it is a fused self-attention.
 
     Returns:
-        The switch: ``come_twice`` says whether the rows of the next pass do.
+        The switch: set ``come_twice`` if the next pass has its rows twice.
     """
     shared = SharedRows()
     block = unet.down_blocks[0].resnets[0]
@@ -256,7 +256,7 @@ def share_rows_until_text(unet: UNet2DConditionModel) -> SharedRows:
 
 
 def _can_be_fused(attention: Attention) -> bool:
-    """Whether an attention is a plain one: nothing between projections and product but what FusedAttention does."""
+    """Return whether an attention is plain: it does nothing beyond what FusedAttention does."""
     projections = [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
     extras = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k, attention.norm_cross)
     return (

@@ -1,7 +1,7 @@
 """A linear layer and its LoRA in one GPU kernel (Triton): the input is read once and the output written once.
 
-As separate products a LoRA of rank 4 passes three times over memory that the layer itself passes over once: on an H100
-1.6 ms in place of 0.9 for the three projections of an attention over 4,096 positions, 128 images.
+As separate products, a LoRA of rank 4 passes three times over memory that the layer itself passes over once. On an
+H100, the three projections of an attention over 4,096 positions, 128 images, take 1.6 ms instead of 0.9 ms.
 
 Tensor names carry their shape: M rows, K inputs, N outputs, R ranks.
 """
@@ -28,7 +28,7 @@ def _is_new_enough(index: int) -> bool:
 
 
 def can_compute(x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
-    """Whether the kernel takes these: on an NVIDIA GPU new enough, in half precision, rows aligned to 16 bytes."""
+    """Return whether the kernel supports these: a recent NVIDIA GPU, half precision, rows aligned to 16 bytes."""
     return (
         x_MK.device.type == "cuda"
         and torch.version.hip is None
@@ -43,7 +43,7 @@ def can_compute(x_MK: torch.Tensor, up_NR: torch.Tensor) -> bool:
 def lora_forward(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, down_RK: torch.Tensor, up_NR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x W^T + b + (x A^T) B^T`` and ``x A^T``; sums in single precision, R a power of two from 16 on."""
+    """Return ``x W^T + b + (x A^T) B^T`` and ``x A^T``, summed in single precision; R is a power of two >= 16."""
     (rows, inputs), outputs, ranks = x_MK.shape, len(weight_NK), len(down_RK)
     out_MN, low_MR = x_MK.new_empty(rows, outputs), x_MK.new_empty(rows, ranks)
     blocks = (

@@ -1,8 +1,8 @@
-"""A frozen linear layer and its LoRA as one operator, with a backward pass that makes no gradient for frozen weights.
+"""A frozen linear layer and its LoRA as one operator; its backward pass makes no gradient for frozen weights.
 
-A LoRA of rank 4 costs a layer almost as much time as the layer itself otherwise: its thin products pass over as much
-memory. On a recent GPU one kernel does it all (lora_kernel.py); elsewhere the LoRA's part is written first and the
-layer's product accumulates on it, in single precision before it is rounded.
+Otherwise a LoRA of rank 4 takes almost as much time as the layer itself, because its thin products pass over as much
+memory. On a recent GPU one kernel does it all (lora_kernel.py). Elsewhere the LoRA's part is written first, and the
+layer's product accumulates on it, in single precision before rounding.
 
 Tensor names carry their shape: M rows (images x tokens), K inputs, N outputs, R ranks.
 """
@@ -14,7 +14,7 @@ import torch
 _lora_kernel: ModuleType | None
 try:
     from d3po_core.speed import lora_kernel as _lora_kernel
-except ImportError:  # no Triton, which comes with PyTorch's builds for GPUs on Linux
+except ImportError:  # no Triton: only PyTorch's GPU builds on Linux include it
     _lora_kernel = None
 
 FEWEST_BACKWARD_ROWS = 1 << 16
@@ -26,7 +26,7 @@ WIDEST_POWER = 64
 
 
 def padded_rank(rank: int) -> int:
-    """How wide a LoRA's thin products are made, with zeros, so that fast kernels can compute them."""
+    """Return the width to which a LoRA's thin products are zero-padded for fast kernels."""
     return max(16, 1 << (rank - 1).bit_length()) if rank <= WIDEST_POWER else rank + -rank % 8
 
 
@@ -34,13 +34,13 @@ def padded_rank(rank: int) -> int:
 def lora_linear(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, down_RK: torch.Tensor, up_NR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x W^T + b + (x A^T) B^T`` and ``x A^T``, all of one dtype; gradients reach x, A and B.
+    """Return ``x W^T + b + (x A^T) B^T`` and ``x A^T``, all of one dtype; gradients reach x, A and B.
 
     Args:
         x_MK: input rows.
         weight_NK: frozen weight W.
         bias_N: frozen bias b.
-        down_RK: A, of all fused layers one below the other.
+        down_RK: A, stacked over the fused layers.
         up_NR: B, block-diagonal over the fused layers, scale included.
     """
     if _lora_kernel is not None and _lora_kernel.can_compute(x_MK, up_NR):
@@ -62,7 +62,7 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     long = len(grad_MN) >= FEWEST_BACKWARD_ROWS
     if long and _lora_kernel is not None and _lora_kernel.can_compute(grad_MN, down_RK.T):
-        # The gradient of x is again a layer with a LoRA, of the transposed matrices.
+        # The gradient of x is again a layer with a LoRA, with transposed matrices.
         grad_x_MK, grad_low_MR = _lora_kernel.lora_forward(grad_MN, weight_NK.T, None, up_NR.T, down_RK.T)
     else:
         grad_low_MR = grad_MN @ up_NR

@@ -1,4 +1,4 @@
-"""How much passes through the network at once: as much as the configuration asks for, until memory runs out."""
+"""Limit the rows per network pass: start with the configured number, halve it when memory runs out."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,21 +13,21 @@ Result = TypeVar("Result")
 class RowLimit:
     """The largest batch that fits; found by halving, and kept for the life of the process.
 
-    Batches only decide how work is cut: what is computed stays the same, up to rounding.
+    The batch size only decides how work is split; results stay the same up to rounding.
     """
 
     def __init__(self, what: str, most: int | None = None) -> None:
         self.what, self._most = what, most
 
     def of(self, wanted: int) -> int:
-        """As many of the wanted rows as fit."""
+        """Return as many of the wanted rows as fit."""
         return wanted if self._most is None else min(wanted, self._most)
 
     def fit(self, wanted: int, work: Callable[[int], Result]) -> Result:
-        """Do work that takes a number of rows at once; when memory runs out do it all again with half as many.
+        """Run work with a number of rows per pass; if memory runs out, run it all again with half as many.
 
         Raises:
-            D3POError: not even a single row fits.
+            D3POError: not even one row fits.
         """
         while True:
             rows = self.of(wanted)
@@ -35,7 +35,7 @@ class RowLimit:
                 return work(rows)
             except torch.OutOfMemoryError:
                 self._halve(rows)
-            torch.cuda.empty_cache()  # here, where the failed work's tensors are no longer held by its traceback
+            torch.cuda.empty_cache()  # here, because the traceback no longer holds the failed work's tensors
 
     def _halve(self, rows: int) -> None:
         if rows <= 1:

@@ -1,1 +1,1 @@
-"""Preferences become updates: packing, the loss, the optimizer."""
+"""Turn preferences into updates: packing, the loss, the optimizer."""

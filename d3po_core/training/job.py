@@ -1,4 +1,4 @@
-"""Train a round's checkpoint; every rank computes a share of each update, and the first one writes."""
+"""Train a round's checkpoint: each rank computes its share of every update, rank 0 writes."""
 
 import json
 import math
@@ -41,7 +41,7 @@ Rows = list[dict[str, Any]]
 
 
 def count_updates(config: CampaignConfig, round_number: int) -> tuple[int, int]:
-    """How many updates a round has, and how many of them an interrupted run has saved."""
+    """Return the round's number of updates, and how many an interrupted run has saved."""
     pairs = read_rows(partition(config.folder, "preferences", round_number) / "part.parquet")
     num_groups = len({pair["group_id"] for pair in pairs})
     total = len(plan_updates(num_groups, config.train, training_seed(config, round_number)))
@@ -50,11 +50,11 @@ def count_updates(config: CampaignConfig, round_number: int) -> tuple[int, int]:
 
 
 def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
-    """The job: train on the round's preferences and write checkpoint and tables, telling of updates.
+    """Train on the round's preferences, write checkpoint and tables, and report each update.
 
     Raises:
-        NonFiniteLossError: training went astray, and the guard's policy is not to reject what was reached.
-        RankError: the ranks came to different weights; nothing that they made is kept.
+        NonFiniteLossError: the loss or gradient became non-finite, and ``guard.policy`` is not ``reject``.
+        RankError: the ranks reached different weights; all their work is discarded.
     """
     checkpoint = _folder(config, round_number)
     policy = policy_at(config, start_of(config.folder, round_number))
@@ -67,7 +67,7 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
     except NonFiniteLossError as error:
         if config.guard.policy != "reject":
             raise
-        failure = str(error)  # the guard rejects what was reached, and the next round starts from the champion
+        failure = str(error)  # the guard rejects this checkpoint; the next round starts from the champion
     _check_ranks(policy, optimizer, checkpoint)
     learned = measure_round(policy, data, config, round_number)
     if first:
@@ -84,7 +84,7 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
 
 
 def _after(learned: Seen | None) -> dict[str, float]:
-    """What was learned, by the names of the record; after a failed update some of it may not be a number."""
+    """Return the final measurements under their record names, without the non-finite ones of a failed round."""
     values = {f"{key}_after": getattr(learned, key) for key in MEASURED} if learned else {}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
@@ -93,7 +93,7 @@ def _run_updates(
     config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
     updates: Rows, tell: Tell,
 ) -> None:  # fmt: skip
-    """Make the updates that are still to be made, adding each to ``updates``, and save now and then."""
+    """Run the remaining updates, append each to ``updates``, and save progress at intervals."""
     total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
     saved_at = time.monotonic()
     for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates)):
@@ -107,14 +107,14 @@ def _run_updates(
 
 
 def _check_ranks(policy: Policy, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Make sure that all ranks made the same steps. No rank passes before all have read what an earlier run saved."""
+    """Check that all ranks made the same steps; waits until every rank has read an earlier run's progress."""
     state = {**dict(policy.weights.parameters()), **optimizer_state(policy, optimizer)}
     try:
         check_agreement(policy.accelerator, state)
     except RankError:
         if policy.accelerator.is_main_process:
-            _drop_progress(checkpoint)  # nobody knows since when: the next attempt starts the round's training anew
-        policy.accelerator.wait_for_everyone()  # the first to raise ends all others
+            _drop_progress(checkpoint)  # may be wrong too, so the next attempt restarts the round
+        policy.accelerator.wait_for_everyone()  # the first rank to raise ends all others
         raise
 
 
@@ -124,10 +124,10 @@ def _mean(updates: Rows, key: str) -> float | None:
 
 
 def _restore(config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer) -> Rows:
-    """Go on from what an interrupted run of this round saved, or from the checkpoint of the round before."""
+    """Resume from an interrupted run's progress, or from the checkpoint that the round starts at."""
     for folder in reversed(_progress_folders(_folder(config, round_number))):
         if not _is_of_this_version(folder):
-            break  # its rows lack columns: the round's training starts anew
+            break  # its rows lack columns, so the round's training restarts
         updates: Rows = load_checkpoint(folder, policy, optimizer)["updates"]
         return updates
     start = start_of(config.folder, round_number)

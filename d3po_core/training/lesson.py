@@ -1,7 +1,7 @@
-"""What a round's training learns from, and how its stored steps are scored by the policy as it is now.
+"""A round's training data, and the log_probs of its stored steps under the current policy.
 
-Tensor names carry their shape: N images with a pair, T steps, C H W latent channels, height, width, R rows (an image at
-a step) of a micro-batch.
+Tensor names carry their shape: N images with a pair, T steps, C H W latent channels, height, width, R rows (one image
+at one step) of a micro-batch.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class TrainingSet:
         latents_NTCHW: stored latents x_T ... x_0, ``[N, T+1, C, H, W]``.
         log_probs_NT: log_probs stored at sampling, ``[N, T]``.
         groups: pairs as (winner, loser, weight), indices into N.
-        noise_seeds: N seeds of the steps' noise, from which the means that were sampled around are known again.
+        noise_seeds: N seeds of the steps' noise; they recover the sampling policy's means.
     """
 
     prompts: list[str]
@@ -39,7 +39,7 @@ class TrainingSet:
 
     @cached_property
     def noise_NTCHW(self) -> torch.Tensor:
-        """The noise of all steps ``[N, T, C, H, W]``, drawn again, once."""
+        """The noise of all steps ``[N, T, C, H, W]``, redrawn once from the seeds."""
         if not self.prompts:
             return torch.empty(0)
         num_images, num_latents, *shape = self.latents_NTCHW.shape
@@ -50,7 +50,7 @@ class TrainingSet:
 
 
 class Lesson:
-    """What stays the same during a round's training: policy, steps and their weights, trajectories, reference.
+    """Everything fixed during a round's training: policy, steps, step weights, trajectories, reference.
 
     Args:
         policy: the policy.
@@ -58,7 +58,7 @@ class Lesson:
         data: trajectories and pairs.
         config: learning settings.
         guidance_scale: the guidance that the trajectories were sampled with.
-        rows: the images and their steps that will be asked for, ``[R, 2]``; all when not given.
+        rows: the (image, step) rows that will be replayed, ``[R, 2]``; all by default.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Lesson:
         self.start_N = list(range(len(data.prompts)))
         if policy.config.precision != "no":
             self.start_N = equal_starts(data.groups, data.latents_NTCHW)
-        # Small beside the activations, unless memory is what there is least of.
+        # Latents are small beside the activations, so only the memory-saving modes keep them on the CPU.
         keep_on = policy.device if policy.config.memory == "fast" else torch.device("cpu")
         self.latents_NTCHW = data.latents_NTCHW.to(keep_on)
         self.steps = trainable_steps(schedule)
@@ -83,10 +83,10 @@ class Lesson:
             self.reference_NT = _base_log_probs(self, every if rows is None else rows)
 
     def replay(self, image_R: torch.Tensor, step_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log_prob ``[R]`` of stored steps under the policy as it is now, and how far its steps are from the sampler's.
+        """Return log_prob and KL of stored steps under the current policy, each ``[R]``.
 
-        The second is the KL between the step of the policy that sampled the round and that of the policy now, at the
-        stored x_t, ``[R]``, nats per element, without gradient. Exact, but for what rounding to float16 leaves.
+        The KL is between the sampling policy's step and the current policy's step at the stored x_t, in nats per
+        element, without gradient. It is exact up to float16 rounding.
         """
         images, steps = (send(x, self.latents_NTCHW.device) for x in (image_R, step_R))
         following = self.latents_NTCHW[images, steps + 1]
@@ -108,13 +108,13 @@ class Lesson:
 
 
 def trainable_steps(schedule: Schedule) -> list[int]:
-    """Indices of the steps that are trained on: those with noise."""
+    """Return the indices of the steps with noise; only these are trained on."""
     return torch.nonzero(schedule.trainable_T.cpu()).flatten().tolist()
 
 
 @torch.no_grad()
 def _base_log_probs(lesson: Lesson, rows_R2: torch.Tensor) -> torch.Tensor:
-    """log_probs ``[N, T]`` of stored steps under the base model, one pass a row; those not asked for stay 0."""
+    """Return log_probs ``[N, T]`` of stored steps under the base model, one pass per row; other entries stay 0."""
     base_NT = torch.zeros_like(lesson.reference_NT)
     accelerator = lesson.policy.accelerator
     rows_R2 = rows_R2[own_share(accelerator)]
@@ -126,5 +126,5 @@ def _base_log_probs(lesson: Lesson, rows_R2: torch.Tensor) -> torch.Tensor:
 
     with lesson.policy.base():
         lesson.policy.training_rows.fit(lesson.config.micro_batch, attempt)
-    sum_over_ranks(accelerator, [base_NT])  # every entry is one rank's, and 0 elsewhere
+    sum_over_ranks(accelerator, [base_NT])  # one rank fills each entry; the others hold 0
     return base_NT

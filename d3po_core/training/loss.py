@@ -1,13 +1,13 @@
-"""The D3PO loss over whole groups: one log_prob an image and step, every pair by arithmetic.
+"""The D3PO loss over whole groups: one log_prob per image and step serves every pair.
 
     loss = - mean over pairs of  weight * log sigmoid( beta * (clip(r_w) - clip(r_l)) )
     r    = step_weight * (log pi_theta - log pi_ref)
 
-Source: arXiv 2311.13231, Eq. 14, one term a pair and step. Departures, each a switch: log_probs are means over
-C, H, W unless ``log_prob: sum``; steps are weighted (``timestep_weighting``); the ratio is clamped (``clip``), as the
-published code does and the paper does not.
+Source: arXiv 2311.13231, Eq. 14, one term per pair and step. Three departures, each a setting: log_probs are means over
+C, H, W unless ``log_prob: sum``; steps are weighted (``timestep_weighting``); the ratio is clamped (``clip``), as in
+the published code but not in the paper.
 
-Tensor names carry their shape: R rows (an image at a step), P pairs.
+Tensor names carry their shape: R rows (one image at one step), P pairs.
 """
 
 import math
@@ -22,7 +22,7 @@ Clip = Literal["one_sided", "two_sided", "none"]
 
 @dataclass(frozen=True)
 class PairLoss:
-    """The loss of each pair and what is worth knowing about it; every tensor is ``[P]``, only loss_P has a gradient."""
+    """Loss and metrics of each pair; every tensor is ``[P]``, and only loss_P has a gradient."""
 
     loss_P: torch.Tensor
     margin_P: torch.Tensor
@@ -39,7 +39,7 @@ def pair_loss(
     clip: Clip,
     clip_range: float,
 ) -> PairLoss:
-    """Loss of every pair from the log-ratios of the rows it joins.
+    """Return each pair's loss from the log-ratios of its two rows.
 
     Args:
         log_ratio_R: weighted log pi_theta - log pi_ref of each row.
@@ -47,12 +47,12 @@ def pair_loss(
         loser_P: row of each pair's loser, at the same step.
         weight_P: weight of each preference, in (0, 1].
         beta: inverse temperature, above 0.
-        clip: ``two_sided`` clamps the ratio to 1 -/+ clip_range; ``one_sided`` clamps only a winner's rise and a
-            loser's fall, so that a move in the wrong direction always has a gradient; ``none`` clamps nothing.
+        clip: ``two_sided`` clamps the ratio to 1 -/+ clip_range. ``one_sided`` clamps only a winner's rise and a
+            loser's fall, so a move in the wrong direction always has a gradient. ``none`` clamps nothing.
         clip_range: half-width of the clamp, in (0, 1).
 
     Returns:
-        loss (nats), unclipped margin r_w - r_l, and the share (0, 0.5 or 1) of the pair's two ratios that is clipped.
+        loss (nats), unclipped margin r_w - r_l, and the clipped share (0, 0.5 or 1) of the pair's two ratios.
     """
     low, high = math.log1p(-clip_range), math.log1p(clip_range)
     r_w, r_l = log_ratio_R[winner_P], log_ratio_R[loser_P]

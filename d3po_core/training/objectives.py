@@ -1,7 +1,7 @@
-"""The objectives that a round can be trained with, by their names in ``train.objective``.
+"""Training objectives by their names in ``train.objective``.
 
-An objective turns the log-ratios of a micro-batch's rows into a loss of each pair. Another one is another function and
-a line in ``OBJECTIVES``.
+An objective turns the log-ratios of a micro-batch's rows into one loss per pair. To add one, write a function and add a
+line to ``OBJECTIVES``.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from d3po_core.training.loss import PairLoss, pair_loss
 
 
 class Objective(Protocol):
-    """A loss of pairs: R rows (an image at a step), P pairs of rows."""
+    """A loss over pairs: R rows (one image at one step), P pairs of rows."""
 
     def __call__(
         self,
@@ -24,7 +24,7 @@ class Objective(Protocol):
         weight_P: torch.Tensor,
         config: TrainConfig,
     ) -> PairLoss:
-        """The loss of every pair.
+        """Return the loss of every pair.
 
         Args:
             log_ratio_R: weighted log pi_theta - log pi_ref of each row.
@@ -40,7 +40,7 @@ def d3po(
     log_ratio_R: torch.Tensor, winner_P: torch.Tensor, loser_P: torch.Tensor, weight_P: torch.Tensor,
     config: TrainConfig,
 ) -> PairLoss:  # fmt: skip
-    """The loss of arXiv 2311.13231, Eq. 14."""
+    """Return the loss of arXiv 2311.13231, Eq. 14."""
     return pair_loss(
         log_ratio_R, winner_P, loser_P, weight_P, beta=config.beta, clip=config.clip, clip_range=config.clip_range
     )
@@ -50,10 +50,10 @@ OBJECTIVES: dict[str, Objective] = {"d3po": d3po}
 
 
 def check_objective(config: TrainConfig) -> None:
-    """Make sure that the objective is one.
+    """Check that the configured objective exists.
 
     Raises:
-        D3POError: it is not; names those that are.
+        D3POError: it does not; the message lists the known ones.
     """
     if config.objective not in OBJECTIVES:
         raise D3POError(f"train.objective is {config.objective!r}; expected one of {', '.join(OBJECTIVES)}")

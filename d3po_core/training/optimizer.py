@@ -1,4 +1,4 @@
-"""The optimizer of a round's training, and whether the gradients are large enough for it."""
+"""A round's optimizer, and the check that gradients are large enough for its eps."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,20 +10,20 @@ from d3po_core.errors import D3POError
 from d3po_core.models.policy import Policy
 from d3po_core.records import DROWNED
 
-# A pair of log-ratios that are 1 nat apart, of the thousands that a sum may move by, is then already decided.
+# At this beta a margin of 1 nat already saturates the loss, and a sum may move by thousands of nats.
 LARGEST_BETA = 20.0
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained weights.
+    """Return AdamW over the trained weights.
 
     Raises:
-        D3POError: the library of the optimizer that is asked for is not installed.
+        D3POError: the configured optimizer's library is not installed.
     """
     parameters = [parameter for _, parameter in policy.weights.parameters()]
     kind = optimizer_class(config)
     if config.optimizer == "adamw8bit":
-        for parameter in parameters:  # else it does so itself, and its moments keep the layout from before
+        for parameter in parameters:  # else it does so itself, and its moments keep the old layout
             parameter.data = parameter.data.contiguous()
     return kind(
         parameters, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps,
@@ -32,7 +32,7 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer
 
 
 def optimizer_class(config: TrainConfig) -> Any:
-    """The optimizer that the configuration asks for.
+    """Return the configured optimizer class.
 
     Raises:
         D3POError: its library is not installed.
@@ -50,10 +50,10 @@ def optimizer_class(config: TrainConfig) -> Any:
 
 
 def check_beta(config: TrainConfig) -> None:
-    """Refuse a beta of the other scale.
+    """Refuse a beta meant for the other log_prob scale.
 
     Raises:
-        D3POError: log_probs are sums, and beta is one for means.
+        D3POError: log_probs are sums, but beta is scaled for means.
     """
     if config.log_prob == "sum" and config.beta > LARGEST_BETA:
         raise D3POError(
@@ -64,10 +64,10 @@ def check_beta(config: TrainConfig) -> None:
 
 
 def drowned_share(gradients: Iterable[torch.Tensor | None], eps: float) -> float:
-    """Share of the trained weights whose gradient is smaller than AdamW's eps, which then stops them.
+    """Return the share of trained weights that AdamW's eps stops: 0 < |gradient| < eps.
 
-    AdamW divides a gradient by its own size plus eps. A gradient that is 0 is left out, as those of a LoRA's first half
-    are while its second half is 0: it moves nothing anyway.
+    AdamW divides a gradient by its own size plus eps. Zero gradients do not count, since they move nothing anyway: a
+    LoRA's first half has them while its second half is 0.
     """
     there = [gradient for gradient in gradients if gradient is not None]
     if not there:
@@ -77,7 +77,7 @@ def drowned_share(gradients: Iterable[torch.Tensor | None], eps: float) -> float
 
 
 def drowned_warning(share: float | None, config: TrainConfig) -> str | None:
-    """What to say of a round in which this share of the weights was stopped by eps; None when it is small."""
+    """Return a warning if eps stopped this large a share of the weights, else None."""
     if share is None or share <= DROWNED:
         return None
     return (

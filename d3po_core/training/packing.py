@@ -1,9 +1,9 @@
-"""How an update's work is cut: cells in random order, packed into micro-batches, and which rows pass for others.
+"""Split an update's work: shuffled cells, packed into micro-batches, with duplicate rows merged.
 
-A cell is a group at a step. The members of a group that share x_T are still equal at the first step: there one of them
+A cell is one group at one step. Group members that share x_T are still identical at the first step, so one of them
 passes through the network for all.
 
-Tensor names carry their shape: N images with a pair, T steps, R rows (an image at a step) of a micro-batch, P pairs.
+Tensor names carry their shape: N images with a pair, T steps, R rows (one image at one step) of a micro-batch, P pairs.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from d3po_core.seeds import permutation
 
 @dataclass(frozen=True)
 class PairedGroup:
-    """The images of one group that are in a pair, by their index in the training set, and its pairs."""
+    """One group's paired images, by index in the training set, and its pairs."""
 
     images: tuple[int, ...]
     pairs: tuple[tuple[int, int, float], ...]
@@ -26,13 +26,13 @@ Cell = tuple[PairedGroup, int]
 
 
 def shuffled_cells(groups: list[PairedGroup], steps: list[int], seed: int) -> list[Cell]:
-    """All groups at all steps, in random order."""
+    """Return all groups at all steps, in random order."""
     cells = [(group, step) for group in groups for step in steps]
     return [cells[index] for index in permutation(seed, len(cells))]
 
 
 def measured_cells(groups: list[PairedGroup], steps: list[int], share: float, seed: int) -> list[Cell]:
-    """Every group at about this share of the steps, at least one, so that all steps have about as many groups."""
+    """Return every group at about this share of the steps, at least one, spread evenly over the steps."""
     if not share or not steps:
         return []
     count = max(1, round(share * len(steps)))
@@ -44,7 +44,7 @@ def measured_cells(groups: list[PairedGroup], steps: list[int], share: float, se
 
 
 def equal_starts(groups: list[PairedGroup], latents_NTCHW: torch.Tensor) -> list[int]:
-    """For each image the first of its group ``[N]`` that starts from the same x_T."""
+    """Return, for each image, the first of its group that starts from the same x_T, ``[N]``."""
     starts = list(range(len(latents_NTCHW)))
     for group in groups:
         for place, image in enumerate(group.images):
@@ -54,13 +54,13 @@ def equal_starts(groups: list[PairedGroup], latents_NTCHW: torch.Tensor) -> list
 
 
 def num_passes(cell: Cell, start_N: list[int]) -> int:
-    """How many rows of a cell pass through the network."""
+    """Return the number of a cell's rows that pass through the network."""
     group, step = cell
     return len({start_N[image] for image in group.images}) if step == 0 else len(group.images)
 
 
 def equal_rows(start_N: list[int], image_R: torch.Tensor, step_R: torch.Tensor) -> torch.Tensor:
-    """For each row the first one ``[R]`` that passes through the network as it does."""
+    """Return, for each row, the first row with the same network input, ``[R]``."""
     first: dict[tuple[int, int], int] = {}
     keys = [
         (start_N[image] if step == 0 else image, step)
@@ -70,7 +70,7 @@ def equal_rows(start_N: list[int], image_R: torch.Tensor, step_R: torch.Tensor) 
 
 
 def micro_batches(cells: list[Cell], start_N: list[int], rows: int) -> Iterator[list[Cell]]:
-    """Cells packed until so many rows pass through the network at once, each into the first that has room."""
+    """Pack cells first-fit into micro-batches of at most ``rows`` network rows; a larger cell gets its own."""
     waiting = [(num_passes(cell, start_N), cell) for cell in cells]
     while waiting:
         packed: list[Cell] = []
@@ -87,7 +87,7 @@ def micro_batches(cells: list[Cell], start_N: list[int], rows: int) -> Iterator[
 
 
 def pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Winner row, loser row, weight and step of every pair of a micro-batch, each ``[P]``."""
+    """Return winner row, loser row, weight and step of every pair of a micro-batch, each ``[P]``."""
     winners, losers, weights, steps, first_row = [], [], [], [], 0
     for group, step in cells:
         row_of = {image: first_row + k for k, image in enumerate(group.images)}

@@ -1,18 +1,18 @@
-"""Training of a round: preferences in, optimizer updates out.
+"""Train a round: preferences in, optimizer updates out.
 
-One policy forward an image and step serves every pair that the image is in. The reference's log_probs are the stored
-ones of sampling (``round_start``) or one pass of the base model (``base``).
+One policy forward per image and step serves every pair that the image is in. The reference's log_probs come from
+sampling (``round_start``) or from one pass of the base model (``base``).
 
-What an update saw is what it found: the policy before it. Whether a round taught anything is measured after its last
-update, on a share of the same pairs (``measure_learned``).
+An update's metrics describe the policy before that update. After a round's last update, ``measure_learned`` measures
+what the round taught, on a share of the same pairs.
 
-With several processes each takes its share of an update's work; the gradient and all that is counted are summed over
-them once an update, after which every rank makes the same step.
+With several processes, each takes its share of an update's work. Gradients and counts are summed over ranks once per
+update, and then every rank makes the same step.
 
-Departures from the published code, beside the switches of the loss: ties are never batched, the ranks' gradients are
-summed whole, and a non-finite loss stops the round before it reaches the weights.
+Departures from the published code, beside the loss settings: ties are never batched, the ranks' gradients are summed
+whole, and a non-finite loss stops the round before it reaches the weights.
 
-Tensor names carry their shape: N images with a pair, T steps, R rows (an image at a step) of a micro-batch, P pairs.
+Tensor names carry their shape: N images with a pair, T steps, R rows (one image at one step) of a micro-batch, P pairs.
 """
 
 import itertools
@@ -48,10 +48,10 @@ from d3po_core.training.update import Seen, UpdateTally
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update, and what it found: the ``_before`` are of the policy before its weights moved.
+    """One optimizer update and its metrics; ``_before`` fields describe the policy before its weights moved.
 
-    ``drowned`` is the share of the trained weights whose gradient was below AdamW's eps; ``per_step`` has a row for
-    each step. The others: ``d3po_core.training.update.Seen``.
+    ``drowned`` is the share of the trained weights whose gradient was below AdamW's eps. ``per_step`` has one row per
+    step. For the others see ``d3po_core.training.update.Seen``.
     """
 
     update: int
@@ -69,9 +69,9 @@ class Update:
 
 
 def plan_updates(num_groups: int, config: TrainConfig, seed: int) -> list[tuple[int, list[int]]]:
-    """Which groups each update trains on: (epoch, group indices), every group once an epoch.
+    """Return (epoch, group indices) for each update; every group comes once per epoch.
 
-    With fewer groups than updates, an update takes at least one group and there are fewer updates.
+    Every update has at least one group, so few groups mean fewer updates than configured.
     """
     per_epoch = num_groups
     if config.updates_per_round != "one_per_group":
@@ -94,20 +94,20 @@ def train_updates(
     seed: int,
     first_update: int = 0,
 ) -> Iterator[Update]:
-    """Train on a round's preferences, yielding after every optimizer update.
+    """Train on a round's preferences and yield after every optimizer update.
 
     Args:
         policy: the policy; its weights are changed.
-        optimizer: from make_optimizer, maybe with earlier state.
+        optimizer: from make_optimizer, possibly with earlier state.
         schedule: the T steps that the trajectories were sampled with, on the policy's device.
         data: trajectories and pairs.
         config: learning settings.
         guidance_scale: the guidance that the trajectories were sampled with.
         seed: fixes the order of groups and steps.
-        first_update: skip this many updates, already made by a run that was interrupted.
+        first_update: skip this many updates, which an interrupted run has already made.
 
     Raises:
-        NonFiniteLossError: a loss or gradient is not finite; the weights are those of the update before.
+        NonFiniteLossError: a loss or gradient is not finite; the weights stay those of the previous update.
     """
     lesson = Lesson(policy, schedule, data, config, guidance_scale)
     for update, (epoch, groups) in enumerate(plan_updates(len(data.groups), config, seed)):
@@ -137,10 +137,10 @@ def train_updates(
 def measure_learned(
     policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float, seed: int
 ) -> Seen | None:
-    """What the policy makes of the round's pairs now that it has learned from them; None when none is measured.
+    """Return the trained policy's metrics on the round's pairs, or None if nothing is measured.
 
-    Every group passes once more at a few of its steps (``train.measured_share``): all steps count alike, and which ones
-    a group has follows from the seed. A pass costs a third of training on it. The arguments are ``train_updates``'.
+    Every group passes once more at a share of its steps (``train.measured_share``). All steps count alike; the seed
+    decides which steps a group gets. A pass costs a third of training on it. Arguments as in ``train_updates``.
     """
     cells = measured_cells(data.groups, trainable_steps(schedule), config.measured_share, seed)
     if not cells:
@@ -153,7 +153,7 @@ def measure_learned(
         tally = UpdateTally(len(lesson.weight_T), sum(len(group.pairs) for group, _ in cells), policy.device)
         for micro_batch in micro_batches(own, lesson.start_N, rows):
             image_R, step_R = _rows(micro_batch)
-            # Not without gradient, though none is taken: compiled code for that would be compiled for this alone.
+            # Gradients are recorded but not used: no_grad would compile the network again for this alone.
             replayed = [_detached(lesson.replay(*part)) for part in _parts(image_R, step_R, rows)]
             log_prob_R, kl_R = (torch.cat(values) for values in zip(*replayed, strict=True))
             _loss(lesson, micro_batch, log_prob_R, kl_R, image_R, step_R, tally)
@@ -167,10 +167,10 @@ def measure_learned(
 def _take_gradient(
     lesson: Lesson, optimizer: torch.optim.Optimizer, groups: list[PairedGroup], seed: int
 ) -> UpdateTally:
-    """The gradient of one update's mean loss, whatever the size of the micro-batches that fit into memory."""
+    """Compute the gradient of one update's mean loss, independent of the micro-batch size that fits in memory."""
     policy = lesson.policy
     num_pairs = sum(len(group.pairs) for group in groups)
-    # Shared out before they are packed: a rank that halves its micro-batches does not change who does what.
+    # Split over ranks before packing, so a rank that halves its micro-batches keeps the same cells.
     cells = shuffled_cells(groups, lesson.steps, seed)[own_share(policy.accelerator)]
 
     def attempt(rows: int) -> UpdateTally:
@@ -184,13 +184,13 @@ def _take_gradient(
         tally = policy.training_rows.fit(lesson.config.micro_batch, attempt)
         policy.loss_scale.unscale()
         sum_over_ranks(policy.accelerator, [*_gradients(policy), tally.sums_7T])
-        # An overflow on one rank is in every rank's sum: all decide alike.
+        # An overflow on one rank shows in every rank's sum, so all ranks decide alike.
         if not policy.loss_scale.shrink():
             return tally
 
 
 def _gradients(policy: Policy) -> list[torch.Tensor]:
-    """The gradients of all weights; those of a rank that had nothing to do are zeros."""
+    """Return the gradients of all weights; zeros on a rank that had no work."""
     gradients = []
     for _, parameter in policy.weights.parameters():
         if parameter.grad is None and policy.accelerator.num_processes > 1:
@@ -201,15 +201,15 @@ def _gradients(policy: Policy) -> list[torch.Tensor]:
 
 
 def _accumulate(lesson: Lesson, cells: list[Cell], tally: UpdateTally, rows: int) -> None:
-    """Forward and backward of one micro-batch: one policy pass a row, then arithmetic for every pair."""
+    """Run forward and backward of one micro-batch: one policy pass per row, then arithmetic per pair."""
     policy = lesson.policy
     image_R, step_R = _rows(cells)
     if sum(num_passes(cell, lesson.start_N) for cell in cells) <= rows:
         log_prob_R, kl_R = lesson.replay(image_R, step_R)
         policy.loss_scale.backward(_loss(lesson, cells, log_prob_R, kl_R, image_R, step_R, tally))
         return
-    # A group that does not fit: the loss is a function of its log_probs, so their gradient is known after a pass that
-    # keeps nothing, and a second pass takes it to the weights, some rows at a time.
+    # The group does not fit. A first pass without activations gives the loss's gradient at the log_probs; a second
+    # pass carries it to the weights, some rows at a time.
     parts = _parts(image_R, step_R, rows)
     with torch.no_grad():
         replayed = [lesson.replay(*part) for part in parts]
@@ -222,13 +222,13 @@ def _accumulate(lesson: Lesson, cells: list[Cell], tally: UpdateTally, rows: int
 
 
 def _rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and step ``[R]`` of every row of a micro-batch."""
+    """Return image and step of every row of a micro-batch, each ``[R]``."""
     image_R = torch.tensor([i for group, _ in cells for i in group.images])
     return image_R, torch.tensor([step for group, step in cells for _ in group.images])
 
 
 def _parts(image_R: torch.Tensor, step_R: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows cut so that each part passes through the network at once."""
+    """Split rows into parts that each pass through the network at once."""
     return list(zip(image_R.split(rows), step_R.split(rows), strict=True))
 
 
@@ -240,21 +240,21 @@ def _loss(
     lesson: Lesson, cells: list[Cell], log_prob_R: torch.Tensor, kl_R: torch.Tensor, image_R: torch.Tensor,
     step_R: torch.Tensor, tally: UpdateTally,
 ) -> torch.Tensor:  # fmt: skip
-    """A micro-batch's part of the update's mean loss; what is worth knowing goes into the tally."""
+    """Return a micro-batch's part of the update's mean loss, and add its metrics to the tally."""
     device, config = lesson.policy.device, lesson.config
     winner_P, loser_P, weight_P, step_P = (send(values, device) for values in pair_rows(cells))
     image_R, step_R = send(image_R, device), send(step_R, device)
     log_ratio_R = lesson.weight_T[step_R] * (log_prob_R - lesson.reference_NT[image_R, step_R])
     result = OBJECTIVES[config.objective](log_ratio_R, winner_P, loser_P, weight_P, config)
     tally.add(step_P, step_R, result, kl_R)
-    # The mean over the update's pairs and steps, whatever the micro-batch that a pair fell into.
+    # The mean is over the update's pairs and steps, so packing does not change it.
     return result.loss_P.sum() / (tally.num_pairs * len(lesson.steps))
 
 
 def _apply(
     policy: Policy, optimizer: torch.optim.Optimizer, config: TrainConfig, tally: UpdateTally, update: int
 ) -> tuple[float, float]:
-    """Clip the gradient and step the optimizer, unless something is not finite: gradient norm and drowned share."""
+    """Clip the gradient and step the optimizer if all is finite; return gradient norm and drowned share."""
     parameters = [parameter for _, parameter in policy.weights.parameters()]
     grad_norm = float(policy.accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
     loss = float(tally.loss_T.sum())

@@ -1,4 +1,4 @@
-"""A round's training as its tables and files on disk fix it: what it learns from, and in which order."""
+"""Load a round's training data from its tables and files, and train on it in a fixed order."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ ShardTensors = dict[str, torch.Tensor]
 def load_training_set(
     campaign: Path, round_number: int, load_shard: Callable[[str], ShardTensors] | None = None
 ) -> TrainingSet:
-    """Trajectories and pairs of a round; images without a pair are left out.
+    """Return a round's trajectories and pairs, without the images that have no pair.
 
     Args:
         campaign: the campaign's folder.
         round_number: the round.
-        load_shard: gives ``latents`` and ``log_probs`` of a ``trajectory_path``; reads its file when not given.
+        load_shard: returns ``latents`` and ``log_probs`` of a ``trajectory_path``; reads the file by default.
     """
     samples = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
     pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
@@ -42,7 +42,7 @@ def load_training_set(
         pairs_of[pair["group_id"]].append((index[pair["winner_id"]], index[pair["loser_id"]], pair["weight"]))
     for i, sample in enumerate(used):
         images_of[sample["group_id"]].append(i)
-    if load_shard is None:  # one flipped bit would train another checkpoint
+    if load_shard is None:  # one flipped bit would change the checkpoint
         require_files(campaign, {sample["trajectory_path"] for sample in used})
         load_shard = partial(_read_shard, campaign)
     shards = {path: load_shard(path) for path in dict.fromkeys(sample["trajectory_path"] for sample in used)}
@@ -62,7 +62,7 @@ def _read_shard(campaign: Path, path: str) -> ShardTensors:
 
 
 def training_seed(config: CampaignConfig, round_number: int) -> int:
-    """The seed that fixes the order of a round's groups and steps."""
+    """Return the seed that fixes the order of a round's groups and steps."""
     return derive_seed(config.seed, round_number, "train")
 
 
@@ -74,7 +74,7 @@ def train_round(
     round_number: int,
     first_update: int = 0,
 ) -> Iterator[Update]:
-    """The optimizer updates of a round, from wherever policy and optimizer stand; see ``train_updates``."""
+    """Run a round's optimizer updates from the current policy and optimizer; see ``train_updates``."""
     schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
     seed = training_seed(config, round_number)
     return train_updates(
@@ -83,7 +83,7 @@ def train_round(
 
 
 def measure_round(policy: Policy, data: TrainingSet, config: CampaignConfig, round_number: int) -> Seen | None:
-    """What the policy, as it stands, makes of the pairs that the round trained on; see ``measure_learned``."""
+    """Return the current policy's metrics on the round's pairs; see ``measure_learned``."""
     schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
     seed = derive_seed(training_seed(config, round_number), "measured")
     return measure_learned(policy, schedule, data, config.train, config.sample.guidance_scale, seed)

@@ -1,6 +1,6 @@
-"""What an update saw: sums over its micro-batches, and the means that they come to.
+"""An update's metrics: sums over its micro-batches, and their means.
 
-Tensor names carry their shape: T steps, R rows (an image at a step) of a micro-batch, P pairs.
+Tensor names carry their shape: T steps, R rows (one image at one step) of a micro-batch, P pairs.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from d3po_core.training.loss import PairLoss
 
 @dataclass(frozen=True)
 class Seen:
-    """Means over pairs (loss, margin, pair_accuracy, clip_fraction) and over images (kl), of the policy as it was then.
+    """Means over pairs (loss, margin, pair_accuracy, clip_fraction) and over images (kl), for one policy.
 
     Attributes:
         loss: nats.
-        margin: how much further the log-ratio of winners to the reference is up than that of losers.
-        pair_accuracy: share of pairs and steps whose margin is above 0; one of exactly 0 counts half.
-        kl: KL between the steps of the policy that sampled the round and of the policy, nats per element and step.
+        margin: log-ratio to the reference of winners minus that of losers.
+        pair_accuracy: share of pairs and steps with a margin above 0; a margin of exactly 0 counts half.
+        kl: KL between the steps of the sampling policy and of this policy, nats per element and step.
         clip_fraction: share of the pairs' ratios that were clamped.
     """
 
@@ -32,7 +32,7 @@ class Seen:
 
 
 class UpdateTally:
-    """Sums over micro-batches, for each step, on the policy's device: nobody waits for them early."""
+    """Per-step sums over micro-batches, kept on the policy's device to avoid an early synchronisation."""
 
     def __init__(self, num_steps: int, num_pairs: int, device: torch.device) -> None:
         self.num_pairs = num_pairs
@@ -57,7 +57,7 @@ class UpdateTally:
         self.rows_T.index_add_(0, step_R, torch.ones_like(kl_R))
 
     def seen(self) -> Seen:
-        """The means over all steps."""
+        """Return the means over all steps."""
         pairs, rows = self.pairs_T.sum().item(), self.rows_T.sum().item()
         return Seen(
             loss=self.loss_T.sum().item() / pairs,
@@ -68,7 +68,7 @@ class UpdateTally:
         )
 
     def per_step(self, update: int, schedule: Schedule) -> list[dict[str, Any]]:
-        """A row for each step that had pairs: what ``update_steps`` holds."""
+        """Return the rows of ``update_steps``: one per step that had pairs."""
         pairs_T, margin_T, right_T, kl_T, rows_T, clipped_T = (
             sums_T.cpu()
             for sums_T in (self.pairs_T, self.margin_T, self.right_T, self.kl_T, self.rows_T, self.clipped_T)

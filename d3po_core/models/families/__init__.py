@@ -1,8 +1,8 @@
-"""Families of diffusion models: all that depends on a model's architecture, one small module a family.
+"""Families of diffusion models: all architecture-dependent code, one small module per family.
 
-The rest of this package knows a model only as a ``Family``: which network is trained, what a prompt becomes, what the
-network predicts, what a latent shows, and which Gaussian steps lead from noise to it. Another family is another module
-and a line in ``FAMILIES``.
+The rest of this package knows a model only as a ``Family``: the trained network, prompt embedding, prediction, decoding
+of latents, and the Gaussian steps from noise to a latent. To add a family, write a module and add a line to
+``FAMILIES``.
 """
 
 from d3po_core.models.families.family import Embedding, Family

@@ -1,4 +1,4 @@
-"""What the policy asks of a model."""
+"""The interface between the policy and a model."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -8,12 +8,12 @@ import torch
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.models.families.parts import Part
 
-# What a prompt became: named tensors without a batch dimension. Stacked over a batch, they have one.
+# A prompt's embedding: named tensors, with a batch dimension only once stacked.
 Embedding = dict[str, torch.Tensor]
 
 
 class Family(Protocol):
-    """What the policy asks of a model."""
+    """The interface between the policy and a model."""
 
     PIPELINE: ClassVar[Any]
     """The diffusers pipeline that such a folder holds."""
@@ -57,42 +57,42 @@ class Family(Protocol):
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether trained weights with these names and shapes are of such a network."""
+        """Return whether trained weights with these names and shapes belong to this family."""
         ...
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """The model's denoising steps."""
+        """Return the model's denoising steps."""
         ...
 
     @staticmethod
     def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
-        """The scheduler whose steps are trained, out of what the model's own one says.
+        """Build the scheduler whose steps are trained from the model's own configuration.
 
         Args:
-            config: that of the model's scheduler.
-            prediction_type: what the network predicts, when it is known better.
-            zero_snr: whether its last timestep is pure noise, likewise.
+            config: the model's scheduler configuration.
+            prediction_type: the network's prediction type; overrides ``config``.
+            zero_snr: whether the last timestep is pure noise; overrides ``config``.
 
         Raises:
-            D3POError: it asks for steps that have no such chain.
+            D3POError: the scheduler asks for steps that this chain does not have.
         """
         ...
 
     @staticmethod
     def default_eta(num_steps: int, scheduler: Any) -> float:
-        """The noise of the steps when the user does not say; ``scheduler`` is what ``chain`` made."""
+        """Return the default step noise; ``scheduler`` comes from ``chain``."""
         ...
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """What the network is told of one prompt; the empty prompt is what guidance leads away from."""
+        """Embed one prompt; guidance leads away from the empty prompt's embedding."""
         ...
 
     def predict(
         self, network: torch.nn.Module, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding
     ) -> torch.Tensor:
-        """The network's output for stacked embeddings."""
+        """Return the network's output for stacked embeddings."""
         ...
 
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images of final latents, ``[B, 3, height, width]``, nominally in [-1, 1]."""
+        """Decode final latents to images ``[B, 3, height, width]``, nominally in [-1, 1]."""
         ...

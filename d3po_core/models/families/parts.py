@@ -1,6 +1,6 @@
-"""What the files of a pipeline's parts may say: every field that its pipeline reads is honoured or refused here.
+"""Schemas of a pipeline's part files: every field that the pipeline reads is honoured or refused here.
 
-Defaults are diffusers' own, for files that leave a field out.
+Defaults for missing fields are diffusers' own.
 """
 
 from typing import Annotated, Any, ClassVar, Self
@@ -14,7 +14,7 @@ Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    """The configuration of one part of a pipeline; fields that no pipeline reads are the part's own affair."""
+    """The configuration of one pipeline part; fields that no pipeline reads are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -23,7 +23,7 @@ class Part(BaseModel):
 
 
 class Network(Part):
-    """A network that is trained."""
+    """A trained network."""
 
     in_channels: Channels
     out_channels: Channels
@@ -44,7 +44,7 @@ class Network(Part):
 
 
 class UNet(Network):
-    """A UNet that is told a timestep and a text."""
+    """A UNet conditioned on a timestep and a text."""
 
     WHY: ClassVar[dict[str, str]] = {
         "time_cond_proj_dim": "the network wants to be told its guidance, as distilled (LCM) models do",
@@ -79,7 +79,7 @@ class PlainUNet(UNet):
 
 
 class SizedUNet(UNet):
-    """The UNet of Stable Diffusion XL, which is told a pooled embedding, the image's size and its crop."""
+    """The UNet of Stable Diffusion XL, also conditioned on a pooled embedding, the image's size and its crop."""
 
     addition_embed_type: str = Field(pattern="^text_time$")
     addition_time_embed_dim: Channels
@@ -101,7 +101,7 @@ class Transformer(Network):
 
 
 class Vae(Part):
-    """The decoder of latents, with what its pipeline does to a latent before."""
+    """The decoder of latents, with its pipeline's preprocessing of a latent."""
 
     latent_channels: Channels = 4
     block_out_channels: tuple[Channels, ...] = Field((64,), min_length=1, max_length=16)
@@ -110,12 +110,12 @@ class Vae(Part):
 
     @property
     def pixels_per_latent(self) -> int:
-        """How many pixels an element of a latent is high and wide."""
+        """Return the height and width in pixels of one latent element."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class NormedVae(Vae):
-    """The VAE of Stable Diffusion XL, whose latents may have a mean and a standard deviation per channel."""
+    """The VAE of Stable Diffusion XL, whose latents may have a mean and standard deviation per channel."""
 
     latents_mean: tuple[Finite, ...] | None = None
     latents_std: tuple[Factor, ...] | None = None
@@ -132,6 +132,6 @@ class NormedVae(Vae):
 
 
 class ShiftedVae(Vae):
-    """The VAE of Stable Diffusion 3, which scales and shifts."""
+    """The VAE of Stable Diffusion 3, which scales and shifts latents."""
 
     shift_factor: Finite

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: three text encoders, a transformer that predicts a velocity, and the flow's SDE as steps."""
+"""Stable Diffusion 3: three text encoders, a velocity-predicting transformer, and the flow's SDE as steps."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -36,17 +36,17 @@ class StableDiffusion3(StableDiffusion):
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether the weights are of a transformer whose blocks see text and image at once."""
+        """Return whether the weights belong to a transformer whose blocks see text and image at once."""
         return any("transformer_blocks.0.attn.to" in name for name in shapes)
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Steps of the flow's SDE; ``eta`` is its noise level."""
+        """Return the steps of the flow's SDE; ``eta`` is its noise level."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         return make_flow_schedule(scheduler, num_steps, eta)
 
     @staticmethod
     def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
-        """The flow's own Euler steps; other solvers choose other noise levels, and are refused."""
+        """Return the flow's Euler steps; other solvers choose other noise levels and are refused."""
         if prediction_type or zero_snr is not None:
             raise D3POError("model.prediction_type and model.zero_terminal_snr are for models with a UNet; this one "
                             "predicts a flow: leave them out")  # fmt: skip
@@ -54,11 +54,11 @@ class StableDiffusion3(StableDiffusion):
 
     @staticmethod
     def default_eta(num_steps: int, scheduler: Any) -> float:
-        """The largest noise level that leaves no grain, at most Flow-GRPO's 0.7."""
+        """Return the largest noise level that leaves no grain, at most Flow-GRPO's 0.7."""
         return default_noise_level(scheduler, num_steps)
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """States of the three encoders ``[L, D]`` and the pooled state ``[P]``."""
+        """Return states of the three encoders ``[L, D]`` and the pooled state ``[P]``."""
         text_1LD, _, pooled_1P, _ = self.pipeline.encode_prompt(
             prompt, None, None, device=device, do_classifier_free_guidance=False
         )
@@ -71,10 +71,10 @@ class StableDiffusion3(StableDiffusion):
         t_B: torch.Tensor,
         embeddings: Embedding,
     ) -> torch.Tensor:
-        """The transformer's velocity."""
+        """Return the transformer's velocity."""
         return network(hidden_states=latent_BCHW, timestep=t_B, **embeddings).sample
 
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
-        """Latents as the VAE decodes them."""
+        """Return latents in the scale that the VAE decodes."""
         return latent_BCHW / config.scaling_factor + config.shift_factor

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a UNet that is also told a pooled embedding and the image's size."""
+"""Stable Diffusion XL: two text encoders, and a UNet that also takes a pooled embedding and the image's size."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -26,13 +26,13 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether the weights are of a UNet that reads two text encoders."""
+        """Return whether the weights belong to a UNet that reads two text encoders."""
         return widest_text(shapes) >= WIDEST_TEXT
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """States of both encoders side by side ``[L, D]``, the pooled state ``[P]``, and six numbers of size and crop.
+        """Return both encoders' states side by side ``[L, D]``, pooled state ``[P]``, and six size and crop numbers.
 
-        For the empty prompt the model was trained with zeros, when its configuration says so.
+        The empty prompt gives zeros if the model's configuration says that it was trained so.
         """
         text_1LD, _, pooled_1P, _ = self.pipeline.encode_prompt(
             prompt, device=device, do_classifier_free_guidance=False
@@ -52,14 +52,14 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         t_B: torch.Tensor,
         embeddings: Embedding,
     ) -> torch.Tensor:
-        """The UNet's output."""
+        """Return the UNet's output."""
         added = {name: embeddings[name] for name in ("text_embeds", "time_ids")}
         text_BLD = embeddings["encoder_hidden_states"]
         return network(latent_BCHW, t_B, encoder_hidden_states=text_BLD, added_cond_kwargs=added).sample
 
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
-        """Latents as the VAE decodes them: with a mean and a standard deviation per channel where it has some."""
+        """Return latents in the scale that the VAE decodes, with its mean and deviation per channel if it has any."""
         if config.latents_mean is None:
             return latent_BCHW / config.scaling_factor
         mean_C11, std_C11 = (

@@ -11,16 +11,16 @@ from d3po_core.denoising.schedulers import chain_of
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
 
-WIDEST_TEXT = 2048  # how wide the states are that XL's UNet reads: those of two text encoders
+WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encoders
 
 
 def widest_text(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How wide the text is that a UNet's cross-attention reads, by its trained weights; 0 when it is no UNet's."""
+    """Return the text width of a UNet's cross-attention, from its trained weights; 0 if they are not a UNet's."""
     return max((shape[-1] for name, shape in shapes.items() if "attn2.to_k" in name), default=0)
 
 
 class StableDiffusion:
-    """See Family; also what models of other sizes with a UNet share."""
+    """See Family; also the base class of the other families."""
 
     PIPELINE: ClassVar[Any] = StableDiffusionPipeline
     NETWORK: ClassVar[str] = "unet"
@@ -56,25 +56,25 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether the weights are of a UNet that reads one text encoder."""
+        """Return whether the weights belong to a UNet that reads one text encoder."""
         return 0 < widest_text(shapes) < WIDEST_TEXT
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """DDIM steps over the noise schedule that the model was trained with."""
+        """Return DDIM steps over the noise schedule that the model was trained with."""
         return make_schedule(DDIMScheduler.from_config(self.pipeline.scheduler.config), num_steps, eta)
 
     @staticmethod
     def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
-        """The scheduler whose steps are trained, out of what the model's own one says."""
+        """Build the scheduler whose steps are trained from the model's own configuration."""
         return chain_of(config, prediction_type, zero_snr)
 
     @staticmethod
     def default_eta(num_steps: int, scheduler: Any) -> float:
-        """DDIM's full noise, which its last steps take away again."""
+        """Return DDIM's full noise, which its last steps remove again."""
         return 1.0
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """The text encoder's states ``[L, D]``."""
+        """Return the text encoder's states ``[L, D]``."""
         text_1LD, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text_1LD[0]}
 
@@ -85,15 +85,15 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         t_B: torch.Tensor,
         embeddings: Embedding,
     ) -> torch.Tensor:
-        """The UNet's output."""
+        """Return the UNet's output."""
         return network(latent_BCHW, t_B, **embeddings).sample
 
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
-        """The VAE's images."""
+        """Return the VAE's images."""
         vae = self.pipeline.vae
         return vae.decode(self.unscaled(latent_BCHW, vae.config).to(vae.dtype)).sample
 
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
-        """Latents as the VAE decodes them, by what its configuration says and the family's pipeline reads of it."""
+        """Return latents in the scale that the VAE decodes, from the configuration fields that the pipeline reads."""
         return latent_BCHW / config.scaling_factor
