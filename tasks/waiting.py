@@ -45,10 +45,10 @@ DEFAULT_PAGE = "http://127.0.0.1:8700"
 
 
 class GoOn(RunInput):
-    """What Prefect's page asks when a person resumes a run that waits for judgements."""
+    """The form on Prefect's page when somebody resumes a run that waits for judgements."""
 
     go_on_with_what_is_there: bool = Field(
-        False, description="Train on the judgements that are in, although some are missing"
+        False, description="Train on the judgements so far, even if some are missing"
     )
 
 
