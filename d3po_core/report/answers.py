@@ -1,4 +1,4 @@
-"""What the facts say: is it better, is it sane, which checkpoint to ship, why did it change."""
+"""The report's answers: is it better, is it sane, which checkpoint to ship, why did it change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +20,15 @@ from d3po_core.records import DROWNED, ScoreSummary
 from d3po_core.report.gather import Facts, Row
 from d3po_core.report.pictures import RoundPictures
 
-# A reader should look when images of a prompt became this much more alike, when so few pairs are left of the median
-# round's, and when so large a share of prompts is clearly worse (chance alone would make 0.025 so).
-# A round that moves the policy so many times further than the median round is one to look at.
+# A check fails if images of a prompt lost this share of diversity, if a round has a smaller share of the median
+# round's pairs, if a larger share of prompts is clearly worse (0.025 by chance), or if a round moves the policy more
+# than this many times as far as the median round.
 DIVERSITY_LOSS, FEW_PAIRS, MANY_WORSE, JUMP = 0.2, 0.1, 0.1, 10
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that should hold; ``fine`` is None when it is only to be known."""
+    """One check; ``fine`` is None if it is only for information."""
 
     fine: bool | None
     title: str
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Scored:
-    """A scorer over all rounds: means with intervals, and each round against base, the round before, the champion."""
+    """A scorer over all rounds: means, and each round against the base, the round before and the champion."""
 
     name: str
     means: list[ScoreSummary]
@@ -49,7 +49,7 @@ class Scored:
 def scored(facts: Facts) -> list[Scored]:
     """Every scorer's curve and paired comparisons; the first row of each comparison is the base against itself.
 
-    ``champion`` is the champion of the rounds before a round: the one it had to beat.
+    ``champion`` is the champion before the round: the one it had to beat.
     """
     rows = np.arange(len(facts.rounds))
     before = np.maximum(rows - 1, 0)
@@ -72,7 +72,7 @@ def label(facts: Facts, position: int) -> str:
 
 
 def is_it_better(facts: Facts, scorers: list[Scored]) -> Row:
-    """The champion against the base, on the first scorer; each prompt by a champion that it did not choose itself."""
+    """Compare champion and base on the first scorer; each prompt uses a champion that it did not choose."""
     first, champion = scorers[0], facts.champion
     scores = facts.held_out.scores[first.name]
     fitted_I = fitted_champion(scores[facts.trusted], facts.held_out.prompts)
@@ -92,7 +92,7 @@ def is_it_better(facts: Facts, scorers: list[Scored]) -> Row:
 
 
 def pairings(facts: Facts, one: Scored) -> list[Row]:
-    """What the champion and the latest round are held against: base, the round before, the champion before."""
+    """Compare the champion and the latest round with the base, the round before and the champion before."""
     rows: list[Row] = []
     for position in dict.fromkeys((facts.champion, len(facts.rounds) - 1)):
         if position == 0:
@@ -100,7 +100,7 @@ def pairings(facts: Facts, one: Scored) -> list[Row]:
         against = (
             ("", 0, one.base),
             ("the round before", position - 1, one.previous),
-            ("champion till then", facts.reigns[position - 1], one.champion),
+            ("champion until then", facts.reigns[position - 1], one.champion),
         )
         for other in dict.fromkeys(other for _, other, _ in against):
             words = [word for word, same, _ in against if same == other and word]
@@ -115,9 +115,9 @@ def pairings(facts: Facts, one: Scored) -> list[Row]:
 
 
 def by_prompt(facts: Facts) -> list[Row]:
-    """Mean of the first scorer for each prompt at the base and at the champion, the largest gain first.
+    """The first scorer's mean per prompt, at the base and the champion, largest gain first.
 
-    Whether a prompt became ``better`` or ``worse`` is judged over its own images.
+    A prompt's own images decide if it became ``better`` or ``worse``.
     """
     scores = next(iter(facts.held_out.scores.values()))[[0, facts.champion]]
     prompts = np.asarray(facts.held_out.prompts, dtype=object)
@@ -133,7 +133,7 @@ def by_prompt(facts: Facts) -> list[Row]:
 
 
 def checks(facts: Facts, scorers: list[Scored], pictures: list[RoundPictures], prompts: list[Row]) -> list[Check]:
-    """What a careful reader would look at before shipping the champion."""
+    """What a careful reader would check before shipping the champion."""
     if len(facts.rounds) < 2:
         return [Check(None, "Only the base is evaluated", "Checks begin with the first round of training.")]
     found = [
@@ -165,15 +165,15 @@ def _latest(facts: Facts, first: Scored) -> Check:
 def _other_scorer(facts: Facts, other: Scored) -> Check:
     against = other.base[facts.champion]
     text = f"{signed(against.difference)} against base: {against.verdict}."
-    return Check(against.verdict != WORSE, f"{other.name} did not suffer", text)
+    return Check(against.verdict != WORSE, f"{other.name} did not fall", text)
 
 
 def _prompts(prompts: list[Row]) -> Check:
     lower, worse = [row for row in prompts if row["change"] < 0], [row for row in prompts if row["verdict"] == WORSE]
-    text = f"{len(lower)} of {len(prompts)} held-out prompts score less than at the base, {len(worse)} of them clearly"
+    text = f"{len(lower)} of {len(prompts)} held-out prompts score lower than at the base, {len(worse)} of them clearly"
     if lower:
-        text += f"; most lost: “{lower[-1]['prompt']}” ({number(lower[-1]['base'])} to {number(lower[-1]['champion'])})"
-    return Check(len(worse) <= MANY_WORSE * len(prompts), "Few prompts pay for the others", text + ".")
+        text += f"; worst: “{lower[-1]['prompt']}” ({number(lower[-1]['base'])} to {number(lower[-1]['champion'])})"
+    return Check(len(worse) <= MANY_WORSE * len(prompts), "Few prompts got worse", text + ".")
 
 
 def _diversity(facts: Facts, pictures: list[RoundPictures]) -> Check | None:
@@ -186,19 +186,19 @@ def _diversity(facts: Facts, pictures: list[RoundPictures]) -> Check | None:
     change = compare_scores(after, before, shared).difference
     lost = change.mean < -DIVERSITY_LOSS * before.mean() and change.high < 0
     text = (
-        f"Images of a prompt differ by {after.mean():.3f} of full scale a pixel, at the base by {before.mean():.3f} "
+        f"Images of a prompt differ by {after.mean():.3f} of full scale per pixel, at the base by {before.mean():.3f} "
         f"({change.mean / before.mean():+.0%}).".replace("-", "\N{MINUS SIGN}")
     )
-    return Check(not lost, "Images of a prompt stay different from each other", text)
+    return Check(not lost, "Images of a prompt stay diverse", text)
 
 
 def _pairs(rounds: list[Row]) -> Check:
     counts = [row["num_pairs"] for row in rounds]
     judged = counts[-1] + rounds[-1]["num_ties"]
-    text = f"The latest round decided {counts[-1]} of {judged} judged pairs; the median round {np.median(counts):.0f}."
+    text = f"The latest round decided {counts[-1]} of {judged} judged pairs; the median round: {np.median(counts):.0f}."
     empty = sum(count == 0 for count in counts)
     if empty:
-        text += f" {empty} of {len(counts)} rounds had no pair at all, and trained nothing."
+        text += f" {empty} of {len(counts)} rounds had no pair at all and trained nothing."
     few = counts[-1] < FEW_PAIRS * np.median(counts)
     return Check(not few and not empty, "There are pairs to learn from", text)
 
@@ -212,25 +212,25 @@ def _trained(rounds: list[Row]) -> Check:
     return Check(not same, "Every round changed the weights", text)
 
 
-_JUMPS = "The KL of a round stays of one size"
+_JUMPS = "The KL per round stays similar"
 
 
 def _jumps(training: list[Row]) -> Check | None:
-    training = [row for row in training if row["kl_after"] is not None]  # not measured, or by an older version
+    training = [row for row in training if row["kl_after"] is not None]  # not measured, or from an older version
     if not training:
         return None
     kl = np.array([row["kl_after"] for row in training])
     median, most = number(float(np.median(kl))), number(float(kl.max()))
     wild = [row["round"] for row in training if row["kl_after"] > JUMP * np.median(kl)]
     if not wild or len(training) < 3:
-        return Check(True, _JUMPS, f"At most {JUMP} times its median, {median} nats per element and step.")
+        return Check(True, _JUMPS, f"At most {JUMP} times the median round's, {median} nats per element and step.")
     text = (
         f"It was more than {JUMP} times its median ({median}) in round{'s' if len(wild) > 1 else ''} {listed(wild)}, "
     )
     text += f"at most {most} nats per element and step."
     if wild[-1] == training[-1]["round"]:
         return Check(False, _JUMPS, text)
-    return Check(None, "The KL of a round jumped, and came back", text)
+    return Check(None, "The KL jumped in a round and came back", text)
 
 
 def _drowned(training: list[Row]) -> Check | None:
@@ -253,34 +253,32 @@ def _people(counts: list[Row]) -> Check | None:
     if not agree + disagree:
         return None
     share = agree / (agree + disagree)
-    text = f"Of {agree + disagree} pairs that both decided, people and proxies agree on {share:.0%}."
-    return Check(share >= 0.6, "People and proxies want the same", text)
+    text = f"People and proxies agree on {share:.0%} of the {agree + disagree} pairs that both decided."
+    return Check(share >= 0.6, "People and proxies agree", text)
 
 
 def _preferred(rate: HumanWinRate | None) -> Check | None:
     if rate is None:
         return None
-    text = (
-        f"Blind, they chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of {rate.num_pairs} "
-    )
-    text += f"pairs, ties half: {rate.verdict}."
-    return Check(rate.verdict != WORSE, "People do not prefer the base to the champion", text)
+    text = f"In blind pairs, people chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of "
+    text += f"{rate.num_pairs}, ties half: {rate.verdict}."
+    return Check(rate.verdict != WORSE, "People do not prefer the base", text)
 
 
 def _same_config(changes: list[Row]) -> Check:
     if not changes:
         return Check(True, "One configuration throughout", "No field changed between rounds.")
     rounds = listed(sorted({change["round"] for change in changes}))
-    return Check(None, "The configuration changed on the way", f"In rounds {rounds}; see why it changed.")
+    return Check(None, "The configuration changed", f"In rounds {rounds}; the changes are listed below.")
 
 
 def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
-    """What moved the first scorer's curve: the material in short; then the largest steps and changed fields."""
+    """What moved the first scorer's curve: pairs and images, the largest steps, changed fields."""
     if len(facts.rounds) < 2:
         return "Nothing has trained yet", []
     trained = facts.rounds[1:]
     pairs, images = (sum(row[what] for row in trained) for what in ("num_pairs", "num_samples"))
-    texts = [f"They came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
+    texts = [f"The pairs came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
     steps = [step.difference.mean for step in first.previous[1:]]
     for wanted, row in (("gain", int(np.argmax(steps)) + 1), ("loss", int(np.argmin(steps)) + 1)):
         step = first.previous[row]
@@ -294,7 +292,7 @@ def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three decimals; of numbers too small or too large for that, two digits."""
+    """A number with three decimals, or two digits if it is too small or too large for that."""
     plain = value == 0 or 0.001 <= abs(value) < 1e5
     text = f"{value:{sign}.3f}" if plain else f"{value:{sign}.1e}"
     return text.replace("-", "\N{MINUS SIGN}")
@@ -306,13 +304,13 @@ def signed(summary: ScoreSummary) -> str:
 
 
 def interval(summary: ScoreSummary, sign: str = "") -> str:
-    """``[low, high]``, or that there is none."""
+    """``[low, high]``, or a note that there are too few values."""
     if None in summary.ends:
         return "[too few to tell]"
     return f"[{number(summary.low, sign)}, {number(summary.high, sign)}]"
 
 
 def listed(numbers: list[Any], most: int = 8) -> str:
-    """The first few numbers, in words."""
+    """The first numbers as text, and how many more there are."""
     text = ", ".join(map(str, numbers[:most]))
     return text if len(numbers) <= most else f"{text} and {len(numbers) - most} more"
