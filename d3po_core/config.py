@@ -90,7 +90,7 @@ class ModelConfig(_Section):
         "no", description="Half precision in the network's passes; trained weights and log_probs stay in single"
     )
     memory: Literal["fast", "balanced", "small"] = Field(
-        "fast", description="All on the GPU; or idle parts moved off it; or also recomputed activations, few rows"
+        "fast", description="fast: all on the GPU; balanced: idle parts moved off it; small: also recompute, few rows"
     )
     compile: bool = Field(False, description="Compile the network's blocks: slower start, faster passes on a GPU")
     processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one per GPU")
@@ -162,8 +162,8 @@ class JudgeConfig(_Section):
     )
     combine: Literal["pareto", "majority", "weighted"] = Field(
         "pareto",
-        description="With several scorers, the preferred image wins for some and loses for none (pareto), wins for "
-        "more of them, or has the higher weighted sum of standardised scores",
+        description="How several scorers pick a winner. pareto: some for it, none against; majority: more for than "
+        "against; weighted: the higher weighted sum of standardised scores",
     )
     scorer_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(
         {}, description="With combine 'weighted': weight per scorer; 1 by default"
@@ -196,7 +196,7 @@ class ScoringConfig(_Section):
         True, description="Score images while others are sampled: by servers and, with a GPU, by built-in scorers"
     )
     timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Time limit of a server for one batch")
-    tries: int = Field(5, ge=1, le=100, description="Tries if a server is down or busy, with growing pauses")
+    tries: int = Field(5, ge=1, le=100, description="Number of tries if a server is down or busy; pauses grow")
 
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:
@@ -237,7 +237,7 @@ class TrainConfig(_Section):
         "round_start", description="Reference policy: the round's sampler (Section 5.2) or the base (Algorithm 1)"
     )
     clip: Literal["one_sided", "two_sided", "none"] = Field(
-        "none", description="Clamp of the policy ratio; one_sided only stops moves that went far enough"
+        "none", description="Clamp of the policy ratio; one_sided clamps only a winner's rise and a loser's fall"
     )
     clip_range: float = Field(0.1, gt=0, lt=1, description="Clamp the ratio to 1 -/+ this")
     log_prob: Literal["mean", "sum"] = Field("mean", description="How log_prob is reduced over C, H, W")
@@ -255,8 +255,7 @@ class TrainConfig(_Section):
         0.1,
         ge=0,
         le=1,
-        description="Share of the steps to pass once more after training, to measure what the round's pairs "
-        "taught; 0: none",
+        description="Share of the steps to replay after training, to measure what the round's pairs taught; 0: none",
     )
 
     @model_validator(mode="before")
@@ -282,7 +281,7 @@ class EvaluateConfig(_Section):
     prompts: str = Field("data/prompts/shapes_eval.txt", description="Text, CSV or Parquet file of held-out prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
     images_per_prompt: int = Field(8, ge=1, le=10_000, description="Fixed seeds per prompt")
-    max_prompts: int = Field(64, ge=1, le=1_000_000, description="Use at most this many held-out prompts")
+    max_prompts: int = Field(64, ge=1, le=1_000_000, description="Held-out prompts to use, from the start of the file")
     scorers: tuple[str, ...] = Field((), description="Scorers for evaluation; the judge's by default")
     unseen: tuple[str, ...] = Field((), description="Scorers that training never sees; they show what the judge misses")
     drift_images: int = Field(
@@ -297,14 +296,16 @@ class GuardConfig(_Section):
     policy: Literal["warn", "reject", "stop"] = Field(
         "warn", description="Only warn, start the next round from the champion again, or stop the campaign"
     )
-    score_tolerance: float = Field(0.0, ge=0, description="How far the held-out score may clearly fall, in score units")
+    score_tolerance: float = Field(0.0, ge=0, description="Tolerated fall of the held-out score, in score units")
     min_diversity: float = Field(
-        0.5, ge=0, le=1, description="Least diversity within a prompt, as a share of the base model's"
+        0.5, ge=0, le=1, description="Least allowed diversity within a prompt, as a share of the base model's"
     )
     max_drift: float | None = Field(
-        None, gt=0, description="Largest KL from the base over a trajectory, in nats per element; no limit by default"
+        None,
+        gt=0,
+        description="Largest allowed KL from the base over a trajectory, in nats per element; no limit by default",
     )
-    max_clip_fraction: float = Field(0.9, gt=0, le=1, description="Largest share of pairs with a clipped ratio")
+    max_clip_fraction: float = Field(0.9, gt=0, le=1, description="Largest allowed share of pairs with a clipped ratio")
 
 
 class CampaignConfig(_Section):

@@ -14,7 +14,7 @@ OutputOption = Annotated[Path, typer.Option(help="Folder to create; overwrites n
 def export_preferences(
     output: OutputOption,
     campaign: CampaignOption = "shapes",
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="Most MB of images per Parquet file")] = 400,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Maximum MB of images per Parquet file")] = 400,
 ) -> None:
     """Export a campaign's pairs and images as a dataset for Diffusion-DPO trainers."""
     from d3po_core.export.preferences import export_preferences as export
