@@ -1,4 +1,4 @@
-"""The configuration of a campaign: frozen, validated, and saved with the campaign it steers."""
+"""A campaign's configuration: frozen, validated, and saved with the campaign."""
 
 import hashlib
 import json
@@ -65,57 +65,57 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which diffusion model is aligned, and through which weights."""
+    """The diffusion model to align, and which of its weights to train."""
 
-    path: str = Field("data/shapes/model", description="Hub id, or folder of a diffusers pipeline")
-    revision: str | None = Field(None, description="Hub revision; ignored for a folder")
-    variant: str | None = Field(None, description="Which files of the model, such as fp16")
+    path: str = Field("data/shapes/model", description="Hub id or folder of a diffusers pipeline")
+    revision: str | None = Field(None, description="Revision on the hub; ignored for a folder")
+    variant: str | None = Field(None, description="Variant of the model's files, such as fp16")
     single_file_config: str | None = Field(
-        None, description="With a single .safetensors file as path: hub id or folder with its configuration"
+        None, description="If path is a single .safetensors file: hub id or folder of its configuration"
     )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
-        None, description="What a UNet predicts, where its files do not say or disagree; from its files when not given"
+        None, description="What a UNet predicts; read from its files by default. Set it if they do not say or disagree"
     )
     zero_terminal_snr: bool | None = Field(
-        None, description="Whether a UNet's last timestep is pure noise; from its files when not given"
+        None, description="Whether a UNet's last timestep is pure noise; read from its files by default"
     )
     train: Literal["lora", "full"] = Field(
-        "lora", description="What is trained: a LoRA, or all weights of the network (a far lower train.learning_rate)"
+        "lora", description="Train a LoRA, or all weights of the network (with a far lower train.learning_rate)"
     )
-    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the trained LoRA")
-    lora_alpha: float | None = Field(None, gt=0, le=65536, description="LoRA scale numerator; the rank when not given")
+    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the LoRA")
+    lora_alpha: float | None = Field(None, gt=0, le=65536, description="LoRA scale numerator; the rank by default")
     lora_targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Names of the network's layers that get a LoRA"
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Layers of the network that get a LoRA"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device that the model runs on")
     precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="Half precision of the network's passes; trained weights and log_probs stay in single"
+        "no", description="Half precision in the network's passes; trained weights and log_probs stay in single"
     )
     memory: Literal["fast", "balanced", "small"] = Field(
-        "fast", description="All on the GPU; or idle parts moved off it; or also activations computed again, few rows"
+        "fast", description="fast: all on the GPU; balanced: idle parts moved off it; small: also recompute, few rows"
     )
-    compile: bool = Field(False, description="Compile the network's blocks: a slower start, faster passes on a GPU")
-    processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one a GPU")
-    launcher: str = Field("local", description="What starts several processes: local, on this machine")
+    compile: bool = Field(False, description="Compile the network's blocks: slower start, faster passes on a GPU")
+    processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one per GPU")
+    launcher: str = Field("local", description="How several processes are started; local: on this machine")
 
 
 class SampleConfig(_Section):
     """How a round's images are made."""
 
-    prompts: str = Field("data/prompts/shapes_train.txt", description="Text file, CSV or Parquet file of prompts")
+    prompts: str = Field("data/prompts/shapes_train.txt", description="Text, CSV or Parquet file of prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
     groups_per_round: int = Field(
-        16, ge=1, le=1_000_000, description="Prompts drawn a round; each gives one group of images"
+        16, ge=1, le=1_000_000, description="Prompts drawn per round; each gives one group of images"
     )
-    group_size: int = Field(8, ge=2, le=64, description="Images of one prompt that start from one initial latent")
-    share_initial_latent: bool = Field(True, description="Start all members of a group from one x_T")
+    group_size: int = Field(8, ge=2, le=64, description="Images per group, all of one prompt")
+    share_initial_latent: bool = Field(True, description="Start all images of a group from the same initial latent x_T")
     num_steps: int = Field(10, ge=2, le=1000, description="Denoising steps T")
     guidance_scale: float = Field(1.0, ge=1.0, le=50, description="Classifier-free guidance; 1 turns it off")
     eta: float = Field(
-        1.0, ge=1e-3, le=1, description="Noise of the steps: DDIM's, or a flow's noise level, which has its own default"
+        1.0, ge=1e-3, le=1, description="Noise per step: DDIM's eta, or a flow's noise level, which has its own default"
     )
-    batch_size: int = Field(64, ge=1, le=65536, description="Images that pass through the network at once")
-    latent_dtype: Literal["float32", "float16"] = Field("float32", description="How trajectories are stored")
+    batch_size: int = Field(64, ge=1, le=65536, description="Images per pass through the network")
+    latent_dtype: Literal["float32", "float16"] = Field("float32", description="Number format of stored trajectories")
 
     @property
     def images_per_round(self) -> int:
@@ -124,34 +124,32 @@ class SampleConfig(_Section):
 
 
 class PeopleConfig(_Section):
-    """How people judge a round, and what it does until they have."""
+    """How people judge a round, and how long the run waits for them."""
 
     mode: Mode = Field(
-        "mark_bad", description="What a rater does with a group: compare two images, mark the bad, pick the best, rank"
+        "mark_bad", description="What a rater does: compare two images, mark the bad, pick the best or rank a group"
     )
     guideline: str = Field(
-        "Which images show what the prompt says?", max_length=2000, description="What raters are told to look for"
+        "Which images show what the prompt says?", max_length=2000, description="What raters should look for"
     )
     combine: Literal["majority", "dawid_skene", "bradley_terry"] = Field(
-        "majority", description="How several raters' votes on a pair become one preference and its weight"
+        "majority", description="How votes of several raters on a pair become one weighted preference"
     )
-    raters_per_group: int = Field(
-        1, ge=1, le=100, description="Raters that must judge a group before it counts as done"
-    )
+    raters_per_group: int = Field(1, ge=1, le=100, description="Raters needed before a group counts as done")
     enough: float = Field(
-        1.0, gt=0, le=1, description="Share of the groups for people that must be done before the round goes on"
+        1.0, gt=0, le=1, description="Share of the groups for people that must be done before the round continues"
     )
     share: float = Field(
-        0.25, gt=0, le=1, description="Labeller 'mixed': share of the groups, the least certain ones, that people judge"
+        0.25, gt=0, le=1, description="With labeller 'mixed': share of groups that people judge, the least certain ones"
     )
     accuracy_floor: float = Field(
-        0.6, ge=0, le=1, description="A rater surely right on fewer of the gold questions is left out"
+        0.6, ge=0, le=1, description="Leave out raters whose share of right gold answers is surely lower"
     )
     deadline_hours: float | None = Field(
-        None, gt=0, le=100_000, description="Wait this long at most; without end when not given"
+        None, gt=0, le=100_000, description="Longest wait for people; no limit by default"
     )
     after_deadline: Literal["go_on", "proxy", "fail"] = Field(
-        "go_on", description="At the deadline: go on with what is there, let the proxies judge the rest, or fail"
+        "go_on", description="At the deadline: go on with the judgements so far, let proxies judge the rest, or fail"
     )
 
 
@@ -159,20 +157,20 @@ class JudgeConfig(_Section):
     """Who judges, and how judgements become preferences."""
 
     labeller: Literal["proxy", "human", "mixed"] = Field(
-        "proxy", description="Proxy scorers, people, or people for the groups that the proxies are least sure of"
+        "proxy", description="Proxy scorers, people, or both: people judge the groups that proxies are least sure of"
     )
     scorers: tuple[str, ...] = Field(
-        ("prompt_alignment",), min_length=1, description="Scorers by name (docs/scorers.md), or package.module:function"
+        ("prompt_alignment",), min_length=1, description="Scorer names (docs/scorers.md), or package.module:function"
     )
     combine: Literal["pareto", "majority", "weighted"] = Field(
         "pareto",
-        description="Several scorers: an image must win for some and lose for none, or more must be for it, or its "
-        "weighted sum of standardised scores must be higher",
+        description="How several scorers pick a winner. pareto: some for it, none against; majority: more for than "
+        "against; weighted: the higher weighted sum of standardised scores",
     )
     scorer_weights: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(
-        {}, description="With combine 'weighted', how much a scorer counts; 1 when not given"
+        {}, description="With combine 'weighted': weight per scorer; 1 by default"
     )
-    pairs: Literal["all", "best_worst"] = Field("all", description="Pairs of a group that are used")
+    pairs: Literal["all", "best_worst"] = Field("all", description="Which pairs of a group to use")
     people: PeopleConfig = PeopleConfig()
 
     @model_validator(mode="after")
@@ -187,22 +185,20 @@ class JudgeConfig(_Section):
 
 
 class ScoringConfig(_Section):
-    """Where learned and remote scorers are, in judging and in evaluation, and how they are asked."""
+    """Where learned and remote scorers are, and how to call them, in judging and evaluation."""
 
     models: dict[str, str] = Field(
         {},
-        description="Scorer name -> hub id or folder of its weights, or http(s) URL of a server that scores",
-        # Only in the schema, so that configurations of earlier versions stay readable. load_scorer refuses secrets.
+        description="Scorer name -> hub id or folder of its weights, or http(s) URL of a scoring server",
+        # Only in the schema: earlier versions' configurations stay readable, and load_scorer refuses inline secrets.
         json_schema_extra={"additionalProperties": {"type": "string", "pattern": schema_pattern()}},
     )
-    batch_size: int = Field(32, ge=1, le=4096, description="Images a scorer is given at once")
+    batch_size: int = Field(32, ge=1, le=4096, description="Images per call of a scorer")
     while_sampling: bool = Field(
-        True, description="Ask servers, and beside a GPU the built-in scorers, about images while others are sampled"
+        True, description="Score images while others are sampled: by servers and, with a GPU, by built-in scorers"
     )
-    timeout_seconds: float = Field(60.0, gt=0, le=3600, description="How long a server may take over one batch")
-    tries: int = Field(
-        5, ge=1, le=100, description="How often a server is asked that is away or busy, ever more slowly"
-    )
+    timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Time limit of a server for one batch")
+    tries: int = Field(5, ge=1, le=100, description="Number of tries if a server is down or busy; pauses grow")
 
     @model_validator(mode="after")
     def _names_are_names(self) -> Self:
@@ -223,48 +219,45 @@ PAPERS_BETA = 0.1
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
-    objective: str = Field("d3po", description="What is minimised over the round's pairs: d3po, the loss of Eq. 14")
+    objective: str = Field("d3po", description="Loss over the round's pairs; d3po: Eq. 14")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="AdamW; or with its moments in 8 bits, a quarter of their memory (extra adam8bit)"
+        "adamw", description="AdamW, or AdamW with 8-bit moments: a quarter of their memory (extra adam8bit)"
     )
     learning_rate: float = Field(2e-3, ge=1e-12, le=1, description="AdamW learning rate")
     weight_decay: float = Field(1e-4, ge=0, le=10, description="AdamW weight decay")
     adam_betas: tuple[MomentDecay, MomentDecay] = Field((0.9, 0.999), description="AdamW moment decays")
-    adam_eps: float = Field(
-        1e-8, ge=1e-30, le=1, description="AdamW's eps: weights whose gradient is smaller hardly move"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Gradients are clipped to this global norm")
+    adam_eps: float = Field(1e-8, ge=1e-30, le=1, description="AdamW's eps; weights with smaller gradients hardly move")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Clip gradients to this global norm")
     beta: float = Field(
         300.0,
         gt=0,
         le=1e12,
-        description="Inverse temperature of Eq. 14; with log_prob 'mean' that is the paper's beta x C*H*W. "
-        "When not given: 300 with 'mean', and 0.1, the paper's, with 'sum'",
+        description="Inverse temperature of Eq. 14; with log_prob 'mean' it is the paper's beta x C*H*W. "
+        "Default: 300 with 'mean'; 0.1, as in the paper, with 'sum'",
     )
     reference: Literal["round_start", "base"] = Field(
         "round_start", description="Reference policy: the round's sampler (Section 5.2) or the base (Algorithm 1)"
     )
     clip: Literal["one_sided", "two_sided", "none"] = Field(
-        "none", description="Clamp of the policy ratio; one_sided stops only moves already far enough"
+        "none", description="Clamp of the policy ratio; one_sided clamps only a winner's rise and a loser's fall"
     )
-    clip_range: float = Field(0.1, gt=0, lt=1, description="The ratio is clamped to 1 -/+ this")
-    log_prob: Literal["mean", "sum"] = Field("mean", description="Reduction of log_prob over C, H, W")
+    clip_range: float = Field(0.1, gt=0, lt=1, description="Clamp the ratio to 1 -/+ this")
+    log_prob: Literal["mean", "sum"] = Field("mean", description="How log_prob is reduced over C, H, W")
     timestep_weighting: Literal["equal_gradient", "none"] = Field(
         "equal_gradient", description="Scale steps so that each moves the noise prediction equally"
     )
     updates_per_round: int | Literal["one_per_group"] = Field(
-        4, description="Optimizer steps a round, or one for every group that has a pair"
+        4, description="Optimizer steps per round, or one per group that has a pair"
     )
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the round's images")
-    micro_batch: int = Field(64, ge=1, le=65536, description="Image-steps that pass through the network at once")
+    micro_batch: int = Field(64, ge=1, le=65536, description="Image-steps per pass through the network")
     carry_optimizer: bool = Field(True, description="Keep AdamW's moments from round to round")
-    save_every_seconds: float = Field(60.0, ge=0, le=1e9, description="How often a running round saves its progress")
+    save_every_seconds: float = Field(60.0, ge=0, le=1e9, description="Seconds between saves of a running round")
     measured_share: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Share of the steps at which a round's pairs pass once more after it, to see what was "
-        "learned; 0 for none",
+        description="Share of the steps to replay after training, to measure what the round's pairs taught; 0: none",
     )
 
     @model_validator(mode="before")
@@ -285,47 +278,47 @@ class TrainConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    """The fixed held-out prompts and seeds on which every checkpoint is compared."""
+    """Fixed held-out prompts and seeds on which all checkpoints are compared."""
 
-    prompts: str = Field("data/prompts/shapes_eval.txt", description="Text file, CSV or Parquet of held-out prompts")
+    prompts: str = Field("data/prompts/shapes_eval.txt", description="Text, CSV or Parquet file of held-out prompts")
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
-    images_per_prompt: int = Field(8, ge=1, le=10_000, description="Fixed seeds a prompt")
-    max_prompts: int = Field(64, ge=1, le=1_000_000, description="Use the first so many held-out prompts")
-    scorers: tuple[str, ...] = Field((), description="Scorers to evaluate with; the judge's when empty")
-    unseen: tuple[str, ...] = Field((), description="Scorers that training never sees, to notice what the judge misses")
+    images_per_prompt: int = Field(8, ge=1, le=10_000, description="Fixed seeds per prompt")
+    max_prompts: int = Field(64, ge=1, le=1_000_000, description="Held-out prompts to use, from the start of the file")
+    scorers: tuple[str, ...] = Field((), description="Scorers for evaluation; the judge's by default")
+    unseen: tuple[str, ...] = Field((), description="Scorers that training never sees; they show what the judge misses")
     drift_images: int = Field(
-        32, ge=0, le=1_000_000, description="Held-out images on which the drift from the base is measured"
+        32, ge=0, le=1_000_000, description="Held-out images used to measure the drift from the base"
     )
-    grid_prompts: int = Field(6, ge=1, le=32, description="Prompts shown in the image grid")
+    grid_prompts: int = Field(6, ge=1, le=32, description="Prompts in the image grid")
 
 
 class GuardConfig(_Section):
-    """When a round's checkpoint is not trusted, and what happens then."""
+    """When not to trust a round's checkpoint, and what to do then."""
 
     policy: Literal["warn", "reject", "stop"] = Field(
-        "warn", description="Say so; or start the next round from the champion again; or stop the campaign"
+        "warn", description="Only warn, start the next round from the champion again, or stop the campaign"
     )
-    score_tolerance: float = Field(
-        0.0, ge=0, description="The held-out score may clearly be this much below the champion's, in score units"
-    )
+    score_tolerance: float = Field(0.0, ge=0, description="Tolerated fall of the held-out score, in score units")
     min_diversity: float = Field(
-        0.5, ge=0, le=1, description="Share of the base model's diversity within a prompt that must remain"
+        0.5, ge=0, le=1, description="Least allowed diversity within a prompt, as a share of the base model's"
     )
     max_drift: float | None = Field(
-        None, gt=0, description="Largest KL from the base over a trajectory, nats per element; no bound when not given"
+        None,
+        gt=0,
+        description="Largest allowed KL from the base over a trajectory, in nats per element; no limit by default",
     )
-    max_clip_fraction: float = Field(0.9, gt=0, le=1, description="Largest share of pairs whose ratio was clipped")
+    max_clip_fraction: float = Field(0.9, gt=0, le=1, description="Largest allowed share of pairs with a clipped ratio")
 
 
 class CampaignConfig(_Section):
-    """Everything that steers a campaign of D3PO rounds."""
+    """All settings of a campaign."""
 
-    campaign: str = Field("shapes", description="Name of the series of rounds; its folder in runs_dir")
-    runs_dir: str | None = Field(None, description="Where campaigns are kept; runs in the data folder when not given")
+    campaign: str = Field("shapes", description="Name of the campaign and of its folder in runs_dir")
+    runs_dir: str | None = Field(None, description="Folder of the campaigns; runs in the data folder by default")
     accept_changes: bool = Field(
-        False, description="Go on although a file of the model or of a scorer changed since the campaign began"
+        False, description="Go on even if a file of the model or of a scorer changed since the campaign began"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="All randomness of the campaign follows from it")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of all randomness in the campaign")
     model: ModelConfig = ModelConfig()
     sample: SampleConfig = SampleConfig()
     judge: JudgeConfig = JudgeConfig()

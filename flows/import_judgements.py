@@ -28,23 +28,23 @@ def import_judgements(
     control: str | None = None,
     left: str | None = None,
 ) -> State:
-    """Check a file of people's judgements and add it to a round of a campaign.
+    """Check a file of people's judgements and add them to a round of a campaign.
 
     Args:
-        file: path of the file, on the machine that the run runs on; formats in docs/judgements.md.
+        file: path of the file on the machine of the run; formats in docs/judgements.md.
         campaign: name of the campaign.
-        round: the round; when empty the one that the file's ids name, else the last that was sampled.
-        rater: who judged the rows that do not say it.
-        dry_run: check and report only.
-        accept_valid: write the good rows of a file that has bad ones.
+        round: the round; by default the one in the file's ids, else the last one sampled.
+        rater: rater of rows that name none.
+        dry_run: only check and report.
+        accept_valid: import the good rows even if others are bad.
         gold: the judgements are known answers to gold questions.
-        resume: let the run that waits for these judgements go on.
-        late: keep judgements of a round whose preferences were derived before.
-        order: of a list without ids: path of a sheet's manifest.json, or sampled.
-        scale: words of an ordered scale of ratings, the worst first: poor,fair,good.
-        columns: which column is which, ours=theirs: winner=better,loser=worse.
-        control: which control of Label Studio counts.
-        left: which column of Label Studio's tasks stood on the left.
+        resume: then resume the run that waits for these judgements.
+        late: keep the judgements even if the round's preferences are already derived.
+        order: for a list without ids: path of a sheet's manifest.json, or sampled.
+        scale: words of the rating scale, worst first: poor,fair,good.
+        columns: names of the columns, ours=theirs: winner=better,loser=worse.
+        control: Label Studio control to read.
+        left: column of the left image in Label Studio's tasks.
     """
     logger = get_run_logger()
     try:

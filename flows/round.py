@@ -24,12 +24,12 @@ from tasks.waiting import require_deployment, wait_for_people
 
 @flow(name="d3po", flow_run_name="{config.campaign}", persist_result=False, validate_parameters=True)
 def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  # noqa: B008 (frozen)
-    """Advance a campaign by some rounds, from its last finished one; with none it starts one.
+    """Run more rounds of a campaign after its last finished one; start the campaign if it is new.
 
-    A run that was killed and is retried, or the same command given again, ends where the first would have ended.
+    If a run is killed, a retry or the same command again ends at the first run's target round.
 
     Args:
-        config: the campaign's configuration; in a deployment only what differs from the deployment's own values.
+        config: the campaign's configuration; in a deployment, only what differs from the deployment's values.
         rounds: how many rounds to add.
     """
     logger = get_run_logger()

@@ -1,4 +1,4 @@
-"""The flow ``wake``: resume a waiting run at its deadline, so that it follows its policy."""
+"""The flow ``wake``: resume a waiting run at its deadline, so that it applies its policy."""
 
 from prefect import flow
 from prefect.states import Completed, State
@@ -10,12 +10,12 @@ from tasks.waiting import wake as wake_run
 @flow(name="wake", flow_run_name="wake {campaign} round {round_number}", persist_result=False, retries=30,
       retry_delay_seconds=10)  # fmt: skip
 def wake(campaign: str, round_number: int, flow_run_id: str) -> State:
-    """Resume the run that waits for a round; one that does not wait any more is left alone.
+    """Resume the run that waits for a round; do nothing if it no longer waits.
 
     Args:
         campaign: the campaign's name.
         round_number: the round.
-        flow_run_id: the run that asked to be woken, for whoever reads this.
+        flow_run_id: the run that asked to be woken; only for readers.
     """
     wake_run(campaign, round_number)
     return Completed(message=f"round {round_number} of campaign {campaign} does not wait any more")

@@ -45,10 +45,10 @@ DEFAULT_PAGE = "http://127.0.0.1:8700"
 
 
 class GoOn(RunInput):
-    """What Prefect's page asks when a person resumes a run that waits for judgements."""
+    """The form on Prefect's page when somebody resumes a run that waits for judgements."""
 
     go_on_with_what_is_there: bool = Field(
-        False, description="Train on the judgements that are in, although some are missing"
+        False, description="Train on the judgements so far, even if some are missing"
     )
 
 
@@ -257,7 +257,7 @@ def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any]
         f"**[Open the labelling page]({page_url()})** ({_missing(progress)} to judge{until}).\n\n"
         f"Or by spreadsheet: `d3po export-sheet FOLDER --campaign {config.campaign}`, then "
         f"`d3po import FILE --campaign {config.campaign} --resume`.\n\n"
-        "The run goes on by itself with the last judgement. To go on earlier, press *Resume* on this run.\n"
+        "The run goes on after the last judgement. To go on earlier, press *Resume* on this run.\n"
     )
     create_markdown_artifact(text, key=artifact_key(config.campaign, "label"), description=said)
 

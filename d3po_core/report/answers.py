@@ -104,7 +104,7 @@ def pairings(facts: Facts, one: Scored) -> list[Row]:
         against = (
             ("", 0, one.base),
             ("the round before", position - 1, one.previous),
-            ("champion till then", facts.reigns[position - 1], one.champion),
+            ("champion until then", facts.reigns[position - 1], one.champion),
         )
         for other in dict.fromkeys(other for _, other, _ in against):
             words = [word for word, same, _ in against if same == other and word]
@@ -169,15 +169,15 @@ def _latest(facts: Facts, first: Scored) -> Check:
 def _other_scorer(facts: Facts, other: Scored) -> Check:
     against = other.base[facts.champion]
     text = f"{signed(against.difference)} against base: {against.verdict}."
-    return Check(against.verdict != WORSE, f"{other.name} did not suffer", text)
+    return Check(against.verdict != WORSE, f"{other.name} did not fall", text)
 
 
 def _prompts(prompts: list[Row]) -> Check:
     lower, worse = [row for row in prompts if row["change"] < 0], [row for row in prompts if row["verdict"] == WORSE]
-    text = f"{len(lower)} of {len(prompts)} held-out prompts score less than at the base, {len(worse)} of them clearly"
+    text = f"{len(lower)} of {len(prompts)} held-out prompts score lower than at the base, {len(worse)} of them clearly"
     if lower:
-        text += f"; most lost: “{lower[-1]['prompt']}” ({number(lower[-1]['base'])} to {number(lower[-1]['champion'])})"
-    return Check(len(worse) <= MANY_WORSE * len(prompts), "Few prompts pay for the others", text + ".")
+        text += f"; worst: “{lower[-1]['prompt']}” ({number(lower[-1]['base'])} to {number(lower[-1]['champion'])})"
+    return Check(len(worse) <= MANY_WORSE * len(prompts), "Few prompts got worse", text + ".")
 
 
 def _diversity(facts: Facts, pictures: list[RoundPictures]) -> Check | None:
@@ -190,19 +190,19 @@ def _diversity(facts: Facts, pictures: list[RoundPictures]) -> Check | None:
     change = compare_scores(after, before, shared).difference
     lost = change.mean < -DIVERSITY_LOSS * before.mean() and change.high < 0
     text = (
-        f"Images of a prompt differ by {after.mean():.3f} of full scale a pixel, at the base by {before.mean():.3f} "
+        f"Images of a prompt differ by {after.mean():.3f} of full scale per pixel, at the base by {before.mean():.3f} "
         f"({change.mean / before.mean():+.0%}).".replace("-", "\N{MINUS SIGN}")
     )
-    return Check(not lost, "Images of a prompt stay different from each other", text)
+    return Check(not lost, "Images of a prompt stay diverse", text)
 
 
 def _pairs(rounds: list[Row]) -> Check:
     counts = [row["num_pairs"] for row in rounds]
     judged = counts[-1] + rounds[-1]["num_ties"]
-    text = f"The latest round decided {counts[-1]} of {judged} judged pairs; the median round {np.median(counts):.0f}."
+    text = f"The latest round decided {counts[-1]} of {judged} judged pairs; the median round: {np.median(counts):.0f}."
     empty = sum(count == 0 for count in counts)
     if empty:
-        text += f" {empty} of {len(counts)} rounds had no pair at all, and trained nothing."
+        text += f" {empty} of {len(counts)} rounds had no pair at all and trained nothing."
     few = counts[-1] < FEW_PAIRS * np.median(counts)
     return Check(not few and not empty, "There are pairs to learn from", text)
 
@@ -216,25 +216,25 @@ def _trained(rounds: list[Row]) -> Check:
     return Check(not same, "Every round changed the weights", text)
 
 
-_JUMPS = "The KL of a round stays of one size"
+_JUMPS = "The KL per round stays similar"
 
 
 def _jumps(training: list[Row]) -> Check | None:
-    training = [row for row in training if row["kl_after"] is not None]  # None: not measured, or an older version
+    training = [row for row in training if row["kl_after"] is not None]  # not measured, or from an older version
     if not training:
         return None
     kl = np.array([row["kl_after"] for row in training])
     median, most = number(float(np.median(kl))), number(float(kl.max()))
     wild = [row["round"] for row in training if row["kl_after"] > JUMP * np.median(kl)]
     if not wild or len(training) < 3:
-        return Check(True, _JUMPS, f"At most {JUMP} times its median, {median} nats per element and step.")
+        return Check(True, _JUMPS, f"At most {JUMP} times the median round's, {median} nats per element and step.")
     text = (
         f"It was more than {JUMP} times its median ({median}) in round{'s' if len(wild) > 1 else ''} {listed(wild)}, "
     )
     text += f"at most {most} nats per element and step."
     if wild[-1] == training[-1]["round"]:
         return Check(False, _JUMPS, text)
-    return Check(None, "The KL of a round jumped, and came back", text)
+    return Check(None, "The KL jumped in a round and came back", text)
 
 
 def _drowned(training: list[Row]) -> Check | None:
@@ -257,25 +257,23 @@ def _people(counts: list[Row]) -> Check | None:
     if not agree + disagree:
         return None
     share = agree / (agree + disagree)
-    text = f"Of {agree + disagree} pairs that both decided, people and proxies agree on {share:.0%}."
-    return Check(share >= 0.6, "People and proxies want the same", text)
+    text = f"People and proxies agree on {share:.0%} of the {agree + disagree} pairs that both decided."
+    return Check(share >= 0.6, "People and proxies agree", text)
 
 
 def _preferred(rate: HumanWinRate | None) -> Check | None:
     if rate is None:
         return None
-    text = (
-        f"Blind, they chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of {rate.num_pairs} "
-    )
-    text += f"pairs, ties half: {rate.verdict}."
-    return Check(rate.verdict != WORSE, "People do not prefer the base to the champion", text)
+    text = f"In blind pairs, people chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of "
+    text += f"{rate.num_pairs}, ties half: {rate.verdict}."
+    return Check(rate.verdict != WORSE, "People do not prefer the base", text)
 
 
 def _same_config(changes: list[Row]) -> Check:
     if not changes:
         return Check(True, "One configuration throughout", "No field changed between rounds.")
     rounds = listed(sorted({change["round"] for change in changes}))
-    return Check(None, "The configuration changed on the way", f"In rounds {rounds}; see why it changed.")
+    return Check(None, "The configuration changed", f"In rounds {rounds}; the changes are listed below.")
 
 
 def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
@@ -284,7 +282,7 @@ def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
         return "Nothing has trained yet", []
     trained = facts.rounds[1:]
     pairs, images = (sum(row[what] for row in trained) for what in ("num_pairs", "num_samples"))
-    texts = [f"They came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
+    texts = [f"The pairs came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
     steps = [step.difference.mean for step in first.previous[1:]]
     for wanted, row in (("gain", int(np.argmax(steps)) + 1), ("loss", int(np.argmin(steps)) + 1)):
         step = first.previous[row]

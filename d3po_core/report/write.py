@@ -164,7 +164,7 @@ def _small_curves(facts: Facts, pictures: list[RoundPictures]) -> list[Row]:
         ("pair_accuracy_after", "Pairs learned", "share of the round's pairs and steps on which the policy prefers the "
          "winner after the round"),
         ("margin_after", "Margin learned", "log-ratio of winners over that of losers, after the round"),
-        ("pair_accuracy_before", "Pair accuracy before each update", "of pairs not learned from yet: near a half"),
+        ("pair_accuracy_before", "Pair accuracy before each update", "on pairs not learned from yet: near one half"),
         ("margin_before", "Margin before each update", "mean over the round's updates"),
         ("kl_after", "KL of the round", "between the round's first and last policy, nats per element and step"),
         ("loss", "Loss before each update", "mean over the round's updates"),

@@ -1,4 +1,4 @@
-"""Commands that make things again, and drop what can be made again: regenerate, replay, prune."""
+"""Commands that recompute results and drop files: regenerate, replay, prune."""
 
 import contextlib
 from pathlib import Path
@@ -10,23 +10,21 @@ from rich.table import Table
 from d3po_core.errors import D3POError
 from flows.commands.parts import CampaignOption, console, loading, outside_campaigns
 
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; as many as the round recorded when not given")
-]
-# Other batches and threads moved a pixel of the embedded model by 1 on CPUs; another device may round coarser.
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as the round used")]
+# On CPUs, other batches and threads moved pixels of the embedded model by 1; other devices may round more coarsely.
 TOLERANCE = 8
 
 
 def regenerate(
-    sample_id: Annotated[str, typer.Argument(help="Such as r3-g4-m1, or r3-e17 for a held-out image")],
+    sample_id: Annotated[str, typer.Argument(help="Id such as r3-g4-m1, or r3-e17 for a held-out image")],
     campaign: CampaignOption = "shapes",
-    output: Annotated[Path | None, typer.Option(help="PNG file to write the image to")] = None,
+    output: Annotated[Path | None, typer.Option(help="PNG file to write")] = None,
     tolerance: Annotated[
-        int, typer.Option(min=0, max=255, help="Difference of a pixel, of 255, that counts as rounding")
+        int, typer.Option(min=0, max=255, help="Largest pixel difference, of 255, that counts as rounding")
     ] = TOLERANCE,
     threads: ThreadsOption = None,
 ) -> None:
-    """Draw an image again, with the batch it was drawn in, and hold it against the stored one."""
+    """Generate an image again, with its whole batch, and compare it with the stored file."""
     from d3po_core.store.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
@@ -63,7 +61,7 @@ def replay(
     round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "latest",
     threads: ThreadsOption = None,
 ) -> None:
-    """Train a round again from what is on disk, and say whether the same weights come out; nothing is written."""
+    """Train a round again from its files and compare the weights; writes nothing."""
     from d3po_core.queries.lookup import trained_round
     from d3po_core.store.campaign import campaign_named
 
@@ -94,10 +92,10 @@ def replay(
 
 def prune(
     campaign: CampaignOption = "shapes",
-    keep_rounds: Annotated[int, typer.Option(help="Leave so many of the last finished rounds as they are")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go")] = False,
+    keep_rounds: Annotated[int, typer.Option(help="Leave this many of the latest finished rounds unchanged")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be dropped")] = False,
 ) -> None:
-    """Drop the trajectories of finished rounds: images and training can be made again from what stays."""
+    """Drop trajectories of finished rounds; images and training can still be reproduced."""
     from d3po_core.store.campaign import campaign_lock, campaign_named
     from d3po_core.store.prune import apply_prune, plan_prune
 
@@ -116,7 +114,7 @@ def prune(
 
 
 def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
-    """The model of a round's configuration, on as many threads as asked for or recorded."""
+    """Load a round's model, with the given or recorded number of threads."""
     import torch
 
     from d3po_core.models.loaded import load_policy
@@ -134,7 +132,7 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
 
 
 def _conditions(made_on: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """What decides how sums are rounded, then and now."""
+    """A line on what affects rounding, when the round ran and now."""
 
     def told(values: dict[str, Any]) -> str:
         processes = f"{values['processes']} processes, " if values["processes"] > 1 else ""

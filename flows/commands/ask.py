@@ -1,4 +1,4 @@
-"""Commands that ask a campaign: query and show."""
+"""Commands that read a campaign: query, show, check."""
 
 import contextlib
 from enum import StrEnum
@@ -17,16 +17,16 @@ def query(
     sql: Annotated[str, typer.Argument(help='For example "SELECT * FROM pairs WHERE people_against > 0"')],
     campaign: CampaignOption = "shapes",
     format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,
-    output: Annotated[Path | None, typer.Option(help="File to write to; needed for parquet")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; required for parquet")] = None,
 ) -> None:
-    """Ask SQL over all rounds: tables, and views such as pairs, checkpoints, human_comparisons (docs/questions.md)."""
+    """Query all rounds with SQL: tables, and views like pairs, checkpoints, human_comparisons (docs/questions.md)."""
     from d3po_core.people.blind import collect_comparisons
     from d3po_core.queries.query import ask
     from d3po_core.store.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
     outside_campaigns(output)
-    # A folder that cannot be written is asked all the same, only without what people said last.
+    # A read-only folder can be queried too, only without the latest answers of people.
     with contextlib.suppress(D3POError):
         collect_comparisons(folder)
     with ask(folder, sql) as answer:
@@ -34,10 +34,10 @@ def query(
 
 
 def show(
-    sample_id: Annotated[str, typer.Argument(help="Such as r3-g4-m1, or r3-e17 for a held-out image")],
+    sample_id: Annotated[str, typer.Argument(help="Id such as r3-g4-m1, or r3-e17 for a held-out image")],
     campaign: CampaignOption = "shapes",
 ) -> None:
-    """Tell an image's story: prompt, seed, checkpoint, what was said of it, its pairs, the run that made it."""
+    """Show where an image came from: prompt, seed, checkpoint and run; and its judgements and pairs."""
     from d3po_core.queries.lookup import image_story
     from d3po_core.store.campaign import campaign_named
 
@@ -73,7 +73,7 @@ def show(
 
 
 def check(campaign: CampaignOption = "shapes") -> None:
-    """Verify every file that finished stages wrote, by its digest; name those that are damaged or gone."""
+    """Check the digests of all files from finished stages; list damaged and missing ones."""
     from d3po_core.store.campaign import campaign_named
     from d3po_core.store.integrity import count_files, damages
     from d3po_core.store.stages import finished_numbers, last_finished_round, stage_path

@@ -1,4 +1,4 @@
-"""Commands that make a folder for others: preferences as a dataset, a LoRA or a trained network with its model card."""
+"""Commands that export a folder to share: preferences as a dataset, or trained weights with a model card."""
 
 import sys
 from pathlib import Path
@@ -8,17 +8,15 @@ import typer
 
 from flows.commands.parts import CampaignOption, loading, outside_campaigns
 
-OutputOption = Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten")]
+OutputOption = Annotated[Path, typer.Option(help="Folder to create; overwrites nothing")]
 
 
 def export_preferences(
     output: OutputOption,
     campaign: CampaignOption = "shapes",
-    shard_megabytes: Annotated[
-        int, typer.Option(min=1, help="Images in one Parquet file have at most so many MB")
-    ] = 400,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Maximum MB of images per Parquet file")] = 400,
 ) -> None:
-    """Write a campaign's pairs with their images as a dataset for trainers of Diffusion-DPO."""
+    """Export a campaign's pairs and images as a dataset for Diffusion-DPO trainers."""
     from d3po_core.export.preferences import export_preferences as export
     from d3po_core.store.campaign import campaign_named
 
@@ -32,7 +30,7 @@ def export_lora(
     campaign: CampaignOption = "shapes",
     round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "champion",
 ) -> None:
-    """Write a round's LoRA (or its network, if all of it was trained) with a model card, ready to upload."""
+    """Export a round's LoRA, or its fully trained network, with a model card, ready to upload."""
     from d3po_core.store.campaign import campaign_named
 
     folder = campaign_named(campaign).folder

@@ -11,7 +11,7 @@ from d3po_core.ways import Mode
 from flows.commands.parts import CampaignOption
 
 RoundOption = Annotated[
-    int | None, typer.Option("--round", min=1, help="The round; the file's own, or the last sampled, when not given")
+    int | None, typer.Option("--round", min=1, help="The round; by default the file's, else the last one sampled")
 ]
 
 
@@ -19,30 +19,28 @@ def import_judgements(
     file: Annotated[Path, typer.Argument(help="CSV or JSON file; formats in docs/judgements.md")],
     campaign: CampaignOption = "shapes",
     round_number: RoundOption = None,
-    rater: Annotated[str | None, typer.Option(help="Who judged the rows that do not say it")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report only")] = False,
+    rater: Annotated[str | None, typer.Option(help="Rater of rows that name none")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and report")] = False,
     accept_valid: Annotated[
-        bool, typer.Option("--accept-valid", help="Import the good rows of a file that has bad ones")
+        bool, typer.Option("--accept-valid", help="Import the good rows even if others are bad")
     ] = False,
-    gold: Annotated[bool, typer.Option("--gold", help="These are known answers to gold questions")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Then let the run go on that waits for them")] = False,
+    gold: Annotated[bool, typer.Option("--gold", help="The judgements are known answers to gold questions")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Then resume the run that waits for them")] = False,
     late: Annotated[
-        bool, typer.Option("--late", help="Keep them on record though the round's preferences are derived")
+        bool, typer.Option("--late", help="Keep them even if the round's preferences are already derived")
     ] = False,
     order: Annotated[
-        str | None, typer.Option(help="Of a list without ids: a sheet's manifest.json, or 'sampled'")
+        str | None, typer.Option(help="For a list without ids: a sheet's manifest.json, or 'sampled'")
     ] = None,
-    scale: Annotated[
-        str | None, typer.Option(help="Words of an ordered scale of ratings, the worst first: poor,fair,good")
-    ] = None,
+    scale: Annotated[str | None, typer.Option(help="Words of the rating scale, worst first: poor,fair,good")] = None,
     columns: Annotated[
-        str | None, typer.Option(help="Which column is which, ours=theirs: winner=better,loser=worse,rater=who")
+        str | None, typer.Option(help="Names of the columns, ours=theirs: winner=better,loser=worse,rater=who")
     ] = None,
-    control: Annotated[str | None, typer.Option(help="Which control of Label Studio counts")] = None,
-    left: Annotated[str | None, typer.Option(help="Which column of Label Studio's tasks stood on the left")] = None,
+    control: Annotated[str | None, typer.Option(help="Label Studio control to read")] = None,
+    left: Annotated[str | None, typer.Option(help="Column of the left image in Label Studio's tasks")] = None,
     report: Annotated[Path | None, typer.Option(help="Write all problems to this file")] = None,
 ) -> None:
-    """Import people's judgements from a file; nothing of a file with a wrong row is written."""
+    """Import people's judgements from a file; one wrong row stops the whole import."""
     from d3po_core.judgement_files.importing import import_file, renaming
     from d3po_core.judgement_files.report import MAX_LINES, write_problems
     from d3po_core.store.campaign import campaign_named
@@ -70,7 +68,7 @@ def _resume_waiting(config: CampaignConfig, round_number: int) -> None:
 
     if not find_prefect():
         raise D3POError("--resume: no Prefect server is running here, so no run waits; the judgements are kept")
-    from tasks.waiting import resume_waiting  # loads prefect, which an import alone does not need
+    from tasks.waiting import resume_waiting  # loads prefect, which a plain import does not need
 
     print(resume_waiting(config, round_number))
 
@@ -81,12 +79,12 @@ def export_sheet(
     round_number: RoundOption = None,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="What the rater does; the campaign's when not given"),
+        typer.Option(help="What the rater does; the campaign's mode by default"),
     ] = None,
-    rater: Annotated[str | None, typer.Option(help="Name that is filled in already")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the images' order; the rater's own when not given")] = None,
+    rater: Annotated[str | None, typer.Option(help="Rater's name, filled in for them")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the images' order; by default the rater's own")] = None,
 ) -> None:
-    """Write a folder for a rater without the page: images, a CSV to fill in, and sheet.html to look at offline."""
+    """Write a folder for judging offline: images, a CSV to fill in, and sheet.html to view them."""
     from d3po_core.judgement_files.sheets import CSV_FILE, PAGE_FILE
     from d3po_core.judgement_files.sheets import export_sheet as export
     from d3po_core.store.campaign import campaign_named

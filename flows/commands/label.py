@@ -1,4 +1,4 @@
-"""``d3po label``: serve the labelling page, print every rater's link, begin blind comparisons of checkpoints."""
+"""``d3po label``: serve the labelling page, print raters' links, start blind comparisons."""
 
 import getpass
 import re
@@ -20,29 +20,29 @@ BLIND = "Compare checkpoints, blind"
 
 def label(
     rater: Annotated[
-        list[str] | None, typer.Option(help="Name of a person who judges; may be repeated; also while the page runs")
+        list[str] | None, typer.Option(help="Name of a rater; may be repeated, also while the page runs")
     ] = None,
-    mode: Annotated[Mode | None, typer.Option(help="How people judge; judge.people.mode when not given")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="How people judge; judge.people.mode by default")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on")] = 8700,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which other machines reach this one; may be repeated")
+        list[str] | None, typer.Option(help="Name that other machines use for this one; may be repeated")
     ] = None,
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Also let people compare this round's held-out images with a reference's, blind: a number, champion "
-            "or latest; d3po compare says how often they prefer it", rich_help_panel=BLIND,
+            help="Also let people compare this round (a number, champion or latest) blind with a reference; "
+            "d3po compare shows how often they prefer it", rich_help_panel=BLIND,
         ),
     ] = None,
     against: Annotated[str, typer.Option(help="The reference: base or a round", rich_help_panel=BLIND)] = "base",
-    pairs: Annotated[int, typer.Option(min=1, help="How many pairs, in all", rich_help_panel=BLIND)] = 48,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs in total", rich_help_panel=BLIND)] = 48,
     raters_per_pair: Annotated[
-        int, typer.Option(min=1, max=100, help="People asked about each pair", rich_help_panel=BLIND)
+        int, typer.Option(min=1, max=100, help="People asked per pair", rich_help_panel=BLIND)
     ] = 1,
     campaign: Annotated[str, typer.Option(help="Campaign of the two rounds", rich_help_panel=BLIND)] = "shapes",
 ) -> None:  # fmt: skip
-    """Serve the page on which people judge rounds and compare checkpoints blind; Ctrl-C ends it and loses nothing."""
+    """Serve the page where people judge rounds and compare checkpoints; Ctrl-C stops it and loses nothing."""
     from d3po_core.people.information import question_priority
 
     if compare is not None:
@@ -53,7 +53,7 @@ def label(
 
 
 def begin_blind(campaign: str, compare: str, against: str, pairs: int, raters: int) -> None:
-    """Put a blind comparison on the page, or more pairs of one that is there, and say how far it is.
+    """Start a blind comparison, or add pairs to one, and print its progress.
 
     Raises:
         D3POError: there is no such campaign or round, or nothing to compare.
@@ -78,7 +78,7 @@ def begin_blind(campaign: str, compare: str, against: str, pairs: int, raters: i
 
 
 def _wake(campaign: str, round_number: int) -> None:
-    """Wake the run that waits for the round, on the server of ``d3po up`` or the one that the shell is set to."""
+    """Wake the run that waits for the round, on the server of ``d3po up`` or of the shell's settings."""
     from d3po_core.config import CampaignConfig
     from d3po_core.store.stages import stage_path
     from flows.servers import find_prefect
@@ -92,7 +92,7 @@ def _wake(campaign: str, round_number: int) -> None:
 
 
 def _compared(campaign: str, round_number: int) -> None:
-    """Tell MLflow what people said in blind comparisons; one that is down is told by the campaign's next run."""
+    """Send results of blind comparisons to MLflow; if it is down, the campaign's next run sends them."""
     from d3po_core.store.campaign import campaign_named
     from tasks.tracking.delivery import deliver_comparisons
 
@@ -103,23 +103,23 @@ def serve_page(
     on_complete: "OnComplete", priority: "Priority | None", rater: list[str] | None, mode: str | None, host: str,
     port: int, allow_host: list[str] | None, on_compared: "OnComplete" = lambda *_: None,
 ) -> None:  # fmt: skip
-    """Print the links and serve until the process is told to end.
+    """Print the raters' links and serve the page until the process is stopped.
 
-    A link lets in whoever reads it. It is printed to a terminal, or by a command that ends at once; what a server
-    prints elsewhere is a log, which says only how to get one.
+    Whoever has a link can judge. So links are printed only to a terminal, or if the page runs already; a log only
+    says how to get one.
 
     Args:
         on_complete: see ``d3po_core.page.app.create_app``.
         priority: the same.
-        rater: names that get a link; when not given those that have one, else the name of the account.
-        mode: how people judge, None for the configuration's.
+        rater: names that get a link; by default those that have one, else the name of the account.
+        mode: how people judge; None means the configuration's mode.
         host: address to listen on.
         port: port to listen on.
-        allow_host: further names by which the page is reached.
+        allow_host: further names that reach the page.
         on_compared: see ``d3po_core.page.app.create_app``.
 
     Raises:
-        D3POError: the port is taken by something else, or the data folder cannot be written.
+        D3POError: another program uses the port, or the data folder cannot be written.
     """
     from d3po_core.page.access import Raters
 
@@ -155,7 +155,7 @@ def _page_runs(host: str, port: int) -> bool:
     """Whether a labelling page answers on the port.
 
     Raises:
-        D3POError: something else does.
+        D3POError: another program does.
     """
     import socket
 

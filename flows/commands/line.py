@@ -1,4 +1,4 @@
-"""The command ``d3po``: run rounds, look at what came out, ask the tables, start and end the local servers."""
+"""The command ``d3po``: run rounds, look at the results, query the tables, start and stop the servers."""
 
 import atexit
 import contextlib
@@ -40,9 +40,9 @@ for panel, commands in PANELS.items():
 
 
 def main() -> None:
-    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    """Run the command line; an error that the user can fix prints one line and exits with status 2."""
     status: int | str | None = 0
-    os.environ.update(without_proxy(os.environ))  # our own servers are never behind one
+    os.environ.update(without_proxy(os.environ))  # our own servers are never behind a proxy
     try:
         app()
     except SystemExit as end:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _prefect_refuses(error: Exception) -> str:
-    """One line about an answer of the Prefect server that ended a command; any other error is raised again."""
+    """A line about an HTTP error of the Prefect server; raises any other error again."""
     import httpx
 
     if not isinstance(error, httpx.HTTPStatusError):
@@ -70,10 +70,10 @@ def _prefect_refuses(error: Exception) -> str:
 def _leave(status: int) -> NoReturn:
     """End the process after its exit handlers, without tearing the interpreter down.
 
-    Prefect's event loops are daemon threads: they live through the teardown, in which duckdb 2.0 then prints a hundred
-    lines about leaked types.
+    Prefect's event loops are daemon threads and survive a teardown; duckdb 2.0 would then print a hundred lines about
+    leaked types.
     """
-    # As the interpreter would: first the last words of threads, then the handlers.
+    # In the interpreter's order: wait for threads, then run the handlers.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -84,13 +84,13 @@ def _leave(status: int) -> NoReturn:
 @app.command()
 def run(
     deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds to add")] = 1,
-    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's when not given")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds to add")] = 1,
+    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's by default")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a field: train.learning_rate=1e-3; may be repeated")
+        list[str] | None, typer.Option("--set", help="Set a field: train.learning_rate=1e-3; may be repeated")
     ] = None,
 ) -> None:
-    """Advance a campaign here and now; needs no server."""
+    """Run rounds of a campaign in this terminal; needs no server."""
     config = deployment_config(deployment, campaign, setting or [])
     with ctrl_c_ends_it():
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
@@ -112,7 +112,7 @@ def run(
 
 @app.command()
 def rounds(campaign: CampaignOption = "shapes") -> None:
-    """Print the table of a campaign's rounds and where its files are."""
+    """Print a table of the campaign's rounds, and where its files are."""
     from d3po_core.store.campaign import campaign_named
 
     show_campaign(campaign_named(campaign))
@@ -121,9 +121,9 @@ def rounds(campaign: CampaignOption = "shapes") -> None:
 @app.command()
 def discard_round(
     campaign: CampaignOption = "shapes",
-    with_judgements: Annotated[bool, typer.Option(help="Also when people have judged the round already")] = False,
+    with_judgements: Annotated[bool, typer.Option(help="Even if people have judged the round already")] = False,
 ) -> None:
-    """Drop what the campaign's unfinished round left, so that it can begin anew; finished rounds stay."""
+    """Delete the unfinished round, so that it can start again; finished rounds stay."""
     from d3po_core.people.questions import count_judgements
     from d3po_core.store.campaign import campaign_lock, campaign_named
     from d3po_core.store.leftovers import discard_round as discard
@@ -147,7 +147,7 @@ def up(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server")] = 5000,
     label_port: Annotated[int, typer.Option(help="Port of the labelling page")] = 8700,
 ) -> None:
-    """Start Prefect server, worker, MLflow and the labelling page on 127.0.0.1, and register the deployments."""
+    """Start Prefect's server and worker, MLflow and the labelling page on 127.0.0.1; register the deployments."""
     from flows import servers
 
     print("\n".join(servers.up(prefect_port, mlflow_port, label_port)))
@@ -155,7 +155,7 @@ def up(
 
 @app.command()
 def down() -> None:
-    """End what ``d3po up`` started."""
+    """Stop everything that ``d3po up`` started."""
     from flows import servers
 
     print("\n".join(servers.down()))
@@ -163,14 +163,14 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Say which servers run."""
+    """Show which servers are running."""
     from flows import servers
 
     print("\n".join(servers.status()))
 
 
 def show_campaign(config: CampaignConfig) -> None:
-    """Print the rounds so far, where everything is, and what to type next."""
+    """Print the finished rounds, where the files are, and what to type next."""
     from d3po_core.store.campaign import round_config
     from d3po_core.store.stages import finished_rounds
 
@@ -191,7 +191,7 @@ def show_campaign(config: CampaignConfig) -> None:
     console().print(table)
     first, last = records[0], records[-1]
     folder = short(config.folder)
-    name = str(config.folder) if config.runs_dir else config.campaign  # how the commands find it
+    name = str(config.folder) if config.runs_dir else config.campaign  # how commands find the campaign
     from flows.server_processes import known_ports
 
     mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
@@ -213,7 +213,7 @@ def show_campaign(config: CampaignConfig) -> None:
 
 @contextlib.contextmanager
 def _starting_server() -> Iterator[None]:
-    """Within this context Prefect's temporary server starts, if one is needed; afterwards it answers."""
+    """Start Prefect's temporary server if needed; when the context ends, the server answers."""
     if "PREFECT_API_URL" in os.environ:
         from flows.prefect_trouble import require_prefect
 
@@ -229,7 +229,7 @@ def _starting_server() -> Iterator[None]:
 
 
 def _use_local_prefect() -> None:
-    """Use the server of ``d3po up`` if it runs, else a temporary one of this process over the same database."""
+    """Use the server of ``d3po up`` if it runs, else a temporary server on the same database."""
     from d3po_core.store.files import disk_errors
     from flows.server_programs import QUIET, temporary_environment
     from flows.servers import end_orphans, find_prefect

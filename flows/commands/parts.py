@@ -1,4 +1,4 @@
-"""What the commands share: --campaign, how tables and paths are shown, files to write, a word while something loads."""
+"""Parts shared by the commands: --campaign, printing tables and paths, writing files, a loading message."""
 
 import contextlib
 import os
@@ -12,19 +12,19 @@ from rich.console import Console
 
 from d3po_core.errors import D3POError
 
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder when it lies elsewhere")]
+CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder if that is elsewhere")]
 
 
 def console(stream: Any = None) -> Console:
-    """A console as wide as its terminal; where there is none, wide enough for tables. Cells are shown as they are."""
+    """A console as wide as its terminal, or wide enough for tables if there is none; shows cells unchanged."""
     stream = stream or sys.stdout
     width = None if stream.isatty() else 240
-    # A prompt or a name with square brackets or colons is neither markup nor an emoji.
+    # Brackets and colons in prompts and names are neither markup nor emoji.
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], stream: Any = None) -> None:
-    """Print rows; a cell shows whatever it holds, and nothing for null."""
+    """Print rows as a table; null is an empty cell."""
     from rich.table import Table
 
     table = Table(*map(shown, columns))
@@ -34,17 +34,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], stream: A
 
 
 def shown(value: Any) -> str:
-    """A value as text that a terminal shows and does not obey."""
+    """A value as text for a terminal, with control characters escaped."""
     from d3po_core.queries.query import plain
 
     return plain(str(value))
 
 
 def outside_campaigns(output: Path | None) -> None:
-    """Make sure that a file or folder to write is not in a campaign's own folder.
+    """Refuse an output path inside a campaign's folder.
 
     Raises:
-        D3POError: it is.
+        D3POError: the path is inside one.
     """
     from d3po_core.config import absolute
     from d3po_core.store.campaign import CAMPAIGN_FILE
@@ -56,7 +56,7 @@ def outside_campaigns(output: Path | None) -> None:
 
 @contextlib.contextmanager
 def writing(output: Path | None) -> Iterator[Any]:
-    """A text stream to the file, which is there whole or not at all; without one, to standard output.
+    """A text stream to a file, written whole or not at all; without a file, to standard output.
 
     Raises:
         D3POError: the file cannot be written.
@@ -72,12 +72,12 @@ def writing(output: Path | None) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def loading(what: str = "torch and diffusers") -> Iterator[None]:
-    """Say that something slow is being imported, and nothing else."""
+    """Show a message while something slow is imported, and hide the libraries' own messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with Console(stderr=True).status(f"loading {what}"):
         yield
 
 
 def short(path: Path) -> str:
-    """A path as it is typed from here, the whole one when it lies elsewhere."""
+    """A path relative to the working directory; absolute if outside it."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""``d3po raters``: who judged, how well, and how far they agree."""
+"""``d3po raters``: who judged, how well, and how much raters agree."""
 
 import json
 from dataclasses import asdict, fields
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from d3po_core.people.raters import RaterReport, RaterSummary
 
 RaterFormat = StrEnum("RaterFormat", ["table", "csv", "json"])
-# No interval excludes one half by accident more often than this.
+# Chance, per rater, of reporting a bias that is not there.
 BIAS_P = 0.05
 
 
@@ -22,15 +22,15 @@ def raters(
     campaign: CampaignOption = "shapes",
     round_number: Annotated[int | None, typer.Option("--round", min=1, help="Only this round")] = None,
     format: Annotated[RaterFormat, typer.Option(help="How to write the result")] = RaterFormat.table,
-    output: Annotated[Path | None, typer.Option(help="File to write to")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write")] = None,
 ) -> None:
-    """Print who judged: how much, how fast, how right on gold questions, how biased, and how far they agree."""
+    """Print the raters: judgements, speed, right gold answers, bias and agreement."""
     from d3po_core.errors import D3POError
     from d3po_core.people.raters import connect_with_journal, rater_report
     from d3po_core.store.campaign import campaign_named, rules_of
 
     folder = campaign_named(campaign).folder
-    # Rules may change between rounds: each round's own hold for it, and the last round's for all of them together.
+    # Rules may change between rounds: one round uses its own, all rounds together use the last one's.
     people = rules_of(folder, round_number).judge.people
     with connect_with_journal(folder) as connection:
         report = rater_report(connection, people.accuracy_floor, round_number)

@@ -1,4 +1,4 @@
-"""Commands to look at what came out: ``d3po compare`` and ``d3po report``; registered in line.py."""
+"""Commands that show results: ``d3po compare`` and ``d3po report``; registered in line.py."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def compare(
     checkpoints: Annotated[
         list[str] | None,
-        typer.Argument(help="Rounds, base, latest or champion; CAMPAIGN:ROUND of another. The first is the reference"),
+        typer.Argument(help="Round, base, latest or champion; or CAMPAIGN:ROUND. The first is the reference"),
     ] = None,
     campaign: CampaignOption = "shapes",
-    output: Annotated[Path | None, typer.Option(help="Picture to write; in the campaign's folder if not given")] = None,
+    output: Annotated[Path | None, typer.Option(help="Picture to write; by default in the campaign's folder")] = None,
 ) -> None:
-    """Compare checkpoints on the same held-out prompts and seeds: scores, what people prefer, and a picture."""
+    """Compare checkpoints on the same held-out prompts and seeds: scores, people's preferences, a picture."""
     from d3po_core.evaluation.comparison import read_held_out, round_named
     from d3po_core.report.pictures import comparison_picture
     from d3po_core.store.campaign import campaign_named
@@ -59,9 +59,9 @@ def compare(
 
 def report(
     campaign: CampaignOption = "shapes",
-    output: Annotated[Path | None, typer.Option(help="File to write; report.html in the campaign's folder")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; by default the campaign's report.html")] = None,
 ) -> None:
-    """Write a campaign's report, one HTML file: is it better, is it sane, which one to ship, why did it change."""
+    """Write the report, one HTML file: is it better, is it sane, which one to ship, why did it change."""
     from d3po_core.report.write import write_report
     from d3po_core.store.campaign import campaign_named
 
@@ -70,7 +70,7 @@ def report(
 
 
 def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
-    """Print a table a scorer: every checkpoint against the first."""
+    """Print one table per scorer: every checkpoint against the first."""
     import numpy as np
     from rich.table import Table
 
@@ -97,7 +97,7 @@ def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
 
 
 def print_preferred(chosen: list[tuple[Path, int]], labels: list[str]) -> None:
-    """Print how often people preferred each checkpoint to the first, seen blind, or how to ask them."""
+    """Print how often people preferred each checkpoint to the first, blind, or how to ask them."""
     from rich.table import Table
 
     from d3po_core.people.blind import collect_comparisons

@@ -218,7 +218,7 @@ def _about_round(config: CampaignConfig, round_number: int, guard: GuardRecord, 
     findings = "".join(f"\n- {finding}" for finding in guard.findings)
     return (
         f"Round {round_number} of campaign `{config.campaign}`: held-out {row['eval_scorer']} {score}; wins {rates}; "
-        f"{row['num_pairs']} pairs; verdict of the guard: {guard.verdict}.\n{findings}\n"
+        f"{row['num_pairs']} pairs; guard: {guard.verdict}.\n{findings}\n"
     )
 
 
@@ -234,9 +234,9 @@ def _loading_lines(config: CampaignConfig, checkpoint: Path, version: str) -> st
 def _about_campaign(config: CampaignConfig, round_number: int) -> str:
     return (
         f"D3PO campaign `{config.campaign}`, {round_number} rounds, judged by "
-        f"{config.judge.labeller}: {', '.join(config.judge.scorers)}. Step is the round. What to look at: "
-        "`held_out/*` (intervals `_low`, `_high`), `report.html` and the held-out images among the artifacts, and the "
-        f"model `{registered_name(config)}` with its aliases champion, current and previous.\n"
+        f"{config.judge.labeller}: {', '.join(config.judge.scorers)}. Each step is a round. Start with "
+        "`held_out/*` (intervals `_low`, `_high`), the artifacts `report.html` and held-out images, and the model "
+        f"`{registered_name(config)}` with its aliases champion, current and previous.\n"
     )
 
 

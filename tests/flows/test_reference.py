@@ -39,7 +39,7 @@ def test_pages_say_what_the_code_says() -> None:
     for page in (configuration, commands, tables):
         assert not re.search(r"`[^`\n]*\\\|[^`\n]*`", page), "a backslash shows"
     assert (
-        "| `--with-judgements, --no-with-judgements` | `False` | Also when people have judged the round already |"
+        "| `--with-judgements, --no-with-judgements` | `False` | Even if people have judged the round already |"
         in commands
     )
     assert "| `winner_scores` | `map(varchar, double)` |" in tables

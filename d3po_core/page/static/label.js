@@ -1,7 +1,7 @@
-// Keys, touches and the way to the server. Everything that is seen is rendered there and exchanged as a whole.
+// Keys, touches and requests. The server renders everything visible; each reply replaces the page's middle as a whole.
 //
-// A judgement is kept in localStorage from the moment it is made until the server says that it is on disk, and is sent
-// again until then. It carries a name made here, so that the server keeps it once however often it arrives.
+// localStorage keeps a judgement until the server confirms that it is on disk; until then this script sends it again.
+// Each judgement has an id made here, so the server stores it once, however often it arrives.
 "use strict";
 
 const page = document.getElementById("page");
@@ -14,7 +14,7 @@ const PAUSES = [500, 1000, 2000, 4000, 8000];
 let middle, images, tiles, picked, seen, shownAt, hiddenFor, hiddenSince, preloaded = [];
 let busy = false;
 
-// ---------------------------------------------------------------- what is shown
+// ---------------------------------------------------------------- showing
 
 function show(html) {
   if (html !== undefined) page.innerHTML = html;
@@ -28,7 +28,7 @@ function show(html) {
   page.querySelector(".tiles")?.addEventListener("scroll", see, { passive: true });
   hiddenFor = 0;
   hiddenSince = document.hidden ? performance.now() : null;
-  shownAt = null; // not known before every image can be seen
+  shownAt = null; // unknown until every image is loaded
   const ticket = middle.dataset.ticket;
   Promise.allSettled(pictures().map((picture) => picture.decode())).then(() => {
     if (middle.dataset.ticket !== ticket) return;
@@ -54,7 +54,7 @@ function layOut() {
     if (size > best.size) best = { size, columns };
   }
   const smallest = matchMedia("(pointer: coarse)").matches ? 96 : 64;
-  if (best.size < smallest) { // too many for one look: touchable sizes, and scrolling
+  if (best.size < smallest) { // too many for one screen: touchable sizes, and scrolling
     best = { columns: Math.max(1, Math.floor((width + gap) / (120 + gap))), size: 120 };
     box.style.alignContent = "start";
   }
@@ -64,14 +64,14 @@ function layOut() {
   see();
 }
 
-// An image counts as seen once most of it has been on the screen; nothing is saved before all were.
+// An image counts as seen once most of it was on the screen. Nothing is saved before all were seen.
 function see() {
   const box = page.querySelector(".tiles")?.getBoundingClientRect();
   if (!box) return;
   const top = Math.max(box.top, 0), bottom = Math.min(box.bottom, innerHeight);
   tiles.forEach((tile, index) => {
     const { top: from, bottom: to, height } = tile.getBoundingClientRect();
-    const fits = Math.min(height, bottom - top); // on a very low screen no image is ever whole
+    const fits = Math.min(height, bottom - top); // a very low screen never shows a whole image
     if (Math.min(to, bottom) - Math.max(from, top) > fits * 0.7) seen.add(index);
   });
   mark();
@@ -112,7 +112,7 @@ function say(text, forGood = false) {
   if (text && !forGood) say.timer = setTimeout(() => { note.textContent = ""; }, 4000);
 }
 
-// ---------------------------------------------------------------- what is judged
+// ---------------------------------------------------------------- judging
 
 function pick(index) {
   if (busy || !images[index]) return;
@@ -142,7 +142,7 @@ function save() {
 function judge(values) {
   if (busy || middle.dataset.state !== "question") return;
   let seconds = shownAt === null ? null : Math.max(0, (performance.now() - shownAt - hiddenFor) / 1000);
-  if (seconds > 86400) seconds = null; // it was left lying: nobody looked at it for a day
+  if (seconds > 86400) seconds = null; // left open: nobody looks at one question for a day
   send("judge", { ticket: middle.dataset.ticket, action: values ? "answer" : "skip", values: values || [], seconds });
 }
 
@@ -159,7 +159,7 @@ function undo() {
   if (!busy && middle.dataset.undo) send("undo", { entry: Number(middle.dataset.undo) });
 }
 
-// ---------------------------------------------------------------- the way to the server
+// ---------------------------------------------------------------- requests
 
 function newName() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -182,7 +182,7 @@ async function deliver(unsent) {
       say(problem.text, true);
       break;
     }
-    say(`Not saved yet: ${problem.text} It is kept in this browser and sent again.`, true);
+    say(`Not saved yet: ${problem.text} This browser keeps it and sends it again.`, true);
     await new Promise((done) => {
       setTimeout(done, PAUSES[Math.min(attempt, PAUSES.length - 1)]);
       window.addEventListener("online", done, { once: true });
@@ -192,7 +192,7 @@ async function deliver(unsent) {
   middle.removeAttribute("aria-busy");
 }
 
-// Resolves to nothing when it is on disk, else to what went wrong and whether sending again can help.
+// Resolves to null once the judgement is on disk, else to the problem and whether sending again is useless.
 async function post(unsent) {
   let response, reply;
   try {
@@ -210,8 +210,8 @@ async function post(unsent) {
     show(reply.html);
     return null;
   }
-  const text = reply.error || "the server did not take it.";
-  if (response.status === 401) return { text, final: true }; // it stays in the outbox until the rater is back
+  const text = reply.error || "the server did not accept it.";
+  if (response.status === 401) return { text, final: true }; // stays in the outbox until the rater is let in again
   if ([410, 422].includes(response.status)) {
     localStorage.removeItem(outbox + unsent.body.submission);
     return { text, final: true };
@@ -223,9 +223,9 @@ async function sendLeftovers() {
   for (const key of Object.keys(localStorage).filter((name) => name.startsWith(outbox))) {
     const unsent = JSON.parse(localStorage.getItem(key));
     if (!unsent || !unsent.url.startsWith(`${base}/`)) continue;
-    say("Sending a judgement that was not saved before.", true);
+    say("Sending an earlier judgement that is not saved yet.", true);
     await deliver(unsent);
-    say("A judgement from before is saved now.");
+    say("The earlier judgement is saved now.");
   }
 }
 
@@ -256,7 +256,7 @@ function look(index) {
   const source = pictures()[zoomed], picture = zoom.querySelector("img");
   seen.add(zoomed);
   mark();
-  if (!source.naturalWidth) { // not here yet
+  if (!source.naturalWidth) { // not loaded yet
     source.decode().then(() => source.isConnected && look(index), () => say("This image cannot be loaded."));
     return;
   }
@@ -323,7 +323,7 @@ document.addEventListener("keydown", (event) => {
     }
     return;
   }
-  if (event.repeat && !event.key.startsWith("Arrow")) return event.preventDefault(); // a key held down is one press
+  if (event.repeat && !event.key.startsWith("Arrow")) return event.preventDefault(); // a held key counts as one press
   if (event.repeat && middle.dataset.mode === "pair") return event.preventDefault();
   if (press(event) !== false) event.preventDefault();
 });
@@ -341,7 +341,7 @@ document.addEventListener("click", (event) => {
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) hiddenSince = performance.now();
   else if (hiddenSince !== null) {
-    // Time in another window is not time on this question; before the images could be seen it does not count anyway.
+    // Time in another window does not count, nor does time before the images were loaded.
     if (shownAt !== null) hiddenFor += performance.now() - Math.max(hiddenSince, shownAt);
     hiddenSince = null;
   }

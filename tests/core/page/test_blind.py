@@ -117,7 +117,7 @@ def test_several_raters_are_asked_about_each_pair(tmp_path: Path) -> None:
             rater.judge([1, -1])
             rater.judge([1, -1])
         assert ann.state == "idle"
-        assert "every pair that you can" in ann.html
+        assert "every pair you can" in ann.html
         assert ann.open().state == bob.state == "done"
     assert len(said(campaign, comparison)) == 4
 

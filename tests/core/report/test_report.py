@@ -242,7 +242,7 @@ def test_people_appear_only_when_they_judged(tmp_path: Path) -> None:
     text = page_of(campaign).text
     assert "judged by prompt_alignment and 1 person" in text
     assert "Krippendorff's alpha \N{EN DASH} equal votes \N{EN DASH} pairs with several raters 0" in text
-    assert "people and proxies agree on 50%" in text
+    assert "People and proxies agree on 50%" in text
     assert "ann human 1 4 0 2.0" in text
 
 
@@ -258,7 +258,7 @@ def test_gold_answers_are_no_people(tmp_path: Path) -> None:
 
 def test_what_people_prefer_is_told_when_they_compared(tmp_path: Path) -> None:
     folder = make(tmp_path / "x", [0.2, 0.8, 0.5]).folder
-    assert "People, seeing both" not in write_report(folder).read_text()
+    assert "In blind comparisons, people" not in write_report(folder).read_text()
     assert "What people prefer" not in write_report(folder).read_text()
     for number, vote in ((1, 1), (2, -1)):
         say_all(folder, begin_comparison(folder, number, 0, pairs=16).comparison, lambda _, vote=vote: vote)
@@ -266,13 +266,13 @@ def test_what_people_prefer_is_told_when_they_compared(tmp_path: Path) -> None:
     assert "prefer it in 100% of 16 pairs (63 to 100%)" in page.text
     assert "round 1, champion base 1.000 [0.631, 1.000] better 16 16 0 1" in page.text
     assert "round 2 base 0.000 [0.000, 0.369] worse 16 16 0 1" in page.text
-    assert "Not so: people do not prefer" not in page.text
+    assert "Failed: people do not prefer" not in page.text
 
 
 def test_champion_that_people_like_less_than_the_base_is_an_alarm(tmp_path: Path) -> None:
     folder = make(tmp_path / "x", [0.2, 0.8]).folder
     say_all(folder, begin_comparison(folder, 1, 0, pairs=16).comparison, lambda _: -1)
-    assert "Not so: people do not prefer the base to the champion" in Page(write_report(folder).read_text()).text
+    assert "Failed: people do not prefer the base" in Page(write_report(folder).read_text()).text
 
 
 def test_clear_pairs_and_doubtful_pairs_are_told_apart_by_agreement_then_margin(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_scorer_that_suffers_is_an_alarm(tmp_path: Path) -> None:
         campaign.add_round(number, {"main": np.full((8, 2), number), "other": np.full((8, 2), -number)})
     text = page_of(campaign).text
     assert "Look at 1 of" in text
-    assert f"Not so: other did not suffer. {MINUS}1.000 [{MINUS}1.000, {MINUS}1.000] against base: worse." in text
+    assert f"Failed: other did not fall. {MINUS}1.000 [{MINUS}1.000, {MINUS}1.000] against base: worse." in text
 
 
 def test_latest_round_that_jumped_is_an_alarm_and_an_earlier_one_is_not(tmp_path: Path) -> None:
@@ -319,10 +319,10 @@ def test_latest_round_that_jumped_is_an_alarm_and_an_earlier_one_is_not(tmp_path
     third, fourth = (read_rows(campaign.folder / f"rounds/round={n}/part.parquet")[0] for n in (3, 4))
     campaign.write("rounds", 3, [third | {"kl_after": 0.1 * 10.5}])
     text = page_of(campaign).text
-    assert "The KL of a round jumped, and came back It was more than 10 times its median (0.100) in round 3" in text
+    assert "The KL jumped in a round and came back It was more than 10 times its median (0.100) in round 3" in text
     campaign.write("rounds", 4, [fourth | {"kl_after": 2e8}])
     text = page_of(campaign).text
-    assert "Not so: the KL of a round stays of one size" in text
+    assert "Failed: the KL per round stays similar" in text
     assert "in round 4, at most 2.0e+08 nats" in text
     assert re.search(r" 1e\+0[5-8] ", text)  # the curve turned logarithmic, its ticks are plain text
     assert "$" not in text
@@ -336,8 +336,8 @@ def test_prompts_that_are_clearly_worse_are_counted_and_named(tmp_path: Path) ->
     campaign.add_round(0, np.zeros((8, 8)))
     campaign.add_round(1, after)
     text = page_of(campaign).text
-    assert "Not so: few prompts pay for the others" in text
-    assert f"2 of 8 held-out prompts score less than at the base, 1 of them clearly; most lost: “{PROMPTS[3]}”" in text
+    assert "Failed: few prompts got worse" in text
+    assert f"2 of 8 held-out prompts score lower than at the base, 1 of them clearly; worst: “{PROMPTS[3]}”" in text
 
 
 def test_checkpoint_is_held_against_each_other_one_once(tmp_path: Path) -> None:
@@ -345,10 +345,10 @@ def test_checkpoint_is_held_against_each_other_one_once(tmp_path: Path) -> None:
     (scorer,) = scored(facts)
     found = [(row["checkpoint"], row["against"], row["comparison"].difference.mean) for row in pairings(facts, scorer)]
     assert [row[:2] for row in found] == [
-        ("round 1, champion", "base, the round before, champion till then"),
+        ("round 1, champion", "base, the round before, champion until then"),
         ("round 3", "base"),
         ("round 3", "round 2, the round before"),
-        ("round 3", "round 1, champion till then"),
+        ("round 3", "round 1, champion until then"),
     ]
     assert [row[2] for row in found] == pytest.approx([0.4, 0.3, 0.1, -0.1])
 
