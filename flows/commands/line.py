@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from d3po_core.config import CampaignConfig, data_folder
+from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder
 from d3po_core.errors import D3POError
 from flows.commands.again import prune, regenerate, replay
 from flows.commands.ask import check, query, show
@@ -44,6 +44,7 @@ def main() -> None:
     status: int | str | None = 0
     os.environ.update(without_proxy(os.environ))  # our own servers are never behind a proxy
     try:
+        _require_project_files()
         app()
     except SystemExit as end:
         status = end.code
@@ -54,6 +55,19 @@ def main() -> None:
         print(f"d3po: {_prefect_refuses(error)}", file=sys.stderr)
         status = 2
     _leave(status if isinstance(status, int) else 1)
+
+
+def _require_project_files() -> None:
+    """Make sure that the project's own files lie beside its packages; a wheel holds the packages alone.
+
+    Raises:
+        D3POError: they do not.
+    """
+    if not (PROJECT_ROOT / "prefect.yaml").is_file():
+        raise D3POError(
+            f"{PROJECT_ROOT} holds no prefect.yaml, and neither the embedded model nor prompts: d3po is installed "
+            "without its project; clone the project and type `pip install --editable .` in its folder"
+        )
 
 
 def _prefect_refuses(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -306,3 +307,20 @@ def test_run_without_a_server_of_the_users_finishes_a_round(tmp_path: Path) -> N
     assert "held-out score" in done.stdout
     assert [record.round for record in finished_rounds(tmp_path / "runs" / "alone")] == [0, 1]
     assert (tmp_path / "runs" / "alone" / "rounds" / "round=1" / "part.parquet").stat().st_mtime >= started
+
+
+def test_packages_without_their_project_say_so_and_write_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "site-packages"
+    for package in ("d3po_core", "tasks", "flows"):
+        shutil.copytree(PROJECT_ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
+    script = "from flows.commands.line import main; main()"
+    environment = {name: value for name, value in os.environ.items() if name != "D3PO_DATA"}
+    for words in (["run"], ["up"], ["rounds"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=place, env=environment | {"PYTHONPATH": str(place)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"d3po: {place} holds no prefect.yaml")
+        assert done.stderr.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == {"d3po_core", "tasks", "flows"}
