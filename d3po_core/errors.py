@@ -1,4 +1,4 @@
-"""Errors that the user can fix, with a one-line message that says how, and one that a retry may fix."""
+"""Errors that the user can fix (``D3POError``), and one that a retry may fix (``RankError``)."""
 
 
 class D3POError(ValueError):

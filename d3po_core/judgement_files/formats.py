@@ -1,4 +1,4 @@
-"""Read judgements in the formats of people and other programs as text columns of one shape.
+"""Read the judgement files of people and other programs into the same text columns.
 
 A file's columns tell its format; docs/judgements.md shows an example of each. ``checks`` interprets the cells
 and checks them.
@@ -31,7 +31,7 @@ OPTIONAL = ("rater", "judged_at", "seconds", "position", "prompt", "campaign", "
 
 @dataclass(frozen=True)
 class Format:
-    """A table format: its kind of judgement and our names of its columns; the last needed one is ``said``."""
+    """A table format: its kind of judgement, and our name for each column; the last needed one is ``said``."""
 
     kind: str
     needed: dict[str, str]
@@ -180,7 +180,7 @@ def load_json(text: bytes, name: str) -> Any:
 
 
 def text_of(value: Any) -> str | None:
-    """A JSON value as the text of a cell."""
+    """Return a JSON value as a cell's text."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -189,7 +189,7 @@ def text_of(value: Any) -> str | None:
 
 
 def text_array(values: list[str | None]) -> pa.ChunkedArray:
-    """Text as Arrow; lone surrogates from JSON are replaced."""
+    """Return text as an Arrow array, with lone surrogates from JSON replaced."""
     try:
         return pa.chunked_array([pa.array(values, pa.string())])
     except UnicodeEncodeError:
@@ -197,7 +197,7 @@ def text_array(values: list[str | None]) -> pa.ChunkedArray:
 
 
 def _cells_of(items: list[Any]) -> Cells:
-    """Records as cells; an item that is no object is a problem."""
+    """Return JSON records as cells; an item that is not an object becomes a problem."""
     names = list(dict.fromkeys(name for item in items if isinstance(item, dict) for name in item))
     bad = [
         {"row": row, "column": "", "value": ascii_safe(text_of(item) or "null"), "message": "is no JSON object"}
@@ -270,7 +270,7 @@ def _lists(items: list[Any], chosen: str, name: str) -> JudgementFile:
 
 
 def _of_records(records: list[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, dict[str, pa.ChunkedArray]]:
-    """Row numbers and text columns of canonical records."""
+    """Return row numbers and text columns of records that use our column names."""
     names = dict.fromkeys(name for _, record in records for name in record)
     columns = {n: delimited.clean(text_array([text_of(record.get(n)) for _, record in records])) for n in names}
     return np.array([row for row, _ in records], dtype=np.int64), columns
@@ -363,7 +363,7 @@ def _positional(items: list[Any], name: str, order: Sequence[Sequence[str]] | No
 
 
 def load_order(path: Path) -> list[list[str]]:
-    """The samples of a positional list, from a sheet's manifest or a JSON list of sample ids per group.
+    """Return a positional list's samples, from a sheet's manifest or a JSON list of sample ids per group.
 
     Raises:
         D3POError: the file holds something else.

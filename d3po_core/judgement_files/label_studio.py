@@ -14,7 +14,7 @@ from d3po_core.judgement_files.delimited import shown
 from d3po_core.judgement_files.image_names import names_sample, sample_id_of
 from d3po_core.judgement_files.words import BAD, CHOICES, GOOD, SKIPS
 
-# Columns of every export; the others are the task's data and the controls.
+# Columns that Label Studio adds to an export; the others hold the task's data and the controls.
 OWN = frozenset({"annotator", "annotation_id", "created_at", "updated_at", "lead_time", "id", "agreement", "history"})
 # For each judging type, the key that holds a result's value.
 TYPES = {"pairwise": "selected", "rating": "rating", "ranker": "ranker", "choices": "choices"}
@@ -71,7 +71,7 @@ def _stored(item: dict[str, Any]) -> bool:
 
 
 def of_tasks(tasks: list[Any]) -> Iterator[Annotation | int]:
-    """The annotations of raw tasks; an item that is none gives only its number."""
+    """Yield the annotations of raw tasks; for an item that is not a task, yield only its row number."""
     row = 0
     for task in tasks:
         if isinstance(task, dict) and _stored(task):
@@ -109,7 +109,7 @@ def _annotation(row: int, data: dict[str, Any], annotation: Any) -> Annotation |
 def of_columns(
     columns: dict[str, list[str | None]], rows: Sequence[int], control: str | None, scale: Sequence[str]
 ) -> list[Annotation]:
-    """The annotations of a CSV or JSON-MIN export; each column is a control or task data."""
+    """Return the annotations of a CSV or JSON-MIN export; each column is a control or task data."""
     parsed = {key: [_parsed(cell) for cell in cells] for key, cells in columns.items() if key not in OWN}
     types = {key: kind for key, cells in parsed.items() if (kind := _type(key, cells, control, scale))}
     found = []
@@ -138,7 +138,7 @@ def _parsed(cell: str | None) -> Any:
 
 
 def _type(key: str, cells: list[Any], control: str | None, scale: Sequence[str]) -> str | None:
-    """The type of a column's control, None if the column holds task data."""
+    """Return the type of a column's control, or None if the column holds task data."""
     for cell in cells:
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict):
@@ -156,7 +156,7 @@ def _value(cell: Any, kind: str) -> Any:
 def judgements(
     annotations: list[Annotation], name: str, control: str | None, left: str | None, scale: Sequence[str]
 ) -> Judgements:
-    """The judgements of one control, or of one rating per image.
+    """Return the judgements of one control, or one rating per image.
 
     Args:
         annotations: people's annotations.
@@ -203,7 +203,7 @@ def _rest(annotation: Annotation, said: Any) -> dict[str, Any]:
 
 
 def _said(annotation: Annotation, chosen: list[str]) -> Any:
-    """The control's value; an annotation without a result was skipped."""
+    """Return the control's value; an annotation without a result counts as skipped."""
     values = [result.value for result in annotation.results if result.control in chosen]
     value = values[0] if len(values) == 1 else values or "skip"
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -212,7 +212,7 @@ def _said(annotation: Annotation, chosen: list[str]) -> Any:
 def _chosen(
     annotations: list[Annotation], name: str, control: str | None, scale: Sequence[str]
 ) -> tuple[list[str], str]:
-    """The controls that count, and the kind of their judgements."""
+    """Return the controls that count, and the kind of their judgements."""
     types = {result.control: result.type for a in annotations for result in a.results}
     judging = [key for key, kind in types.items() if kind in TYPES and control in (None, key)]
     if not judging or (len(judging) > 1 and {types[key] for key in judging} != {"rating"}):
@@ -245,12 +245,12 @@ def _image_columns(annotations: list[Annotation]) -> list[str]:
 
 
 def _end(text: str) -> str:
-    """The ending that distinguishes a name from its siblings: digits or a side."""
+    """Return the ending that tells similar names apart: digits or a side."""
     return next((end for ends in _ENDS for end in ends if text.endswith(end) and len(end) > 1), text[-1:])
 
 
 def _ratings(annotations: list[Annotation], chosen: list[str], columns: list[str], name: str) -> Judgements:
-    """One rating per image of a task; the tag of a control names the image's column."""
+    """Return one rating per image of a task; a control's tag tells which image column it rates."""
     tags = sorted({r.image or r.control for a in annotations for r in a.results if r.control in chosen})
     of_tag: dict[str, str] = {}
     for tag in tags:
@@ -270,7 +270,7 @@ def _ratings(annotations: list[Annotation], chosen: list[str], columns: list[str
 
 
 def _ranks(annotations: list[Annotation], chosen: list[str]) -> Judgements:
-    """The order in a ranker or its only bucket, the best first; items of a list are found by id."""
+    """Return the ranks in a ranker or its only bucket, best first; ids lead to a list's images."""
     rows: list[tuple[int, dict[str, Any]]] = []
     for a in annotations:
         images = {

@@ -1,4 +1,4 @@
-"""Summarize imported judgements: how many pairs they order, and which groups they leave without a pair."""
+"""Summarize imported judgements: how many pairs they order, and how many groups have no pair."""
 
 import duckdb
 import pyarrow as pa
@@ -28,7 +28,7 @@ LEFT JOIN counted USING (group_id)
 
 
 def outcome(good: pa.Table, file: JudgementFile) -> list[str]:
-    """Summary lines for a file's good rows: ordered pairs, groups with one, groups without and why.
+    """Return summary lines for a file's good rows: ordered pairs, their groups, and why other groups have none.
 
     Args:
         good: rows of ``judgements``, of one kind.

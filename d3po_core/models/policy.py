@@ -37,7 +37,7 @@ from d3po_core.speed.fused_layers import (
 )
 from d3po_core.speed.row_limit import RowLimit
 
-# The most image-steps trained on, images sampled and images decoded at once.
+# At most so many at once: image-steps in training, images in sampling, images in decoding.
 TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
 SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
 DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
@@ -61,7 +61,7 @@ class Policy:
     """A diffusion model in training.
 
     Attributes:
-        network: the trained part, for passes.
+        network: the part that is trained; passes call it.
         weights: the weights that training changes.
         loss_scale: the factor on losses.
     """
@@ -156,7 +156,7 @@ class Policy:
         return self.family.latent_shape
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Return the model's denoising steps on its device; cached, because sending waits for all device work."""
+        """Return the model's denoising steps on its device; cached, because a copy waits for all device work."""
         if (num_steps, eta) not in self._schedules:
             self._schedules[num_steps, eta] = self.family.schedule(num_steps, eta).to(self.device)
         return self._schedules[num_steps, eta]
@@ -202,7 +202,7 @@ class Policy:
     def steady(self, conditioning: Conditioning) -> Iterator[None]:
         """Fix conditioning and LoRA, and disable gradients, within this context.
 
-        Values that depend on nothing else are computed once: faster, and bit for bit the same.
+        Values that depend only on these are computed once. This is faster, and bit for bit the same.
         """
         text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
         with torch.no_grad(), constants_held(self.network, text_BLK):
@@ -235,8 +235,8 @@ class Policy:
     def merged(self) -> AbstractContextManager[None]:
         """Speed up passes without gradient within this context; results are the same up to rounding.
 
-        Used in full precision only: rounding merged weights to half precision would move log_probs more than training
-        does.
+        Used in full precision only: rounding merged weights to half precision would change log_probs more than
+        training does.
         """
         plain = self.config.precision == "no" and not self.config.compile
         return self.weights.merged() if plain else contextlib.nullcontext()

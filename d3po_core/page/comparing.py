@@ -1,4 +1,4 @@
-"""Blind comparisons on the labelling page: a desk with pairs of held-out images, for which no run waits."""
+"""Blind comparisons of held-out images on the labelling page; no run waits for their answers."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from d3po_core.people.tally import Deck
 
 
 def desk_name(campaign: Path, comparison: BlindComparison) -> str:
-    """The comparison's part of addresses, which no campaign's name can equal."""
+    """Return the comparison's name in addresses; no campaign can have the same name."""
     return f"{campaign.name}~{comparison.id}"
 
 
 class ComparisonDesk(Desk):
-    """One comparison; its answers never reach a round, and even the last one can be taken back.
+    """A desk for one comparison; no answer reaches a round, and even the last can be taken back.
 
     Args:
         campaign: the campaign's folder.
         comparison_id: the comparison.
         on_complete: called in the background with (campaign's name, round number) when every pair has its raters;
-            called again if that happens again after an answer was taken back or pairs were added.
+            called again if an answer is taken back or pairs are added, and then every pair has its raters again.
         retry_seconds: pause after ``on_complete`` raised.
     """
 
@@ -75,7 +75,7 @@ class ComparisonDesk(Desk):
         return "Kept, although it is no longer asked."
 
     def _earlier(self, number: int, sampling: str, mode: str) -> Deck:
-        """All pairs, also those whose images were removed while somebody looked at them."""
+        """Return all pairs, including those whose images were removed while somebody looked at them."""
         if sampling != self._id:
             raise GoneError("this page is out of date; reload it")
         with self._lock:

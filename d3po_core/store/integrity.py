@@ -1,4 +1,4 @@
-"""Digests of the files that finished stages left, written before the stage's record and checked by readers.
+"""Digests of finished stages' files: a stage writes them before its record, and readers check them.
 
 Beside each stage's record, ``stages/round=<n>/<stage>.json``, lies ``<stage>.files``. It lists the name, size and
 SHA-256 of each file that the stage added to the round, and of the record itself. Rounds of earlier versions have no
@@ -41,7 +41,7 @@ class Damage:
 def record_files(campaign: Path, round_number: int, stage: str, record: Callable[[], str] | None = None) -> str:
     """Flush a stage's files to disk, write their digests, and return the text of the stage's record.
 
-    Files that earlier stages of the round listed stay in those lists. The caller writes the record afterwards.
+    A file that an earlier stage of the round listed stays in that stage's list. The caller then writes the record.
 
     Args:
         campaign: the campaign's folder.
@@ -76,7 +76,7 @@ def record_files(campaign: Path, round_number: int, stage: str, record: Callable
 
 
 def was_finished(campaign: Path, round_number: int, stage: str) -> bool:
-    """Return whether a stage's record exists or should: its round is finished and its files were listed."""
+    """Return whether a stage's record exists, or should: its round is finished and has the stage's list."""
     folder = campaign / "stages" / f"round={round_number}"
     row = campaign / "rounds" / f"round={round_number}" / "part.parquet"
     return (folder / f"{stage}.json").exists() or (row.exists() and (folder / f"{stage}.files").exists())
@@ -86,7 +86,7 @@ def require_record(campaign: Path, round_number: int, stage: str) -> None:
     """Check a stage's record against its digest, if both exist.
 
     Raises:
-        D3POError: the record has other content; one line that names it.
+        D3POError: the record's content has changed; one line that names it.
     """
     name = f"stages/round={round_number}/{stage}.json"
     path = (campaign / name).with_suffix(".files")
@@ -200,13 +200,13 @@ def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:
 
 
 def _lists_gone(campaign: Path) -> list[Damage]:
-    """Return lists that are gone, in rounds where another list shows that records were listed."""
+    """Return the missing lists of rounds in which another list names a record."""
     begun = {path.parent for path in campaign.glob("stages/round=*/*.files")}
     begun = {folder for folder in begun if any(name.endswith(".json") for path in folder.glob("*.files")
                                                for name in _read_list(path))}  # fmt: skip
     owed = [record.with_suffix(".files") for folder in begun for record in folder.glob("*.json")]
     rows = {path.parent.name for path in campaign.glob("rounds/round=*/part.parquet")}
-    # A run may not have listed the last row's digest yet.
+    # The last round's list may still be missing: a run writes it after the round's row.
     last = max(rows, key=lambda name: int(name.removeprefix("round=")), default="")
     owed += [folder / "publish.files" for folder in begun if folder.name in rows - {last}]
     return [Damage(p.relative_to(campaign).as_posix(), "is gone") for p in sorted(owed) if not p.exists()]

@@ -22,7 +22,7 @@ pipe = diffusers.DiffusionPipeline.from_pretrained({base})
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
     LEFT_OUT: ClassVar[dict[str, Any]] = {}
     FIRST_AUTHORS_NAMES: ClassVar[bool] = True
-    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled state joins the timestep
+    READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False  # a pooled embedding is added to the timestep's
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
