@@ -1,6 +1,6 @@
 """Read the judgement files of people and other programs into the same text columns.
 
-A file's columns tell its format; docs/judgements.md shows an example of each. ``checks`` interprets the cells
+A file's columns tell its format; docs/judgements.md lists the formats. ``checks`` interprets the cells
 and checks them.
 """
 
