@@ -12,6 +12,7 @@ from d3po_core.people.raters import earlier_gold
 from d3po_core.preferences.deciding import decide
 from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
+from d3po_core.sampling.job import round_shards
 from d3po_core.store.stages import finish_stage, read_record
 from d3po_core.store.tables import connect, partition, table_from_rows, write_table
 from tasks.scoring import score_round, scored_early
@@ -38,8 +39,11 @@ def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
 def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
     total = len(samples) * len(set(config.judge.scorers))
-    with progress(config, round_number, "judge", total, "score", scored_early(config, round_number)) as bar:
-        scores, dissimilarities = score_round(config, round_number, samples, bar.update)
+    shards = round_shards(config, round_number)
+    early = scored_early(config, shards)
+    done = sum(len(values) for shard in early.values() for values in shard.scores.values())
+    with progress(config, round_number, "judge", total, "score", done) as bar:
+        scores, dissimilarities = score_round(config, shards, samples, early, bar.update)
     groups = [
         {"group_id": sample["group_id"], "dissimilarity": dissimilarity}
         for sample, dissimilarity in zip(samples[:: config.sample.group_size], dissimilarities, strict=True)

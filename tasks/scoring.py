@@ -18,9 +18,9 @@ from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
 from d3po_core.processes.job import Tell
-from d3po_core.sampling.job import Shard, round_shards
+from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import load_scorers
-from d3po_core.scorers.shards import read_scores, score_shard, shard_scorers, write_scores
+from d3po_core.scorers.shards import ShardScores, read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
 from tasks.logs import run_logger
 from tasks.stage import scoring_turn
@@ -30,14 +30,19 @@ SCORE_BATCH = 256
 
 
 def score_round(
-    config: CampaignConfig, round_number: int, samples: list[dict[str, Any]], tell: Tell
+    config: CampaignConfig,
+    shards: list[Shard],
+    samples: list[dict[str, Any]],
+    early: dict[int, ShardScores],
+    tell: Tell,
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Run all scorers of the judge; local ones first, since a server's answers may cost more.
 
     Args:
         config: the campaign's configuration.
-        round_number: the round.
-        samples: its rows of ``samples``, shard after shard.
+        shards: the round's shards.
+        samples: their rows of ``samples``, shard after shard.
+        early: the scores known already, by a shard's index; see ``scored_early``.
         tell: called with the number of new scores.
 
     Returns:
@@ -58,9 +63,9 @@ def score_round(
                 tell(len(batch))
     dissimilarities: list[float] = []
     rest = iter(samples)
-    for shard in round_shards(config, round_number):
+    for shard in shards:
         members = list(itertools.islice(rest, len(shard.members)))
-        found = read_scores(shard, by_shard)
+        found = early.get(shard.index)
         if found is None:
             found = score_shard(config, members)
             tell(sum(map(len, found.scores.values())))
@@ -95,9 +100,9 @@ def scored_meanwhile(config: CampaignConfig, shards: list[Shard]) -> Iterator[No
 
 def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading.Event) -> None:
     """Score shards as they finish; start none once the sampling is over."""
-    scorers = shard_scorers(config)
     try:
-        left = [shard for shard in shards if read_scores(shard, scorers) is None]
+        known = scored_early(config, shards)
+        left = [shard for shard in shards if shard.index not in known]
         with beside_a_gpu():
             while left and not over.is_set():
                 finished = next((shard for shard in left if shard.rows_path.exists()), None)
@@ -111,8 +116,12 @@ def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading
         run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
 
 
-def scored_early(config: CampaignConfig, round_number: int) -> int:
-    """Number of a round's scores that are known before its stage judge starts."""
+def scored_early(config: CampaignConfig, shards: list[Shard]) -> dict[int, ShardScores]:
+    """Scores that are known before the stage judge starts, by a shard's index.
+
+    Raises:
+        D3POError: a file of early scores is damaged.
+    """
     scorers = shard_scorers(config)
-    found = [read_scores(shard, scorers) for shard in round_shards(config, round_number)]
-    return sum(len(values) for shard in found if shard for values in shard.scores.values())
+    found = {shard.index: read_scores(shard, scorers) for shard in shards}
+    return {index: scores for index, scores in found.items() if scores}

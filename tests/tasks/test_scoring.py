@@ -193,7 +193,7 @@ def test_early_scores_of_other_scorers_are_not_taken(in_shards: CampaignConfig, 
     for shard in round_shards(in_shards, 1):
         write_scores(shard, ShardScores({"another": [1.0] * 3}, [0.5]))
     redness.answered.clear()
-    assert scored_early(in_shards, 1) == 0
+    assert scored_early(in_shards, round_shards(in_shards, 1)) == {}
     assert set(_judge(in_shards, 1).mean_scores) == {"redness"}
     assert sum(redness.answered) == IMAGES
 
@@ -299,5 +299,5 @@ def test_model_on_the_processors_is_left_alone_with_them(in_shards: CampaignConf
     values["judge"]["scorers"] = ["brightness"]
     config = load_config(values, "test")
     _sample(config, 1)
-    assert scored_early(config, 1) == 0
+    assert scored_early(config, round_shards(config, 1)) == {}
     assert _judge(config, 1).num_judgements == IMAGES
