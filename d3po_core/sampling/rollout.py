@@ -235,20 +235,6 @@ def _draw(
     return drawn.latents_BTCHW, drawn.log_probs_BT, policy.decode_on_device(drawn.latents_BTCHW[:, -1])
 
 
-def replay_log_probs(
-    policy: Policy,
-    schedule: Schedule,
-    prompts: list[str],
-    latent_BCHW: torch.Tensor,
-    next_BCHW: torch.Tensor,
-    step_B: torch.Tensor,
-    guidance_scale: float,
-    equal_B: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return log_prob ``[B]`` of stored steps under the current policy; see ``replay_steps``."""
-    return replay_steps(policy, schedule, prompts, latent_BCHW, next_BCHW, step_B, guidance_scale, equal_B)[0]
-
-
 def replay_steps(
     policy: Policy,
     schedule: Schedule,

@@ -29,7 +29,7 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.loading import DTYPES
 from d3po_core.models.policy import Policy
-from d3po_core.sampling.rollout import FirstOutputs, draw_images, replay_log_probs, start_drawing
+from d3po_core.sampling.rollout import FirstOutputs, draw_images, replay_steps, start_drawing
 from d3po_core.seeds import ImageSeed, derive_seed
 from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
@@ -193,10 +193,10 @@ def _compare_path(
 def _gradient(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor) -> torch.Tensor:
     """Gradient ``[P]`` of a sum of log_probs with signs that differ, as pairs have, with respect to the LoRA."""
     step, prompts = COMPARED_STEPS[2], [seed.prompt for seed in seeds]
-    log_prob_B = replay_log_probs(
+    log_prob_B = replay_steps(
         policy, policy.schedule(STEPS, 1.0), prompts, latents_BTCHW[:, step], latents_BTCHW[:, step + 1],
         torch.full((len(seeds),), step), GUIDANCE,
-    )  # fmt: skip
+    )[0]  # fmt: skip
     policy.network.zero_grad(set_to_none=True)
     sign_B = torch.tensor([1.0, -1.0], device=log_prob_B.device).repeat(len(seeds) // 2)
     policy.loss_scale.backward((sign_B * log_prob_B).sum())
@@ -210,10 +210,10 @@ def _replay(policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor,
     schedule, prompts = policy.schedule(STEPS, 1.0), [seed.prompt for seed in seeds]
     with torch.set_grad_enabled(gradient):
         rows = [
-            replay_log_probs(
+            replay_steps(
                 policy, schedule, prompts, latents_BTCHW[:, step], latents_BTCHW[:, step + 1],
                 torch.full((len(seeds),), step), GUIDANCE,
-            ).detach().cpu()
+            )[0].detach().cpu()
             for step in COMPARED_STEPS
         ]  # fmt: skip
     return torch.stack(rows, dim=1)
@@ -342,7 +342,7 @@ def measure_profile(arguments: argparse.Namespace) -> Results:
 
     def one_pass(gradient: bool) -> None:
         with nullcontext() if gradient else torch.no_grad():
-            result = replay_log_probs(policy, schedule, prompts, latent, latent, step, GUIDANCE).sum()
+            result = replay_steps(policy, schedule, prompts, latent, latent, step, GUIDANCE)[0].sum()
         if gradient:
             result.backward()
 

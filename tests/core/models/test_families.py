@@ -17,7 +17,7 @@ from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
-from d3po_core.sampling.rollout import draw_images, replay_log_probs, sample_trajectories
+from d3po_core.sampling.rollout import draw_images, replay_steps, sample_trajectories
 from d3po_core.seeds import gaussian
 from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
@@ -156,7 +156,7 @@ def test_replayed_log_probs_are_the_stored_ones(name: str, policy_of: Loader) ->
         now, following = drawn.latents_BTCHW[:, step], drawn.latents_BTCHW[:, step + 1]
         steps = torch.full((len(SEEDS),), step)
         with torch.no_grad():
-            again = replay_log_probs(policy, schedule, [s.prompt for s in SEEDS], now, following, steps, GUIDANCE)
+            again = replay_steps(policy, schedule, [s.prompt for s in SEEDS], now, following, steps, GUIDANCE)[0]
         torch.testing.assert_close(again, drawn.log_probs_BT[:, step], rtol=0, atol=1e-3)
 
 

@@ -13,7 +13,7 @@ from d3po_core.config import ModelConfig
 from d3po_core.denoising.ddim import step_mean
 from d3po_core.models.policy import Policy
 from d3po_core.sampling.drift import kl_from_base
-from d3po_core.sampling.rollout import Trajectories, replay_log_probs, sample_trajectories
+from d3po_core.sampling.rollout import Trajectories, replay_steps, sample_trajectories
 from d3po_core.seeds import GaussianSteps, ImageSeed, derive_seed, gaussian, permutation
 from tests.core.sampling.drawing import image_seed
 
@@ -35,7 +35,7 @@ def sample(policy: Policy, seeds: list[ImageSeed], guidance: float, dtype: torch
 
 def replay(policy: Policy, seeds: list[ImageSeed], drawn: Trajectories, step: int, guidance: float) -> torch.Tensor:
     with torch.no_grad():
-        return replay_log_probs(
+        return replay_steps(
             policy,
             policy.schedule(NUM_STEPS, 1.0),
             [seed.prompt for seed in seeds],
@@ -43,7 +43,7 @@ def replay(policy: Policy, seeds: list[ImageSeed], drawn: Trajectories, step: in
             drawn.latents_BTCHW[:, step + 1],
             torch.full((len(seeds),), step),
             guidance,
-        )
+        )[0]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -142,7 +142,7 @@ def test_rows_at_different_steps_replay_together(stirred: Policy, dtype: torch.d
     drawn = sample(stirred, SEEDS, 3.0, dtype)
     rows, steps = torch.cartesian_prod(torch.arange(len(SEEDS)), torch.arange(NUM_STEPS)).unbind(1)
     with torch.no_grad():
-        replayed = replay_log_probs(
+        replayed = replay_steps(
             stirred,
             stirred.schedule(NUM_STEPS, 1.0),
             [SEEDS[i].prompt for i in rows],
@@ -150,7 +150,7 @@ def test_rows_at_different_steps_replay_together(stirred: Policy, dtype: torch.d
             drawn.latents_BTCHW[rows, steps + 1],
             steps,
             3.0,
-        )
+        )[0]
     torch.testing.assert_close(replayed.view(len(SEEDS), -1), drawn.log_probs_BT, rtol=0, atol=1e-4)
 
 

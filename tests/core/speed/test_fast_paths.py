@@ -17,7 +17,7 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
-from d3po_core.sampling.rollout import FirstOutputs, draw_images, replay_log_probs, sample_trajectories, start_drawing
+from d3po_core.sampling.rollout import FirstOutputs, draw_images, replay_steps, sample_trajectories, start_drawing
 from d3po_core.seeds import gaussian
 from d3po_core.speed.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
 from d3po_core.speed.fused_layers import (
@@ -70,7 +70,7 @@ def replayed(policy: Policy, data: TrainingSet, step: int = 1, images: slice = s
     now, following = data.latents_NTCHW[images, step], data.latents_NTCHW[images, step + 1]
     steps = torch.full((len(now),), step)
     schedule = policy.schedule(STEPS, 1.0)
-    return replay_log_probs(policy, schedule, data.prompts[images], now, following, steps, GUIDANCE)
+    return replay_steps(policy, schedule, data.prompts[images], now, following, steps, GUIDANCE)[0]
 
 
 def gradient(policy: Policy, data: TrainingSet, **settings: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
 from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.sampling.drift import kl_from_base
-from d3po_core.sampling.rollout import replay_log_probs, sample_trajectories
+from d3po_core.sampling.rollout import replay_steps, sample_trajectories
 from d3po_core.store.tables import connect, table_from_rows, write_table
 from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
@@ -444,7 +444,7 @@ def test_steps_without_noise_are_never_trained_on(policy: Policy, passes: Passes
     for (winner, loser, weight), step in itertools.product(pairs, range(2)):
         now, following = data.latents_NTCHW[[winner, loser], step], data.latents_NTCHW[[winner, loser], step + 1]
         prompts = [data.prompts[winner]] * 2
-        scored = replay_log_probs(policy, schedule, prompts, now, following, torch.full((2,), step), 1.0)
+        scored = replay_steps(policy, schedule, prompts, now, following, torch.full((2,), step), 1.0)[0]
         ratio_w, ratio_l = scored - data.log_probs_NT[[winner, loser], step]
         losses.append(-weight * torch.log(torch.sigmoid(beta * (ratio_w - ratio_l))))
     for _, parameter in policy.weights.parameters():
