@@ -185,7 +185,7 @@ class JudgeConfig(_Section):
 
 
 class ScoringConfig(_Section):
-    """Where learned and remote scorers are, and how to call them, in judging and evaluation."""
+    """Locations of learned and remote scorers, and how to call them."""
 
     models: dict[str, str] = Field(
         {},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from d3po_core.config import absolute
 from d3po_core.errors import D3POError
 
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
@@ -133,7 +134,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         D3POError: ``output`` is a file or a folder that is not empty, or the disk is full or cannot be written.
     """
-    output = output.resolve()
+    output = absolute(str(output), Path.cwd(), "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise D3POError(f"--output {output}: {what}; nothing is overwritten, name a new folder")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import begin_comparison
+from d3po_core.store.files import new_folder
 from flows.commands import report as report_commands
 from flows.commands.parts import outside_campaigns
 from tests.core.evaluation.compared import say
@@ -111,3 +112,8 @@ def test_an_output_that_cannot_be_a_path_is_one_line(tmp_path: Path) -> None:
     for name in (tmp_path / "ring" / "x", Path("a\0b"), Path("~nobody-of-this-name/x")):
         with pytest.raises(D3POError, match=r"^--output '.*': cannot be a path \(.*\); give another$"):
             outside_campaigns(name)
+        with (
+            pytest.raises(D3POError, match=r"^--output '.*': cannot be a path \(.*\); give another$"),
+            new_folder(name),
+        ):
+            pass

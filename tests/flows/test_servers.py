@@ -305,7 +305,7 @@ def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], hom
 
 
 def night_instead_of(run_id: str, ports: dict[str, int], home: Path) -> str | None:
-    """What the flow is told when it begins this run."""
+    """The later run that the flow finds when it starts this one."""
     url = f"http://127.0.0.1:{ports['prefect']}/api"
     here = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: ":".join(login(home))}
     with temporary_settings(here), pytest.MonkeyPatch.context() as patch:
