@@ -105,24 +105,19 @@ def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable
         rounds: the rounds to check; all when not given.
         kinds: first folders of the files' paths, such as ``samples``; all when not given.
     """
-    wanted, asked = None if kinds is None else set(kinds), None if rounds is None else set(rounds)
+    wanted = None if kinds is None else set(kinds)
     entries = [
-        (name, size, digest)
-        for number in _rounds_listed(campaign)
-        if asked is None or number in asked
-        for path in _lists(campaign, number)
-        for name, (size, digest) in _read_list(path).items()
+        (name, *entry)
+        for name, entry in _entries(campaign, rounds)
         if wanted is None or name.partition("/")[0] in wanted
     ]
     found = [damage for entry in sorted(entries) if (damage := _damage(campaign, *entry))]
-    return found + (_lists_gone(campaign) if wanted is None and asked is None else [])
+    return found + (_lists_gone(campaign) if kinds is None and rounds is None else [])
 
 
 def count_files(campaign: Path, rounds: Iterable[int] | None = None) -> int:
     """Return how many files the stages of the given rounds listed; all rounds when not given."""
-    asked = None if rounds is None else set(rounds)
-    numbers = [number for number in _rounds_listed(campaign) if asked is None or number in asked]
-    return sum(len(_read_list(path)) for number in numbers for path in _lists(campaign, number))
+    return sum(1 for _ in _entries(campaign, rounds))
 
 
 def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> None:
@@ -137,10 +132,7 @@ def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: It
 def require_files(campaign: Path, names: Iterable[str]) -> None:
     """Check files given by their paths in the campaign; a file that no stage listed only has to exist."""
     wanted = set(names)
-    listed = {
-        name: entry for number in _rounds_listed(campaign) for path in _lists(campaign, number)
-        for name, entry in _read_list(path).items() if name in wanted
-    }  # fmt: skip
+    listed = {name: entry for name, entry in _entries(campaign) if name in wanted}
     found = [_damage(campaign, name, *listed[name]) for name in sorted(listed)]
     gone = [Damage(name, "is gone") for name in sorted(wanted - listed.keys()) if not (campaign / name).is_file()]
     _raise(campaign, [damage for damage in found if damage] + gone)
@@ -148,9 +140,7 @@ def require_files(campaign: Path, names: Iterable[str]) -> None:
 
 def noted_names(campaign: Path) -> set[str]:
     """Return the paths in the campaign of all files that finished stages listed."""
-    return {
-        name for number in _rounds_listed(campaign) for path in _lists(campaign, number) for name in _read_list(path)
-    }
+    return {name for name, _ in _entries(campaign)}
 
 
 def sha256_of(path: Path) -> str:
@@ -210,6 +200,15 @@ def _lists_gone(campaign: Path) -> list[Damage]:
     last = max(rows, key=lambda name: int(name.removeprefix("round=")), default="")
     owed += [folder / "publish.files" for folder in begun if folder.name in rows - {last}]
     return [Damage(p.relative_to(campaign).as_posix(), "is gone") for p in sorted(owed) if not p.exists()]
+
+
+def _entries(campaign: Path, rounds: Iterable[int] | None = None) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield name, size and digest of each file that the given rounds' stages listed; all rounds when not given."""
+    asked = None if rounds is None else set(rounds)
+    for number in _rounds_listed(campaign):
+        if asked is None or number in asked:
+            for path in _lists(campaign, number):
+                yield from _read_list(path).items()
 
 
 def _lists(campaign: Path, round_number: int) -> list[Path]:
