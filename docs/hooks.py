@@ -3,7 +3,7 @@
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from flows.reference import PAGES
+from d3po.flows.reference import PAGES
 
 SHIM = "https://unpkg.com/iframe-worker/shim"  # search from file:// needs it; a local server does not
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
+from d3po.flows.prefect_api import ask
+from d3po.flows.programs import run_program
+from d3po.flows.server_files import SET_DATA, Ports, server_file
+from d3po.flows.server_programs import POOL, PREFECT, client_environment
 from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
-from flows.prefect_api import ask
-from flows.programs import run_program
-from flows.server_files import SET_DATA, Ports, server_file
-from flows.server_programs import POOL, PREFECT, client_environment
 
 # Deployments are registered again when one of these files changes.
 SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")

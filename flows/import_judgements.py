@@ -5,10 +5,10 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
 
+from d3po.tasks.importing import import_judgement_file
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import renaming
 from d3po_core.store.campaign import campaign_named
-from tasks.importing import import_judgement_file
 
 
 @flow(name="import-judgements", flow_run_name="{campaign} {file}", persist_result=False, validate_parameters=True)
@@ -59,7 +59,7 @@ def import_judgements(
         if not report.accepted:
             return Failed(message=report.summary()[-1] + f": {report.num_bad} of {report.num_rows} rows are wrong")
         if resume and not dry_run:
-            from tasks.waiting import resume_waiting
+            from d3po.tasks.waiting import resume_waiting
 
             resume_waiting(config, report.round_number)
     except D3POError as error:

@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
-from flows.prefect_api import ask
-from flows.server_files import Ports
-from flows.server_processes import living_flow_runs
-from flows.server_programs import POOL
+from d3po.flows.prefect_api import ask
+from d3po.flows.server_files import Ports
+from d3po.flows.server_processes import living_flow_runs
+from d3po.flows.server_programs import POOL
 
 
 def crash_lost_runs(ports: Ports, seconds: float = 30.0) -> list[str]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 
+from d3po.flows.server_files import LOGIN_FILE, Ports, login, server_file
+from d3po.flows.server_programs import api_url
 from d3po_core.errors import D3POError
-from flows.server_files import LOGIN_FILE, Ports, login, server_file
-from flows.server_programs import api_url
 
 
 def ask(ports: Ports, method: str, path: str, body: Any = None, seconds: float = 30.0) -> Any:

@@ -1,6 +1,6 @@
 """The profile that plain ``prefect`` commands use: read here, changed by a separate program.
 
-python -m flows.prefect_profile NAME [API_URL]
+python -m d3po.flows.prefect_profile NAME [API_URL]
 
 A separate program is needed because a process reads Prefect's settings only once. It takes the login from
 ``PREFECT_API_AUTH_STRING``, because all users can read a command line.
@@ -12,10 +12,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+from d3po.flows.programs import run_program
+from d3po.flows.server_files import State, write_state
+from d3po.flows.server_programs import LOGIN, QUIET
 from d3po_core.errors import D3POError
-from flows.programs import run_program
-from flows.server_files import State, write_state
-from flows.server_programs import LOGIN, QUIET
 
 PROFILE = "d3po"
 
@@ -96,7 +96,7 @@ def choose_profile(name: str, api_url: str | None = None) -> None:
 def _choose(*name_and_url: str, login: str = "") -> None:
     """Activate a profile of the user's own Prefect."""
     environment = {**os.environ, **QUIET} | ({LOGIN: login} if login else {})
-    run_program([sys.executable, "-m", "flows.prefect_profile", *name_and_url], environment)
+    run_program([sys.executable, "-m", "d3po.flows.prefect_profile", *name_and_url], environment)
 
 
 def _profiles_file() -> Path:

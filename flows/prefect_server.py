@@ -1,6 +1,6 @@
 """Prefect's server with a check of host and origin, which Prefect itself lacks.
 
-python -m flows.prefect_server PORT
+python -m d3po.flows.prefect_server PORT
 
 Without the check, a page of any site could send requests here from a visitor's browser: directly, or through a host
 name that it points to this machine. The login is Prefect's own (``PREFECT_SERVER_API_AUTH_STRING``).
@@ -13,8 +13,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flows.loopback import HOST
-from flows.server_programs import own_addresses
+from d3po.flows.loopback import HOST
+from d3po.flows.server_programs import own_addresses
 
 
 def guarded(application: ASGIApp, port: int) -> ASGIApp:

@@ -8,11 +8,11 @@ from uuid import UUID
 
 import httpx
 
+from d3po.flows.interrupting import flow_run_id, this_command
 from d3po_core.errors import D3POError
 from d3po_core.store.goals import has_goal
 from d3po_core.store.stages import last_finished_round
 from d3po_core.urls import masked
-from flows.interrupting import flow_run_id, this_command
 
 
 def require_prefect() -> None:

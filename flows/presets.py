@@ -12,7 +12,7 @@ from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, is_ur
 from d3po_core.errors import D3POError
 from d3po_core.urls import masked
 
-ENTRYPOINT = "flows/round.py:d3po"
+ENTRYPOINT = "d3po.flows.round.d3po"
 PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
 
 

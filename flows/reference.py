@@ -10,11 +10,11 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from d3po.flows.commands.line import app
 from d3po_core.config import CampaignConfig
 from d3po_core.queries.views import VIEWS, connect_views
 from d3po_core.store.columns import MEANINGS, Entry, meaning
 from d3po_core.store.tables import SCHEMAS
-from flows.commands.line import app
 
 
 def _sections(model: type[BaseModel] = CampaignConfig, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

@@ -4,22 +4,22 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 
+from d3po.flows.presets import over_deployment
+from d3po.tasks.alive import counts_as_running
+from d3po.tasks.evaluating import evaluate_checkpoint
+from d3po.tasks.guarding import guard_round, require_trust
+from d3po.tasks.judging import derive_pairs, judge_images
+from d3po.tasks.nights import later_night
+from d3po.tasks.publishing import check_campaign, plan_rounds, publish_round
+from d3po.tasks.sampling import sample_images
+from d3po.tasks.training import train_policy
+from d3po.tasks.waiting import require_deployment, wait_for_people
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.model_files import with_model_defaults
 from d3po_core.processes.pool import ranks_end_here
 from d3po_core.store.campaign import begin_round, campaign_lock
 from d3po_core.store.goals import end_run
-from flows.presets import over_deployment
-from tasks.alive import counts_as_running
-from tasks.evaluating import evaluate_checkpoint
-from tasks.guarding import guard_round, require_trust
-from tasks.judging import derive_pairs, judge_images
-from tasks.nights import later_night
-from tasks.publishing import check_campaign, plan_rounds, publish_round
-from tasks.sampling import sample_images
-from tasks.training import train_policy
-from tasks.waiting import require_deployment, wait_for_people
 
 
 @flow(name="d3po", flow_run_name="{config.campaign}", persist_result=False, validate_parameters=True)

@@ -3,12 +3,12 @@
 import os
 import socket
 
+from d3po.flows.loopback import HOST
+from d3po.flows.prefect_profile import PROFILE
+from d3po.flows.server_files import SERVER_LOGIN, Ports, login
+from d3po.flows.server_processes import who_listens
+from d3po.flows.server_programs import LOGIN
 from d3po_core.errors import D3POError
-from flows.loopback import HOST
-from flows.prefect_profile import PROFILE
-from flows.server_files import SERVER_LOGIN, Ports, login
-from flows.server_processes import who_listens
-from flows.server_programs import LOGIN
 
 
 def require_ports(ports: Ports) -> None:

@@ -4,10 +4,10 @@ import os
 import secrets
 import sys
 
+from d3po.flows.loopback import HOST, without_proxy
+from d3po.flows.server_files import SERVER_LOGIN, Ports
 from d3po_core.config import PROJECT_ROOT, data_folder
 from d3po_core.store.databases import sqlite_url
-from flows.loopback import HOST, without_proxy
-from flows.server_files import SERVER_LOGIN, Ports
 
 NAMES = ("prefect", "mlflow", "label", "worker")
 POOL = "d3po"
@@ -16,7 +16,7 @@ MARK = "D3PO_SERVER"  # in a process's environment: the server that it is, or th
 LOGIN = "PREFECT_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
-WORKER_PROGRAM = (sys.executable, "-m", "tasks.worker", "--no-prompt")
+WORKER_PROGRAM = (sys.executable, "-m", "d3po.tasks.worker", "--no-prompt")
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -91,9 +91,9 @@ def server_command(name: str, ports: Ports) -> list[str]:
         return [*WORKER_PROGRAM, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
     address = ["--host", HOST, "--port", str(ports[name])]
     if name == "prefect":
-        return [sys.executable, "-m", "flows.prefect_server", str(ports[name])]
+        return [sys.executable, "-m", "d3po.flows.prefect_server", str(ports[name])]
     if name == "label":
-        return [sys.executable, "-c", "from flows.commands.line import main; main()", "label", *address]
+        return [sys.executable, "-c", "from d3po.flows.commands.line import main; main()", "label", *address]
     folder, origins = data_folder() / "mlflow", own_addresses(ports["mlflow"])
     stores = [
         "--backend-store-uri", sqlite_url(folder / "mlflow.db"),

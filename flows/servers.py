@@ -13,17 +13,13 @@ from typing import Any
 
 import psutil
 
-from d3po_core.config import data_folder
-from d3po_core.errors import D3POError
-from d3po_core.store.databases import is_whole
-from d3po_core.store.files import disk_errors
-from flows.deploying import create_pool, deploy
-from flows.left_runs import crash_lost_runs, keep_one_late_run
-from flows.loopback import is_proxied, without_proxy
-from flows.prefect_api import answers, ask
-from flows.prefect_profile import restore_profile, shown_profile, take_profile
-from flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
-from flows.server_files import (
+from d3po.flows.deploying import create_pool, deploy
+from d3po.flows.left_runs import crash_lost_runs, keep_one_late_run
+from d3po.flows.loopback import is_proxied, without_proxy
+from d3po.flows.prefect_api import answers, ask
+from d3po.flows.prefect_profile import restore_profile, shown_profile, take_profile
+from d3po.flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
+from d3po.flows.server_files import (
     LOGIN_FILE,
     SET_DATA,
     Ports,
@@ -36,8 +32,12 @@ from flows.server_files import (
     server_file,
     write_state,
 )
-from flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
-from flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
+from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
+from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
+from d3po_core.config import data_folder
+from d3po_core.errors import D3POError
+from d3po_core.store.databases import is_whole
+from d3po_core.store.files import disk_errors
 
 __all__ = ["down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
 
@@ -191,11 +191,11 @@ def _make_stores(missing: list[str]) -> None:
     with disk_errors(data_folder() / "prefect", SET_DATA):
         (data_folder() / "prefect").chmod(0o700)  # the login protects what its database holds
     if "mlflow" in missing and not is_whole(data_folder() / "mlflow" / "mlflow.db", "experiments"):
-        from tasks.tracking.store import make_local_store  # loads mlflow
+        from d3po.tasks.tracking.store import make_local_store  # loads mlflow
 
         make_local_store()
     if "mlflow" in missing:
-        from tasks.tracking.store import follow_local_store
+        from d3po.tasks.tracking.store import follow_local_store
 
         follow_local_store()
 

@@ -3,7 +3,7 @@
 from prefect import flow
 from prefect.states import Completed, State
 
-from tasks.waiting import wake as wake_run
+from d3po.tasks.waiting import wake as wake_run
 
 
 # A deadline comes only once, so retry while the run is about to sleep or the server does not answer.

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.states import Running
 
-from tasks.logs import run_logger
+from d3po.tasks.logs import run_logger
 
 LOOK_SECONDS = 5.0
 

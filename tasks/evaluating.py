@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 from prefect import task
 
+from d3po.tasks.scoring import SCORE_BATCH
+from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.evaluation.job import draw_held_out, held_out_path, held_out_seeds
 from d3po_core.intervals import score_intervals
@@ -15,9 +18,6 @@ from d3po_core.store.files import atomic_path
 from d3po_core.store.images import diversity, load_pngs, sheet
 from d3po_core.store.stages import checkpoint_path, finish_stage
 from d3po_core.store.tables import table_from_rows, write_table
-from tasks.scoring import SCORE_BATCH
-from tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
-from tasks.tracking import delivery
 
 GRID_COLUMNS = 8
 

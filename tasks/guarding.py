@@ -2,13 +2,13 @@
 
 from prefect import get_run_logger, task
 
+from d3po.tasks.stage import STAGE_OPTIONS
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.guard import judge_checkpoint
 from d3po_core.records import GuardRecord
 from d3po_core.store.stages import finish_stage, read_record, stage_path
-from tasks.stage import STAGE_OPTIONS
-from tasks.tracking import delivery
 
 
 @task(name="guard", **STAGE_OPTIONS)

@@ -7,6 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from prefect import task
 
+from d3po.tasks.scoring import score_round, scored_early
+from d3po.tasks.stage import STAGE_OPTIONS, progress
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.people.raters import earlier_gold
 from d3po_core.preferences.deciding import decide
@@ -15,9 +18,6 @@ from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
 from d3po_core.sampling.job import round_shards
 from d3po_core.store.stages import finish_stage, read_record
 from d3po_core.store.tables import connect, partition, table_from_rows, write_table
-from tasks.scoring import score_round, scored_early
-from tasks.stage import STAGE_OPTIONS, progress
-from tasks.tracking import delivery
 
 
 @task(name="judge", **STAGE_OPTIONS)

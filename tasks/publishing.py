@@ -9,6 +9,9 @@ from typing import Any
 
 from prefect import get_run_logger, task
 
+from d3po.tasks.showing import show_rounds
+from d3po.tasks.stage import STAGE_OPTIONS
+from d3po.tasks.tracking import delivery
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.devices import check_processes
 from d3po_core.models.loading import check_model
@@ -45,9 +48,6 @@ from d3po_core.store.stages import (
 from d3po_core.store.tables import SCHEMAS, partition, read_rows, table_from_rows, write_table
 from d3po_core.training.objectives import check_objective
 from d3po_core.training.optimizer import check_beta, optimizer_class
-from tasks.showing import show_rounds
-from tasks.stage import STAGE_OPTIONS
-from tasks.tracking import delivery
 
 
 def check_campaign(config: CampaignConfig) -> list[str]:

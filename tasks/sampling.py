@@ -4,6 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
+from d3po.tasks.scoring import scored_meanwhile
+from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.processes.pool import run_job
 from d3po_core.records import SampleRecord
@@ -14,9 +17,6 @@ from d3po_core.store.files import atomic_path
 from d3po_core.store.images import load_pngs, sheet
 from d3po_core.store.stages import checkpoint_path, finish_stage, start_of
 from d3po_core.store.tables import write_table
-from tasks.scoring import scored_meanwhile
-from tasks.stage import STAGE_OPTIONS, model_turn, progress
-from tasks.tracking import delivery
 
 SHEET_IMAGES = 64
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from d3po.tasks.logs import run_logger
+from d3po.tasks.stage import scoring_turn
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
@@ -22,8 +24,6 @@ from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import load_scorers
 from d3po_core.scorers.shards import ShardScores, read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
-from tasks.logs import run_logger
-from tasks.stage import scoring_turn
 
 LOOK_EVERY_SECONDS = 0.2
 SCORE_BATCH = 256

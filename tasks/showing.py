@@ -23,12 +23,12 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
 from d3po_core.report.write import REPORT_FILE
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.stages import finished_numbers, finished_rounds, read_record, stage_path
-from tasks.tracking import delivery
 
 EVENT = "d3po.round.completed"
 # A shorter stage ends before anybody looks; a call takes a busy server some 50 ms.

@@ -8,12 +8,12 @@ from typing import Any
 from prefect.concurrency.sync import concurrency
 from tqdm import tqdm
 
+from d3po.tasks.showing import StageProgress
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
 from d3po_core.scorers.finding import use_device
 from d3po_core.store.stages import note_seconds, seconds_spent
-from tasks.showing import StageProgress
 
 GPU_LIMIT = "gpu"
 GPU_LEASE_SECONDS = 60

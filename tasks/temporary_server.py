@@ -1,7 +1,7 @@
 """The temporary Prefect server of ``d3po run``: a process in its own session that ends with the run.
 
 The run holds the listening socket, so it can restart a dead server behind the same address, while requests wait.
-``python -m tasks.temporary_server DESCRIPTOR`` is the server itself. It ends when its stdin closes, which also happens
+``python -m d3po.tasks.temporary_server DESCRIPTOR`` is the server itself. It ends when its stdin closes, also
 after ``kill -9`` of the run.
 """
 
@@ -26,7 +26,7 @@ START_SECONDS = 300.0
 SAY_SO_SECONDS = 20.0
 # A server that dies this often has a cause that a restart does not fix.
 LIVES = 5
-PROGRAM = (sys.executable, "-m", "tasks.temporary_server")
+PROGRAM = (sys.executable, "-m", "d3po.tasks.temporary_server")
 # Prefect's own settings for a temporary server: no page, and migrations once.
 SETTINGS = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 

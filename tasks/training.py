@@ -2,14 +2,14 @@
 
 from prefect import get_run_logger, task
 
+from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.processes.pool import run_job
 from d3po_core.records import TrainRecord
 from d3po_core.store.stages import checkpoint_path, finish_stage
 from d3po_core.training.job import count_updates, train_checkpoint
 from d3po_core.training.optimizer import drowned_warning
-from tasks.stage import STAGE_OPTIONS, model_turn, progress
-from tasks.tracking import delivery
 
 
 @task(name="train", **STAGE_OPTIONS)

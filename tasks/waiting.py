@@ -25,6 +25,10 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import State
 from pydantic import Field
 
+from d3po.tasks.alive import revive
+from d3po.tasks.showing import artifact_key
+from d3po.tasks.stage import STAGE_OPTIONS
+from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig, data_folder
 from d3po_core.errors import D3POError
 from d3po_core.people.journal import export_judgements
@@ -34,10 +38,6 @@ from d3po_core.records import LabelRecord
 from d3po_core.store.campaign import round_config
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import finish_stage, stage_path
-from tasks.alive import revive
-from tasks.showing import artifact_key
-from tasks.stage import STAGE_OPTIONS
-from tasks.tracking import delivery
 
 WAKE = "wake/deadline"
 FALLING_ASLEEP_SECONDS = 20  # from our last count of what is missing until Prefect shows the run as suspended

@@ -1,9 +1,9 @@
 """The worker of ``d3po up``: Prefect's process worker without its second report of a crash.
 
-``python -m tasks.worker`` takes the arguments of ``prefect``. Prefect's runner reports a killed process at once. Up to
-a minute later the worker reports it again, once it has imported the flow to look for hooks. A run that was retried in
+``python -m d3po.tasks.worker`` takes the arguments of ``prefect``. Prefect's runner reports a killed process at once.
+Up to a minute later the worker reports it again, once it has imported the flow to look for hooks. A run retried in
 between would then be Crashed while it waits to start. Another server may use Prefect's own worker; there only
-``tasks.alive`` helps.
+``d3po.tasks.alive`` helps.
 """
 
 import warnings

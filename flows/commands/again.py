@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from d3po.flows.commands.parts import CampaignOption, console, loading, outside_campaigns
 from d3po_core.errors import D3POError
-from flows.commands.parts import CampaignOption, console, loading, outside_campaigns
 
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as the round used")]
 # On CPUs, other batches and threads moved pixels of the embedded model by 1; other devices may round more coarsely.

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from d3po.flows.commands.parts import CampaignOption, outside_campaigns, print_table, shown, writing
 from d3po_core.errors import D3POError
-from flows.commands.parts import CampaignOption, outside_campaigns, print_table, shown, writing
 
 Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.parts import CampaignOption, loading, outside_campaigns
+from d3po.flows.commands.parts import CampaignOption, loading, outside_campaigns
 
 OutputOption = Annotated[Path, typer.Option(help="Folder to create; overwrites nothing")]
 

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from d3po.flows.commands.parts import CampaignOption
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.ways import Mode
-from flows.commands.parts import CampaignOption
 
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="The round; by default the file's, else the last one sampled")
@@ -64,11 +64,11 @@ def import_judgements(
 
 
 def _resume_waiting(config: CampaignConfig, round_number: int) -> None:
-    from flows.servers import find_prefect
+    from d3po.flows.servers import find_prefect
 
     if not find_prefect():
         raise D3POError("--resume: no Prefect server is running here, so no run waits; the judgements are kept")
-    from tasks.waiting import resume_waiting  # loads prefect, which a plain import does not need
+    from d3po.tasks.waiting import resume_waiting  # loads prefect, which a plain import does not need
 
     print(resume_waiting(config, round_number))
 

@@ -79,12 +79,12 @@ def begin_blind(campaign: str, compare: str, against: str, pairs: int, raters: i
 
 def _wake(campaign: str, round_number: int) -> None:
     """Wake the run that waits for the round, on the server of ``d3po up`` or of the shell's settings."""
+    from d3po.flows.servers import find_prefect
     from d3po_core.config import CampaignConfig
     from d3po_core.store.stages import stage_path
-    from flows.servers import find_prefect
 
     if find_prefect():
-        from tasks.waiting import wake
+        from d3po.tasks.waiting import wake
 
         wake(campaign, round_number)
     elif stage_path(CampaignConfig(campaign=campaign).folder, round_number, "waiting").exists():
@@ -93,8 +93,8 @@ def _wake(campaign: str, round_number: int) -> None:
 
 def _compared(campaign: str, round_number: int) -> None:
     """Send results of blind comparisons to MLflow; if it is down, the campaign's next run sends them."""
+    from d3po.tasks.tracking.delivery import deliver_comparisons
     from d3po_core.store.campaign import campaign_named
-    from tasks.tracking.delivery import deliver_comparisons
 
     deliver_comparisons(campaign_named(campaign))
 

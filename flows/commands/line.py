@@ -13,19 +13,19 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
+from d3po.flows.commands.again import prune, regenerate, replay
+from d3po.flows.commands.ask import check, query, show
+from d3po.flows.commands.export import export_lora, export_preferences
+from d3po.flows.commands.judgement_files import export_sheet, import_judgements
+from d3po.flows.commands.label import label
+from d3po.flows.commands.parts import CampaignOption, console, loading, short
+from d3po.flows.commands.raters import raters
+from d3po.flows.commands.report import compare, report
+from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
+from d3po.flows.loopback import without_proxy
+from d3po.flows.presets import command_that_goes_on, deployment_config
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder
 from d3po_core.errors import D3POError
-from flows.commands.again import prune, regenerate, replay
-from flows.commands.ask import check, query, show
-from flows.commands.export import export_lora, export_preferences
-from flows.commands.judgement_files import export_sheet, import_judgements
-from flows.commands.label import label
-from flows.commands.parts import CampaignOption, console, loading, short
-from flows.commands.raters import raters
-from flows.commands.report import compare, report
-from flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
-from flows.loopback import without_proxy
-from flows.presets import command_that_goes_on, deployment_config
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -109,13 +109,13 @@ def run(
     with ctrl_c_ends_it():
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with loading("torch, diffusers and prefect"), _starting_server():
+            from d3po.flows.round import d3po
+            from d3po.tasks.publishing import check_campaign
             from d3po_core.models.model_files import with_model_defaults
-            from flows.round import d3po
-            from tasks.publishing import check_campaign
 
             config = with_model_defaults(config)
             check_campaign(config)
-        from flows.prefect_trouble import prefect_may_die
+        from d3po.flows.prefect_trouble import prefect_may_die
 
         with prefect_may_die(config.folder):
             state = d3po.with_options(on_running=[note_flow_run])(config, rounds, return_state=True)
@@ -162,7 +162,7 @@ def up(
     label_port: Annotated[int, typer.Option(help="Port of the labelling page")] = 8700,
 ) -> None:
     """Start Prefect's server and worker, MLflow and the labelling page on 127.0.0.1; register the deployments."""
-    from flows import servers
+    from d3po.flows import servers
 
     print("\n".join(servers.up(prefect_port, mlflow_port, label_port)))
 
@@ -170,7 +170,7 @@ def up(
 @app.command()
 def down() -> None:
     """Stop everything that ``d3po up`` started."""
-    from flows import servers
+    from d3po.flows import servers
 
     print("\n".join(servers.down()))
 
@@ -178,7 +178,7 @@ def down() -> None:
 @app.command()
 def status() -> None:
     """Show which servers are running."""
-    from flows import servers
+    from d3po.flows import servers
 
     print("\n".join(servers.status()))
 
@@ -206,7 +206,7 @@ def show_campaign(config: CampaignConfig) -> None:
     first, last = records[0], records[-1]
     folder = short(config.folder)
     name = str(config.folder) if config.runs_dir else config.campaign  # how commands find the campaign
-    from flows.server_processes import known_ports
+    from d3po.flows.server_processes import known_ports
 
     mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
     lines = (
@@ -229,12 +229,12 @@ def show_campaign(config: CampaignConfig) -> None:
 def _starting_server() -> Iterator[None]:
     """Start Prefect's temporary server if needed; when the context ends, the server answers."""
     if "PREFECT_API_URL" in os.environ:
-        from flows.prefect_trouble import require_prefect
+        from d3po.flows.prefect_trouble import require_prefect
 
         require_prefect()
         yield
         return
-    from tasks.temporary_server import TemporaryServer
+    from d3po.tasks.temporary_server import TemporaryServer
 
     server = TemporaryServer(lost=partial(end_here, status=1))
     os.environ["PREFECT_API_URL"] = server.url
@@ -244,9 +244,9 @@ def _starting_server() -> Iterator[None]:
 
 def _use_local_prefect() -> None:
     """Use the server of ``d3po up`` if it runs, else a temporary server on the same database."""
+    from d3po.flows.server_programs import QUIET, temporary_environment
+    from d3po.flows.servers import end_orphans, find_prefect
     from d3po_core.store.files import disk_errors
-    from flows.server_programs import QUIET, temporary_environment
-    from flows.servers import end_orphans, find_prefect
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.parts import CampaignOption, console, writing
+from d3po.flows.commands.parts import CampaignOption, console, writing
 
 if TYPE_CHECKING:
     from d3po_core.people.raters import RaterReport, RaterSummary

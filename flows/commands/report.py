@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d3po.flows.commands.parts import CampaignOption, console, short
 from d3po_core.errors import D3POError
-from flows.commands.parts import CampaignOption, console, short
 
 if TYPE_CHECKING:
     from d3po_core.evaluation.comparison import HeldOut

@@ -11,17 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from d3po_core.config import CampaignConfig
-from d3po_core.errors import D3POError
-from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
-from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
-from d3po_core.store.campaign import round_config
-from d3po_core.store.stages import stage_path
-from d3po_core.urls import masked
-from tasks.logs import run_logger
-from tasks.tracking.marks import has_old_marks, is_marked, mark, mark_path, name_old_marks, note_told, told
-from tasks.tracking.stages import LOGGERS, log_human_win_rate
-from tasks.tracking.store import (
+from d3po.tasks.logs import run_logger
+from d3po.tasks.tracking.marks import has_old_marks, is_marked, mark, mark_path, name_old_marks, note_told, told
+from d3po.tasks.tracking.stages import LOGGERS, log_human_win_rate
+from d3po.tasks.tracking.store import (
     campaign_run_id,
     existing_campaign_run,
     forget_runs,
@@ -30,6 +23,13 @@ from tasks.tracking.store import (
     run_page,
     tracking_uri,
 )
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
+from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
+from d3po_core.store.campaign import round_config
+from d3po_core.store.stages import stage_path
+from d3po_core.urls import masked
 
 STAGES = tuple(LOGGERS)
 

@@ -8,6 +8,24 @@ from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
 
+from d3po.tasks.tracking.store import (
+    Client,
+    campaign_run_id,
+    describe,
+    describe_version,
+    log_both,
+    log_checkpoint,
+    log_grid_once,
+    log_lineage,
+    log_metrics,
+    log_report,
+    log_to_model,
+    milliseconds,
+    register_version,
+    registered_name,
+    set_aliases,
+    tracking_uri,
+)
 from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import LORA_FILE, loading_line, weights_file
 from d3po_core.people.human_win_rate import HumanWinRate
@@ -26,24 +44,6 @@ from d3po_core.store.campaign import campaign_id
 from d3po_core.store.stages import read_record, round_record, stage_path, start_of
 from d3po_core.store.tables import connect, partition, read_rows
 from d3po_core.urls import masked
-from tasks.tracking.store import (
-    Client,
-    campaign_run_id,
-    describe,
-    describe_version,
-    log_both,
-    log_checkpoint,
-    log_grid_once,
-    log_lineage,
-    log_metrics,
-    log_report,
-    log_to_model,
-    milliseconds,
-    register_version,
-    registered_name,
-    set_aliases,
-    tracking_uri,
-)
 
 # Values of the policy before each update, and after the round's last update.
 BEFORE = ("margin_before", "pair_accuracy_before", "kl_before")

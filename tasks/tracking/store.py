@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from d3po.tasks.logs import run_logger
+from d3po.tasks.tracking.moved import follow_folder
 from d3po_core.config import CampaignConfig, data_folder, leaves
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.databases import make_database, sqlite_url
 from d3po_core.store.tables import partition
 from d3po_core.urls import masked, without_login
-from tasks.logs import run_logger
-from tasks.tracking.moved import follow_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

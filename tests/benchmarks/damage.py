@@ -109,10 +109,10 @@ def make_campaign(place: Path) -> Path:
             return folder
 
     config = small.config.__wrapped__(Factory())  # type: ignore[attr-defined]
+    from d3po.tasks.publishing import note_published
     from d3po_core.people.journal import Journal, Submission, export_judgements, sampling_of
     from d3po_core.report.write import write_report
     from d3po_core.reproducing.frozen import freeze
-    from tasks.publishing import note_published
 
     folder = config.folder
     for name, prompts in (("train", small.TRAIN), ("held_out", small.HELD_OUT)):
@@ -147,8 +147,8 @@ def ending_of(words: list[str], campaign: Path) -> tuple[str, str]:
     """How a command ends (done, error, traceback), and what it said, with a digest of what it wrote."""
     from typer.testing import CliRunner
 
+    from d3po.flows.commands.line import app
     from d3po_core.errors import D3POError
-    from flows.commands.line import app
 
     for output in Path().glob("out*"):
         shutil.rmtree(output) if output.is_dir() else output.unlink()
@@ -170,15 +170,15 @@ def ending_of(words: list[str], campaign: Path) -> tuple[str, str]:
 
 def ending_of_a_round(campaign: Path) -> tuple[str, str]:
     """How one more round ends: with the digest of its checkpoint, or an error."""
+    from d3po.tasks.evaluating import _evaluate
+    from d3po.tasks.judging import _derive, _judge
+    from d3po.tasks.sampling import _sample
+    from d3po.tasks.training import _train
     from d3po_core.errors import D3POError
     from d3po_core.models.weights import weights_sha256
     from d3po_core.reproducing.frozen import freeze
     from d3po_core.store.campaign import begin_round, campaign_named, open_campaign
     from d3po_core.store.stages import finished_numbers
-    from tasks.evaluating import _evaluate
-    from tasks.judging import _derive, _judge
-    from tasks.sampling import _sample
-    from tasks.training import _train
     from tests.tasks.conftest import HELD_OUT
 
     try:

@@ -20,6 +20,7 @@ from preset_rounds import FORMER
 from rich.console import Console
 from rich.table import Table
 
+from d3po.flows.presets import deployment_config
 from d3po_core.config import ModelConfig, TrainConfig
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
@@ -31,7 +32,6 @@ from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.packing import PairedGroup
 from d3po_core.training.trainer import measure_learned, train_updates
-from flows.presets import deployment_config
 
 GROUPS, STEPS = 3, 4
 SMALL_VAE: dict[str, Any] = {

@@ -28,14 +28,19 @@ def imported(file: Path) -> Iterator[str]:
     """Dotted names that a file imports anywhere, also inside functions."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (without_project(alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)}: relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield without_project(node.module)
+            yield from (without_project(f"{node.module}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
-            yield from (str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
+            yield from (without_project(str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
+
+
+def without_project(dotted: str) -> str:
+    """``d3po.tasks.stage`` as ``tasks.stage``."""
+    return dotted.removeprefix("d3po.")
 
 
 def packages(file: Path) -> set[str]:
@@ -64,6 +69,23 @@ def test_leaves_of_the_core_import_no_sibling_but_the_lowest(leaf: str) -> None:
     names = {name for name in imported(PROJECT_ROOT / "d3po_core" / f"{leaf}.py") if name.startswith("d3po_core")}
     siblings = {name.split(".")[1] for name in names if "." in name}
     assert siblings <= {"config", "errors", "urls", "ways"}
+
+
+@pytest.mark.parametrize("file", [*FILES, *sorted((PROJECT_ROOT / "tests").rglob("*.py"))], ids=name_of)
+def test_flows_and_tasks_are_imported_by_their_installed_name(file: Path) -> None:
+    # As top-level modules they would exist twice, and collide with another project's.
+    names = {
+        name
+        for node in ast.walk(tree(file))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    assert {name.partition(".")[0] for name in names}.isdisjoint({"flows", "tasks"})
 
 
 def test_exactly_one_module_imports_mlflow() -> None:
@@ -119,7 +141,7 @@ ELSEWHERE = sorted({*(PROJECT_ROOT / "tests").rglob("*.py"), *(PROJECT_ROOT / "d
 @pytest.mark.parametrize("file", ELSEWHERE, ids=name_of)
 def test_modules_that_tests_benchmarks_and_scripts_name_are_there(file: Path) -> None:
     for node in ast.walk(tree(file)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (*LAYERS, "tests"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("d3po", "d3po_core", "tests"):
             assert importlib.util.find_spec(str(node.module)), f"line {node.lineno}: {node.module}"
 
 
@@ -132,6 +154,6 @@ def test_nothing_pickled_is_tracked() -> None:
 
 def test_a_command_starts_without_what_it_may_not_need() -> None:
     slow = {"duckdb", "mlflow", "numpy", "prefect", "pyarrow", "torch"}
-    script = f"import flows.commands.line, sys; print(sorted({slow} & set(sys.modules)))"
+    script = f"import d3po.flows.commands.line, sys; print(sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

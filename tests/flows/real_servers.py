@@ -13,10 +13,10 @@ import httpx
 import psutil
 import yaml
 
+from d3po.flows.loopback import without_proxy
+from d3po.flows.server_processes import leader
+from d3po.flows.server_programs import NAMES
 from d3po_core.config import PROJECT_ROOT
-from flows.loopback import without_proxy
-from flows.server_processes import leader
-from flows.server_programs import NAMES
 
 DATA = "da?ta #1 50%"  # each of these characters means something in an address
 

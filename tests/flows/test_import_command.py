@@ -7,10 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from d3po.flows.commands import judgement_files as import_command
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.store.tables import connect
-from flows.commands import judgement_files as import_command
 from tests.core.sampled import sampled_campaign
 
 app = typer.Typer()
@@ -80,7 +80,7 @@ def test_waiting_run_goes_on_only_after_an_import(
 
 
 def test_flow_takes_the_options_of_the_command() -> None:
-    from flows.import_judgements import import_judgements
+    from d3po.flows.import_judgements import import_judgements
 
     command = set(inspect.signature(import_command.import_judgements).parameters)
     flow = set(inspect.signature(import_judgements.fn).parameters)
@@ -92,7 +92,7 @@ def test_flow_imports_and_fails_in_one_line(
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.import_judgements import import_judgements
+    from d3po.flows.import_judgements import import_judgements
 
     file = tmp_path / "labels.csv"
     with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}):

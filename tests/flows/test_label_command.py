@@ -6,10 +6,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from d3po.flows.commands import label as label_command
+from d3po.tasks.tracking import delivery
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import comparisons_of
-from flows.commands import label as label_command
-from tasks.tracking import delivery
 from tests.core.evaluation.compared import evaluated, say_all
 
 app = typer.Typer(pretty_exceptions_enable=False)

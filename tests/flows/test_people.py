@@ -75,8 +75,8 @@ def resume(campaign: str, number: int, ports: dict[str, int], labeller: str = "h
     import sys
 
     code = (
-        "from flows.servers import find_prefect; find_prefect()\n"
-        "from d3po_core.config import CampaignConfig; from tasks.waiting import resume_waiting\n"
+        "from d3po.flows.servers import find_prefect; find_prefect()\n"
+        "from d3po_core.config import CampaignConfig; from d3po.tasks.waiting import resume_waiting\n"
         f"print(resume_waiting(CampaignConfig(campaign={campaign!r}, judge={{'labeller': {labeller!r}}}), {number}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from d3po.flows.presets import command_that_goes_on, deployment_config, over_deployment, presets
 from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, load_config
 from d3po_core.errors import D3POError
-from flows.presets import command_that_goes_on, deployment_config, over_deployment, presets
 
 
 @pytest.mark.parametrize("name", ["nope", "deadline", "file"])

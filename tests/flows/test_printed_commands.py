@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from d3po.flows.commands.line import app
+from d3po.flows.presets import presets
 from d3po_core.config import PROJECT_ROOT
-from flows.commands.line import app
-from flows.presets import presets
 
 DOCUMENTS = [
     *PROJECT_ROOT.glob("*.md"), *(PROJECT_ROOT / "docs").rglob("*.md"), PROJECT_ROOT / "tests/benchmarks/README.md",

@@ -8,11 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from d3po.flows.commands.raters import raters
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.people.journal import Journal, Submission, sampling_of
 from d3po_core.store.campaign import open_campaign
-from flows.commands.raters import raters
 from tests.core.people.labelling import waiting_campaign
 from tests.core.people.test_raters import campaign, choices, gold_round, marks
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from d3po.flows import reference
 from d3po_core.config import PROJECT_ROOT, TrainConfig
 from d3po_core.store.columns import MEANINGS, SHARED
-from flows import reference
 
 
 def test_everything_is_documented() -> None:

@@ -8,11 +8,11 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from d3po.flows.commands import report as report_commands
+from d3po.flows.commands.parts import outside_campaigns
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import begin_comparison
 from d3po_core.store.files import new_folder
-from flows.commands import report as report_commands
-from flows.commands.parts import outside_campaigns
 from tests.core.evaluation.compared import say
 from tests.core.little_campaign import LittleCampaign
 

@@ -311,9 +311,9 @@ def test_run_without_a_server_of_the_users_finishes_a_round(tmp_path: Path) -> N
 
 def test_packages_without_their_project_say_so_and_write_nothing(tmp_path: Path) -> None:
     place = tmp_path / "site-packages"
-    for package in ("d3po_core", "tasks", "flows"):
+    for package in ("d3po_core", "d3po"):
         shutil.copytree(PROJECT_ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
-    script = "from flows.commands.line import main; main()"
+    script = "from d3po.flows.commands.line import main; main()"
     environment = {name: value for name, value in os.environ.items() if name != "D3PO_DATA"}
     for words in (["run"], ["up"], ["rounds"]):
         done = subprocess.run(
@@ -323,4 +323,4 @@ def test_packages_without_their_project_say_so_and_write_nothing(tmp_path: Path)
         assert done.returncode == 2
         assert done.stderr.startswith(f"d3po: {place} holds no prefect.yaml")
         assert done.stderr.count("\n") == 1
-    assert {path.name for path in place.iterdir()} == {"d3po_core", "tasks", "flows"}
+    assert {path.name for path in place.iterdir()} == {"d3po_core", "d3po"}

@@ -17,14 +17,14 @@ import httpx
 import psutil
 import pytest
 
+from d3po.flows import prefect_api, server_processes, servers
+from d3po.flows.commands import line as command_line
+from d3po.flows.loopback import is_proxied, without_proxy
+from d3po.flows.prefect_profile import active_profile, shown_profile
+from d3po.flows.server_checks import require_ports
+from d3po.flows.server_files import login, make_folder, make_login, read_state, server_file, write_state
+from d3po.flows.server_programs import NAMES, server_environment
 from d3po_core.errors import D3POError
-from flows import prefect_api, server_processes, servers
-from flows.commands import line as command_line
-from flows.loopback import is_proxied, without_proxy
-from flows.prefect_profile import active_profile, shown_profile
-from flows.server_checks import require_ports
-from flows.server_files import login, make_folder, make_login, read_state, server_file, write_state
-from flows.server_programs import NAMES, server_environment
 from tests.flows.real_servers import free_ports
 
 

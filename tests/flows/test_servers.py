@@ -19,14 +19,14 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from d3po.flows import servers
+from d3po.flows.left_runs import keep_one_late_run
+from d3po.flows.server_processes import family, leader
+from d3po.flows.server_programs import NAMES
+from d3po.tasks.nights import later_night
 from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
 from d3po_core.errors import D3POError
 from d3po_core.store.stages import finished_rounds
-from flows import servers
-from flows.left_runs import keep_one_late_run
-from flows.server_processes import family, leader
-from flows.server_programs import NAMES
-from tasks.nights import later_night
 from tests.flows.real_servers import (
     DATA,
     active_profile,
@@ -77,7 +77,7 @@ def ports(home: Path) -> Iterator[dict[str, int]]:
     """Ports of servers that run, begun by two `up` at once; whatever a test left behind is ended."""
     ports = dict(zip(("prefect", "mlflow", "label"), free_ports(3), strict=True))
     options = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
-    command = [sys.executable, "-c", "from flows.commands.line import main; main()", "up", *options]
+    command = [sys.executable, "-c", "from d3po.flows.commands.line import main; main()", "up", *options]
     try:
         both = [subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         said = [one.communicate(timeout=200)[0] for one in both]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: a
 
 SERVER = """
 import sys
-from flows.commands.label import serve_page
+from d3po.flows.commands.label import serve_page
 told = open(sys.argv[1], "a", buffering=1)
 serve_page(lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None)
 """

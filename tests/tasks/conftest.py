@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from d3po.tasks.evaluating import _evaluate
+from d3po.tasks.judging import _derive, _judge
+from d3po.tasks.publishing import note_published
+from d3po.tasks.sampling import _sample
+from d3po.tasks.training import _train
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.models.loaded import loaded_policy
 from d3po_core.models.policy import Policy
@@ -16,11 +21,6 @@ from d3po_core.records import EvaluateRecord
 from d3po_core.store.campaign import begin_round, open_campaign
 from d3po_core.store.stages import checkpoint_path, finish_stage
 from d3po_core.store.tables import SCHEMAS, table_from_rows, write_table
-from tasks.evaluating import _evaluate
-from tasks.judging import _derive, _judge
-from tasks.publishing import note_published
-from tasks.sampling import _sample
-from tasks.training import _train
 
 TRAIN = [
     "a red circle on a gray background",

@@ -14,8 +14,8 @@ import pytest
 from prefect.states import Completed, Crashed, Paused, Running, State
 from prefect.workers.process import ProcessWorker
 
-from tasks import alive
-from tasks.worker import SECOND_REPORT, Worker
+from d3po.tasks import alive
+from d3po.tasks.worker import SECOND_REPORT, Worker
 
 RUN = UUID(int=1)
 

@@ -10,13 +10,13 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from d3po.flows.commands.again import prune, regenerate, replay
+from d3po.flows.commands.ask import query, show
+from d3po.flows.commands.export import export_lora, export_preferences
 from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.store.campaign import campaign_lock
 from d3po_core.store.images import load_png, save_png
 from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
-from flows.commands.again import prune, regenerate, replay
-from flows.commands.ask import query, show
-from flows.commands.export import export_lora, export_preferences
 
 Command = Callable[..., Result]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from d3po.flows.commands.line import app
 from d3po_core.errors import D3POError
 from d3po_core.people.journal import Journal
 from d3po_core.store.integrity import damages, record_files, require_whole
-from flows.commands.line import app
 
 Damage = Callable[[Path], object]
 

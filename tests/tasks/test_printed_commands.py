@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.commands.line import app
+from d3po.flows.commands.line import app
 from tests.flows.test_printed_commands import arguments_of, printed
 
 # These start servers, run rounds, or change the campaign: they have tests of their own.

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d3po.tasks.judging import _derive, _judge
+from d3po.tasks.sampling import _sample
 from d3po_core.config import CampaignConfig, ModelConfig, load_config
 from d3po_core.devices import check_processes
 from d3po_core.errors import CampaignBusyError, D3POError, NonFiniteLossError, RankError
@@ -26,8 +28,6 @@ from d3po_core.sampling.job import sample_shards
 from d3po_core.store.campaign import begin_round, open_campaign
 from d3po_core.store.tables import partition, read_rows
 from d3po_core.training.job import train_checkpoint
-from tasks.judging import _derive, _judge
-from tasks.sampling import _sample
 from tests.tasks import rank_ends, rank_jobs
 from tests.tasks.conftest import HELD_OUT, SETTINGS, TRAIN
 

@@ -19,6 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from d3po.tasks import sampling, scoring
+from d3po.tasks.evaluating import _evaluate
+from d3po.tasks.judging import _derive, _judge
+from d3po.tasks.publishing import check_campaign
+from d3po.tasks.sampling import _sample
+from d3po.tasks.scoring import scored_early
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
 from d3po_core.processes.job import Job, Tell
@@ -26,12 +32,6 @@ from d3po_core.sampling.job import round_shards
 from d3po_core.scorers import shards
 from d3po_core.scorers.shards import ShardScores, scores_path, shard_scorers, write_scores
 from d3po_core.store.tables import partition, read_rows
-from tasks import sampling, scoring
-from tasks.evaluating import _evaluate
-from tasks.judging import _derive, _judge
-from tasks.publishing import check_campaign
-from tasks.sampling import _sample
-from tasks.scoring import scored_early
 from tests.core.scorers.small_scorers import clip_folder
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.events import Resource
 
+from d3po.tasks import showing
 from d3po_core.config import PROJECT_ROOT, CampaignConfig
 from d3po_core.store.stages import finished_rounds
-from tasks import showing
 
 AUTOMATIONS = yaml.safe_load((PROJECT_ROOT / "docs" / "automation.yaml").read_text())["automations"]
 
@@ -81,7 +81,7 @@ def test_a_prefect_that_fails_is_one_warning_and_no_error(
     monkeypatch.setattr(showing, "create_progress_artifact", fails)
     monkeypatch.setattr(showing, "_failing", set())
     progress = showing.StageProgress("shapes", "train")
-    with caplog.at_level(logging.WARNING, logger="tasks.showing"):
+    with caplog.at_level(logging.WARNING, logger="d3po.tasks.showing"):
         for step in range(1, 10):
             progress.tell(step / 10, str)
         progress.end(str)

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
+from d3po.tasks import stage
+from d3po.tasks.stage import progress
+from d3po.tasks.tracking import stages
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.models.weights import LORA_FILE
 from d3po_core.records import SampleRecord, TrainRecord
 from d3po_core.store import stages as finished_stages
 from d3po_core.store.stages import finish_stage, stage_path
 from d3po_core.store.tables import table_from_rows, write_table
-from tasks import stage
-from tasks.stage import progress
-from tasks.tracking import stages
 
 SAMPLED = SampleRecord(num_samples=24, checkpoint=None, contact_sheet="sheet.png")
 TRAINED = TrainRecord(

@@ -13,10 +13,10 @@ import httpx
 import psutil
 import pytest
 
+from d3po.tasks import temporary_server
+from d3po.tasks.temporary_server import TemporaryServer
 from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
-from tasks import temporary_server
-from tasks.temporary_server import TemporaryServer
 
 ANSWERS = """
 import http.server, os, socket, sys
@@ -100,7 +100,7 @@ def test_a_server_that_hangs_is_waited_for_and_then_named(
 
 def test_the_server_ends_with_its_run_however_that_ends() -> None:
     program = (
-        "import os, signal; from tasks.temporary_server import TemporaryServer\n"
+        "import os, signal; from d3po.tasks.temporary_server import TemporaryServer\n"
         "server = TemporaryServer(print); print(server._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60)
@@ -111,7 +111,7 @@ def test_the_server_ends_with_its_run_however_that_ends() -> None:
 # The main thread is in a call that no exception ends before it returns, as a large product or a pool of threads is.
 BUSY = """
 import ctypes, sys
-from flows.interrupting import ctrl_c_ends_it
+from d3po.flows.interrupting import ctrl_c_ends_it
 sys.argv = ["d3po", "run", "--set", "campaign=a b"]
 with ctrl_c_ends_it():
     print("busy", flush=True)

@@ -14,10 +14,10 @@ from mlflow import MlflowClient
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
+from d3po.tasks.tracking import delivery
+from d3po.tasks.tracking.store import mlflow_client
 from d3po_core.config import CampaignConfig
 from d3po_core.people.blind import begin_comparison
-from tasks.tracking import delivery
-from tasks.tracking.store import mlflow_client
 from tests.core.evaluation.compared import say, say_all
 
 

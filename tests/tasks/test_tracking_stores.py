@@ -15,10 +15,8 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.tracking._tracking_service import utils
 
-from d3po_core.config import CampaignConfig
-from d3po_core.store.campaign import campaign_id
-from tasks.tracking import delivery
-from tasks.tracking.store import (
+from d3po.tasks.tracking import delivery
+from d3po.tasks.tracking.store import (
     campaign_run_id,
     experiment,
     forget_runs,
@@ -30,6 +28,8 @@ from tasks.tracking.store import (
     round_run_id,
     set_aliases,
 )
+from d3po_core.config import CampaignConfig
+from d3po_core.store.campaign import campaign_id
 
 
 @pytest.fixture(scope="module")

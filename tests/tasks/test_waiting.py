@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from d3po.tasks.waiting import _how_it_ended, require_deployment
 from d3po_core.config import CampaignConfig, load_config
 from d3po_core.errors import D3POError
 from d3po_core.people.tally import Progress
-from tasks.waiting import _how_it_ended, require_deployment
 
 
 def human(**changes: Any) -> CampaignConfig:

@@ -415,7 +415,7 @@ def test_a_connection_that_waits_or_trickles_is_closed(
 def test_a_server_that_prints_into_a_log_prints_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flows.commands import label as label_command
+    from d3po.flows.commands import label as label_command
 
     monkeypatch.setenv("D3PO_DATA", str(tmp_path))
     monkeypatch.setattr(serving, "serve", lambda *_: None)

@@ -24,7 +24,7 @@ FOUR = {"updates_per_round": 4, "epochs": 2, "learning_rate": 3e-5, "max_grad_no
 
 
 def test_missing_library_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.publishing import check_campaign
+    from d3po.tasks.publishing import check_campaign
 
     for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
         monkeypatch.delitem(sys.modules, name)
