@@ -2,52 +2,16 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder, resolve_path
 from d3po_core.urls import schema_pattern
 from d3po_core.ways import Mode
-
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-
-
-def data_folder() -> Path:
-    """Return the folder of campaigns and of MLflow's and Prefect's databases.
-
-    It is ``D3PO_DATA``, or ``data`` in the project.
-
-    Raises:
-        D3POError: ``D3PO_DATA`` is not a path, such as the home of a user who does not exist.
-    """
-    return absolute(os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data"), Path.cwd(), "D3PO_DATA")
-
-
-def resolve_path(path: str) -> Path:
-    """Return an absolute path; a relative one starts at the project's root, not the working directory."""
-    return absolute(path, PROJECT_ROOT, "path")
-
-
-def absolute(path: str, root: Path, what: str) -> Path:
-    """Return an absolute path without links.
-
-    Args:
-        path: the path as given.
-        root: the folder that a relative path starts at.
-        what: the path's name in the message.
-
-    Raises:
-        D3POError: it holds a NUL, is in the home of a user who does not exist, or leads into a loop of links.
-    """
-    try:
-        return (root / Path(path).expanduser()).resolve()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise D3POError(f"{what} {path!r}: cannot be a path ({error}); give another") from None
 
 
 def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], what: str) -> None:
@@ -388,60 +352,3 @@ PUBLISHED: dict[str, Any] = {
 def is_url(where: str) -> bool:
     """Return whether a scorer's place is a server rather than weights."""
     return where.startswith(("http://", "https://"))
-
-
-def load_config(values: dict[str, Any], source: str) -> CampaignConfig:
-    """Return the configuration made from values, after validation.
-
-    Args:
-        values: nested mapping; a key that is not a field is an error that names the nearest field.
-        source: the values' origin, for the message.
-
-    Raises:
-        D3POError: one line that lists every wrong field.
-    """
-    try:
-        return CampaignConfig.model_validate(values)
-    except ValidationError as error:
-        raise D3POError(f"{source}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
-
-
-def _explain(problem: Any) -> str:
-    import difflib
-
-    # A field of several types has one problem per type; drop the types' names from the field's path.
-    kinds = ("int", "literal[")
-    parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
-    path = ".".join(part for part in parts if not part.startswith(kinds)) or "config"
-    if problem["type"] != "extra_forbidden":
-        message = problem["msg"].removeprefix("Value error, ")
-        return f"{path} is {problem['input']!r}: {message}" if problem["type"] != "value_error" else message
-    section: Any = CampaignConfig
-    for part in problem["loc"][:-1]:
-        section = section.model_fields[str(part)].annotation
-    near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(section.model_fields)}"
-    return f"{path} is not a field; {hint}"
-
-
-def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Return the two nested mappings merged; the override's leaves win."""
-    merged = dict(base)
-    for key, value in override.items():
-        inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Return the values within nested mappings by dotted name, in order; an empty mapping has none."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}".lstrip(".")).items()}
-
-
-def changed_fields(old: CampaignConfig, new: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """Return the dotted names of changed fields with old and new value; each entry of a mapping is a field."""
-    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return [(name, before.get(name), after.get(name)) for name in names]

@@ -10,8 +10,8 @@ from d3po.flows.prefect_api import ask
 from d3po.flows.programs import run_program
 from d3po.flows.server_files import SET_DATA, Ports, server_file
 from d3po.flows.server_programs import POOL, PREFECT, client_environment
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.files import atomic_path
 
 # Deployments are registered again when one of these files changes.

@@ -8,8 +8,10 @@ from uuid import UUID
 
 import yaml
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, is_url, load_config, merge, resolve_path
+from d3po_core.config import CampaignConfig, is_url
+from d3po_core.config_values import changed_fields, load_config, merge
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT, resolve_path
 from d3po_core.urls import masked
 
 ENTRYPOINT = "d3po.flows.round.d3po"

@@ -2,8 +2,8 @@
 
 import subprocess
 
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 
 
 def run_program(command: list[str], environment: dict[str, str]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import data_folder
 from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder
 from d3po_core.store.files import atomic_path, disk_errors, exclusive
 
 SET_DATA = "or set D3PO_DATA to another folder"

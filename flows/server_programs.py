@@ -6,7 +6,7 @@ import sys
 
 from d3po.flows.loopback import HOST, without_proxy
 from d3po.flows.server_files import SERVER_LOGIN, Ports
-from d3po_core.config import PROJECT_ROOT, data_folder
+from d3po_core.paths import PROJECT_ROOT, data_folder
 from d3po_core.store.databases import sqlite_url
 
 NAMES = ("prefect", "mlflow", "label", "worker")

@@ -34,8 +34,8 @@ from d3po.flows.server_files import (
 )
 from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
 from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
-from d3po_core.config import data_folder
 from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder
 from d3po_core.store.databases import is_whole
 from d3po_core.store.files import disk_errors
 

@@ -12,11 +12,12 @@ from prefect import get_run_logger, task
 from d3po.tasks.showing import show_rounds
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.devices import check_processes
 from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.processes.pool import check_launcher
 from d3po_core.records import (
     DeriveRecord,

@@ -17,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 
 HOST = "127.0.0.1"
 # Prefect needs a minute to migrate a database on busy cores; only a hanging server takes this long.

@@ -29,8 +29,9 @@ from d3po.tasks.alive import revive
 from d3po.tasks.showing import artifact_key
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
-from d3po_core.config import CampaignConfig, data_folder
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder
 from d3po_core.people.journal import export_judgements
 from d3po_core.people.questions import label_progress
 from d3po_core.people.tally import Progress

@@ -8,9 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import settings
 
-from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.config import ModelConfig
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
+from d3po_core.paths import resolve_path
 from tests.core.sampling.drawing import stir_lora
 
 # Two test files run at a time, on two cores. Also for processes that tests start; those that show that two threads

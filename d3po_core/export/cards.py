@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from d3po_core.config import CampaignConfig, is_url, resolve_path
+from d3po_core.config import CampaignConfig, is_url
+from d3po_core.paths import resolve_path
 from d3po_core.urls import masked
 
 

@@ -9,11 +9,12 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
 from d3po_core.models.model_files import chain, check_folder, family_named, model_folder, tensor_shapes
 from d3po_core.models.weights import expect_finite
+from d3po_core.paths import resolve_path
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

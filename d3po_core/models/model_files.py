@@ -10,9 +10,10 @@ import diffusers
 from huggingface_hub import try_to_load_from_cache
 from pydantic import ValidationError
 
-from d3po_core.config import CampaignConfig, ModelConfig, resolve_path
+from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES, Family, Part
+from d3po_core.paths import resolve_path
 
 INDEX = "model_index.json"
 # Real configurations take some kB and real weight headers some 100 kB; a larger file is something else.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
 
-from d3po_core.config import load_config
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.page.comparing import desk_name
 from d3po_core.page.desk import Desk, described

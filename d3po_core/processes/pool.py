@@ -24,8 +24,9 @@ import psutil
 import torch
 
 from d3po_core import errors
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, ModelConfig
+from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.devices import device_type
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.processes.job import Job, Tell
 from d3po_core.store.files import disk_errors
 from d3po_core.store.leftovers import sweep_leftovers

@@ -7,7 +7,8 @@ from typing import Any
 
 import duckdb
 
-from d3po_core.config import CampaignConfig, changed_fields
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import changed_fields
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.comparison import round_named
 from d3po_core.queries.views import connect_views

@@ -7,7 +7,7 @@ from typing import Any
 
 import duckdb
 
-from d3po_core.config import leaves
+from d3po_core.config_values import leaves
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.comparison import HeldOut, champions, read_held_out
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rate, human_win_rates

@@ -11,8 +11,9 @@ import jinja2
 import numpy as np
 import yaml
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import loading_line, weights_file
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.blind import collect_comparisons
 from d3po_core.people.raters import rater_report
 from d3po_core.report import answers, plots

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import CampaignConfig, is_url, resolve_path
+from d3po_core.config import CampaignConfig, is_url
 from d3po_core.errors import D3POError
 from d3po_core.models.model_files import cached_folder
+from d3po_core.paths import resolve_path
 from d3po_core.store.files import atomic_path
 from d3po_core.store.integrity import RESTORE, sha256_of
 from d3po_core.store.sealed import read_sealed, sealed

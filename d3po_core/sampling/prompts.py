@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3po_core.config import resolve_path
 from d3po_core.errors import D3POError
+from d3po_core.paths import resolve_path
 from d3po_core.seeds import derive_seed, permutation
 
 

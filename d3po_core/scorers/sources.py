@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from d3po_core.config import resolve_path
 from d3po_core.errors import D3POError
+from d3po_core.paths import resolve_path
 
 WEIGHTS = "model.safetensors"
 UNSAFE = (".bin", ".ckpt", ".pt", ".pth")

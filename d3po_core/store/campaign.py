@@ -8,17 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import (
-    FIXED_FIELDS,
-    FREE_FIELDS,
-    CampaignConfig,
-    absolute,
-    changed_fields,
-    data_folder,
-    is_url,
-    load_config,
-)
+from d3po_core.config import FIXED_FIELDS, FREE_FIELDS, CampaignConfig, is_url
+from d3po_core.config_values import changed_fields, load_config
 from d3po_core.errors import CampaignBusyError, D3POError
+from d3po_core.paths import absolute, data_folder
 from d3po_core.store.files import atomic_path, disk_errors, exclusive
 from d3po_core.store.integrity import record_files, require_record
 from d3po_core.store.sealed import read_sealed, sealed

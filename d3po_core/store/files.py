@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from d3po_core.config import absolute
 from d3po_core.errors import D3POError
+from d3po_core.paths import absolute
 
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 # Some network shares answer a lock request with these.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d3po_core.config import data_folder
 from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder
 from d3po_core.ways import Mode
 
 if TYPE_CHECKING:

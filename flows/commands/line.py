@@ -24,8 +24,9 @@ from d3po.flows.commands.report import compare, report
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
 from d3po.flows.loopback import without_proxy
 from d3po.flows.presets import command_that_goes_on, deployment_config
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, data_folder
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT, data_folder
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {

@@ -46,7 +46,7 @@ def outside_campaigns(output: Path | None) -> None:
     Raises:
         D3POError: the path is inside one.
     """
-    from d3po_core.config import absolute
+    from d3po_core.paths import absolute
     from d3po_core.store.campaign import CAMPAIGN_FILE
 
     for folder in absolute(str(output), Path.cwd(), "--output").parents if output else ():

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from d3po.tasks.logs import run_logger
 from d3po.tasks.tracking.moved import follow_folder
-from d3po_core.config import CampaignConfig, data_folder, leaves
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import leaves
+from d3po_core.paths import data_folder
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.databases import make_database, sqlite_url
 from d3po_core.store.tables import partition

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 from common import RESULTS, clean_environment
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import last_finished_round
 from d3po_core.store.tables import connect

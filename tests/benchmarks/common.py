@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 
 RESULTS = PROJECT_ROOT / "benchmark-results"
 LIBRARIES = ("torch", "diffusers", "peft", "transformers", "accelerate", "duckdb", "pyarrow", "prefect", "mlflow")

@@ -22,8 +22,8 @@ from common import RESULTS, clean_environment
 from PIL import Image
 
 from d3po.flows.presets import deployment_config
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.intervals import score_intervals
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import last_finished_round
 from d3po_core.store.tables import connect

@@ -25,7 +25,8 @@ from random_models import random_pipeline
 from rich.console import Console
 from rich.table import Table
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.models.loading import DTYPES
 from d3po_core.processes.pool import RankPool
 from d3po_core.sampling.job import round_shards, sample_shards

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from stage_times import STAGES, USAGE_FILE, all_round_times, note_start, start_times
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import finished_rounds, last_finished_round
 

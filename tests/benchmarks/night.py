@@ -29,7 +29,7 @@ import psutil
 from common import RESULTS, clean_environment, machine, write_json
 from mlflow import MlflowClient
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import finished_numbers
 from d3po_core.store.tables import connect
 

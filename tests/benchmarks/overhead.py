@@ -21,7 +21,7 @@ from common import RESULTS, Spread, clean_environment, machine, show, spread, wr
 from rich.console import Console
 from rich.table import Table
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.records import RoundRecord
 from d3po_core.store.stages import finished_rounds, stage_path
 

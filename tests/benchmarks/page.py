@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from common import RESULTS, machine, write_json
 
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.page.access import Raters
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.journal import read_entries, sampling_of
 from d3po_core.people.questions import label_progress
 

@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from small_xl import make_small_xl
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config, merge
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config, merge
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.sampling.prompts import draw_prompts, load_prompts
 from d3po_core.sampling.rollout import draw_images
 from d3po_core.scorers.finding import load_scorer

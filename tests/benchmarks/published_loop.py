@@ -27,8 +27,9 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from transformers.utils import logging as transformers_logging
 
-from d3po_core.config import ModelConfig, resolve_path
+from d3po_core.config import ModelConfig
 from d3po_core.denoising.ddim import Schedule, log_prob, make_schedule, step_mean
+from d3po_core.paths import resolve_path
 
 PROMPTS_PER_BATCH = 10
 BETA, CLIP_RANGE = 0.1, 0.1

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from d3po_core.config import resolve_path
+from d3po_core.paths import resolve_path
 
 TOKENIZER = "data/shapes/model/tokenizer"
 PROMPT_TOKENS = 77

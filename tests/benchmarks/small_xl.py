@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from d3po_core.config import resolve_path
+from d3po_core.paths import resolve_path
 from d3po_core.scorers.shapes import all_scenes
 
 NUM_TIME_IDS, TIME_ID_WIDTH = 6, 8

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.store.campaign import CAMPAIGN_FILE
 from d3po_core.store.images import save_png
 from d3po_core.store.stages import stage_path

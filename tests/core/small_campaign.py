@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.records import EvaluateRecord, ScoreSummary
 from d3po_core.store.campaign import begin_round, open_campaign

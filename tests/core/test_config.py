@@ -10,17 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3po_core.config import (
-    PROJECT_ROOT,
-    PUBLISHED,
-    CampaignConfig,
-    changed_fields,
-    data_folder,
-    load_config,
-    merge,
-    resolve_path,
-)
+from d3po_core.config import PUBLISHED, CampaignConfig
+from d3po_core.config_values import changed_fields, load_config, merge
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT, data_folder, resolve_path
 from d3po_core.store.campaign import campaign_named
 from d3po_core.training.optimizer import check_beta
 from d3po_core.training.trainer import plan_updates

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from d3po_core.config import CampaignConfig, ModelConfig, ScoringConfig, load_config
+from d3po_core.config import CampaignConfig, ModelConfig, ScoringConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.families.parts import Part, PlainUNet, Vae

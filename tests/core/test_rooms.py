@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 
 CORE = PROJECT_ROOT / "d3po_core"
 GROUND = "ground"  # the files beside the rooms, which everyone may import

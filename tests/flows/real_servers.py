@@ -16,7 +16,7 @@ import yaml
 from d3po.flows.loopback import without_proxy
 from d3po.flows.server_processes import leader
 from d3po.flows.server_programs import NAMES
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 
 DATA = "da?ta #1 50%"  # each of these characters means something in an address
 

@@ -19,7 +19,8 @@ def run_rounds(
     import torch
 
     from d3po.flows.round import d3po
-    from d3po_core.config import data_folder, load_config
+    from d3po_core.config_values import load_config
+    from d3po_core.paths import data_folder
 
     torch.set_num_threads(2)  # as on a user's two cores: these rounds are to be the same again
     commits = 0

@@ -12,9 +12,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.export.lora import export_lora
 from d3po_core.models.loaded import load_policy
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.reproducing.regenerate import regenerate
 from d3po_core.reproducing.replay import replay_round
 from d3po_core.seeds import evaluation_seeds, gaussian

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from d3po.flows.presets import command_that_goes_on, deployment_config, over_deployment, presets
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, changed_fields, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import changed_fields, load_config
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 
 
 @pytest.mark.parametrize("name", ["nope", "deadline", "file"])

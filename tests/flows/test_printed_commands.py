@@ -11,7 +11,7 @@ import typer
 
 from d3po.flows.commands.line import app
 from d3po.flows.presets import presets
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 
 DOCUMENTS = [
     *PROJECT_ROOT.glob("*.md"), *(PROJECT_ROOT / "docs").rglob("*.md"), PROJECT_ROOT / "tests/benchmarks/README.md",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d3po.flows import reference
-from d3po_core.config import PROJECT_ROOT, TrainConfig
+from d3po_core.config import TrainConfig
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.columns import MEANINGS, SHARED
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from mlflow import MlflowClient
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.campaign import campaign_lock
 from d3po_core.store.images import load_png
 from d3po_core.store.stages import finished_rounds

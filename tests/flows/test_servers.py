@@ -24,8 +24,10 @@ from d3po.flows.left_runs import keep_one_late_run
 from d3po.flows.server_processes import family, leader
 from d3po.flows.server_programs import NAMES
 from d3po.tasks.nights import later_night
-from d3po_core.config import PROJECT_ROOT, PUBLISHED, load_config
+from d3po_core.config import PUBLISHED
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import finished_rounds
 from tests.flows.real_servers import (
     DATA,

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import stage_path
 from tests.flows.test_kill import SMALL
 from tests.flows.test_servers import eventually

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.page.access import Raters
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.blind import begin_comparison
 from d3po_core.people.journal import active, read_entries, sampling_of
 from tests.core.evaluation.compared import evaluated

@@ -13,7 +13,8 @@ from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.publishing import note_published
 from d3po.tasks.sampling import _sample
 from d3po.tasks.training import _train
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.models.loaded import loaded_policy
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import weights_sha256

@@ -12,13 +12,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.export.lora import export_lora
 from d3po_core.models import loaded
 from d3po_core.models.loaded import load_policy, loaded_policy
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import weights_sha256
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.reproducing.regenerate import batch_of, largest_difference, regenerate
 from d3po_core.reproducing.replay import replay_round
 from d3po_core.sampling.rollout import draw_images

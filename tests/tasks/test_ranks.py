@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.sampling import _sample
-from d3po_core.config import CampaignConfig, ModelConfig, load_config
+from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.config_values import load_config
 from d3po_core.devices import check_processes
 from d3po_core.errors import CampaignBusyError, D3POError, NonFiniteLossError, RankError
 from d3po_core.evaluation.job import draw_held_out

@@ -25,7 +25,8 @@ from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.publishing import check_campaign
 from d3po.tasks.sampling import _sample
 from d3po.tasks.scoring import scored_early
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.processes.job import Job, Tell
 from d3po_core.sampling.job import round_shards

@@ -16,7 +16,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.events import Resource
 
 from d3po.tasks import showing
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import finished_rounds
 
 AUTOMATIONS = yaml.safe_load((PROJECT_ROOT / "docs" / "automation.yaml").read_text())["automations"]

@@ -9,7 +9,8 @@ import pytest
 from d3po.tasks import stage
 from d3po.tasks.stage import progress
 from d3po.tasks.tracking import stages
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.models.weights import LORA_FILE
 from d3po_core.records import SampleRecord, TrainRecord
 from d3po_core.store import stages as finished_stages

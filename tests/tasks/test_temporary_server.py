@@ -15,8 +15,8 @@ import pytest
 
 from d3po.tasks import temporary_server
 from d3po.tasks.temporary_server import TemporaryServer
-from d3po_core.config import PROJECT_ROOT
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 
 ANSWERS = """
 import http.server, os, socket, sys

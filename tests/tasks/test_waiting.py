@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from d3po.tasks.waiting import _how_it_ended, require_deployment
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.people.tally import Progress
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d3po_core.config import CampaignConfig, ModelConfig, SampleConfig, load_config, resolve_path
+from d3po_core.config import CampaignConfig, ModelConfig, SampleConfig
+from d3po_core.config_values import load_config
 from d3po_core.denoising.flow import make_flow_schedule, variance_left
 from d3po_core.denoising.schedulers import chain_of
 from d3po_core.errors import D3POError
@@ -20,6 +21,7 @@ from d3po_core.models.loaded import load_policy
 from d3po_core.models.loading import check_model
 from d3po_core.models.model_files import with_model_defaults
 from d3po_core.models.prompt_length import check_length
+from d3po_core.paths import resolve_path
 from d3po_core.sampling.prompts import load_prompts
 from d3po_core.sampling.rollout import draw_images
 from d3po_core.scorers.finding import BUILT_IN

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.export.cards import hub_model, public_config
 from d3po_core.export.lora import export_lora

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.delimited import clean
 from d3po_core.judgement_files.formats import load_order, read_judgement_file, text_array
 from d3po_core.judgement_files.importing import import_file
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.spreadsheets import neutralise
 from d3po_core.store.tables import read_rows
 from tests.core.sampled import sampled_campaign

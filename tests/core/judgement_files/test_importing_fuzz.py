@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import import_file
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.tables import check_table
 from tests.core.sampled import sampled_campaign, samples
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from d3po_core.config import ModelConfig, load_config
+from d3po_core.config import ModelConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.loading import check_model, load_family

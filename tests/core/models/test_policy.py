@@ -10,13 +10,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig, resolve_path
+from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.loading import check_model
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
+from d3po_core.paths import resolve_path
 from d3po_core.sampling.prompts import check_held_out, load_prompts
 from d3po_core.scorers.shapes import all_scenes, is_held_out, parse_prompt
 from d3po_core.seeds import gaussian

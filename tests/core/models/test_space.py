@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from d3po_core.config import CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.models.space import check_space, round_bytes
 from tests.core.models.tiny_models import tiny_model

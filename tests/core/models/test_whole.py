@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import d3po_core.models.policy as policy_module
-from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig, resolve_path
+from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.errors import D3POError, NonFiniteLossError
 from d3po_core.models import loss_scale as loss_scale_module
@@ -24,6 +24,7 @@ from d3po_core.models.loss_scale import FP16_LOSS_SCALE
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE, NETWORK_FILE, loading_line, weights_file, weights_sha256
 from d3po_core.models.whole import Whole
+from d3po_core.paths import resolve_path
 from d3po_core.sampling.drift import kl_from_base
 from d3po_core.speed.compiling import compile_regions
 from d3po_core.training.lesson import TrainingSet

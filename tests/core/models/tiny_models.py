@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from d3po_core.config import resolve_path
+from d3po_core.paths import resolve_path
 
 TOKENIZER = resolve_path("data/shapes/model/tokenizer")
 WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders' states; XL's second is wider

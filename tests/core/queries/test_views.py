@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.preferences.deriving import collect_votes
 from d3po_core.queries.views import VIEWS, connect_views
 from d3po_core.store.tables import SCHEMAS, connect, table_from_rows, write_table

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from d3po_core.config import CampaignConfig, load_config, resolve_path
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
+from d3po_core.paths import resolve_path
 from d3po_core.reproducing.frozen import FROZEN_FILE, freeze
 
 PROMPTS = ["a red circle", "a blue cross", "a green square"]

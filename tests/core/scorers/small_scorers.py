@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertTokenizer, BlipConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from d3po_core.config import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT
 
 SIDE, FEATURES, TOKENS = 32, 8, 10
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

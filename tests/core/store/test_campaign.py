@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, load_config
+from d3po_core.config import CampaignConfig
+from d3po_core.config_values import load_config
 from d3po_core.errors import CampaignBusyError, D3POError
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.records import DeriveRecord, TrainRecord
 from d3po_core.store import tables
 from d3po_core.store.campaign import begin_round, campaign_id, campaign_lock, campaign_named, open_campaign

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-from d3po_core.config import PROJECT_ROOT, CampaignConfig, ModelConfig, TrainConfig
+from d3po_core.config import CampaignConfig, ModelConfig, TrainConfig
 from d3po_core.denoising.ddim import Schedule, make_schedule
 from d3po_core.errors import NonFiniteLossError
 from d3po_core.models.checkpoint import load_checkpoint, save_checkpoint
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.preferences.deriving import derive_preferences
 from d3po_core.sampling.drift import kl_from_base
 from d3po_core.sampling.rollout import replay_steps, sample_trajectories
