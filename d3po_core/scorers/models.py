@@ -87,7 +87,7 @@ class ModelScorer:
         for filename in model.files:
             self._source.place_of(filename)
         self._device, self._leaves_device = device_type(device), leaves_device
-        self._rows = RowLimit(f"scorer {name!r}")
+        self._rows = RowLimit(f"scorer {name!r}", remedy="A lower scoring.batch_size")
         self._judge: torch.nn.Module | None = None
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
