@@ -70,10 +70,12 @@ def fitted_plan(policy: Policy, card: Card) -> MemoryPlan:
     """
     budget = card.budget()
     plan = chosen(measured(policy, card), budget)
-    for field, recomputes, work in (
-        ("trained", plan.recomputes, train), ("sampled", False, sample), ("decoded", False, decode),
-    ):  # fmt: skip
-        plan = replace(plan, **{field: _proven(policy, card, work, recomputes, getattr(plan, field))})
+    plan = replace(
+        plan,
+        trained=_proven(policy, card, train, plan.trained, plan.recomputes),
+        sampled=_proven(policy, card, sample, plan.sampled),
+        decoded=_proven(policy, card, decode, plan.decoded),
+    )
     policy.use(plan)
     return plan
 
@@ -87,7 +89,7 @@ def chosen(needs: Needs, budget: int) -> MemoryPlan:
     room = budget - budget // 10
 
     def most(need: Need | None, taken: int = 0) -> int:
-        return need.rows(room - taken) if need else 0
+        return max(1, need.rows(room - taken)) if need else 0  # one row has been passed, whatever is left then
 
     plain, recomputing = most(needs.plain, needs.moments), most(needs.recomputing, needs.moments)
     stays = most(needs.plain, needs.moments + needs.idle) >= ROOMY_ROWS
@@ -152,12 +154,13 @@ def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool) -
         card.start()
 
 
-def _proven(policy: Policy, card: Card, work: Work, recomputes: bool, rows: int) -> int:
-    """Return the largest number of rows, up to ``rows``, that a pass has really been made with.
+def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes: bool = False) -> int:
+    """Return the largest number of rows, up to ``most``, that a pass has really been made with.
 
     Raises:
         D3POError: not even one fits.
     """
+    rows = most or 1
     while _peak(policy, card, work, rows, recomputes) is None:
         if rows == 1:
             raise D3POError(_too_small(card.budget()))

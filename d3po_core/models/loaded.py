@@ -28,7 +28,7 @@ def loaded_policy(config: CampaignConfig) -> Policy:
         _loaded.clear()
         _loaded[key] = policy = load_policy(config.model, config.seed, config.folder)
         if policy.plan.needs and policy.accelerator.is_main_process:  # it was measured, now or earlier
-            write_plan(config.folder, config.model, Card(policy.device), policy.plan)
+            write_plan(config.folder, config.model, Card(), policy.plan)
     return _loaded[key]
 
 
@@ -56,7 +56,7 @@ def load_policy(config: ModelConfig, seed: int, campaign: Path | None = None) ->
     """
     plan = None
     if config.memory == "auto" and campaign is not None and device_type(config.device) == "cuda":
-        plan = read_plan(campaign, config, Card(torch.device("cuda", torch.cuda.current_device())))
+        plan = read_plan(campaign, config, Card())
     try:
         return Policy(load_family(config), config, seed, plan)
     except torch.OutOfMemoryError:

@@ -44,7 +44,8 @@ class MemoryPlan:
         recomputed = ", activations recomputed" if self.recomputes else ""
         rows = [f"{most} {what}" for most, what in ((self.trained, "image-steps in training"),
                 (self.sampled, "images in sampling"), (self.decoded, "in decoding")) if most]  # fmt: skip
-        return f"at most {', '.join(rows)} at once{recomputed}; idle parts {'stay' if self.stays else 'leave'}"
+        needed = f"; about {self.needs / 1e9:.1f} GB" if self.needs else ""
+        return f"at most {', '.join(rows)} at once{recomputed}; idle parts {'stay' if self.stays else 'leave'}{needed}"
 
 
 PLANS = {
@@ -56,10 +57,10 @@ PLANS = {
 
 
 class Card:
-    """One GPU's memory, as far as this process may use it."""
+    """The memory of this process's GPU, as far as the process may use it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self._device = torch.cuda.current_device()
 
     @property
     def name(self) -> str:

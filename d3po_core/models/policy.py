@@ -100,7 +100,7 @@ class Policy:
         if measures:
             from d3po_core.models.fitting import fitted_plan
 
-            fitted_plan(self, Card(self.device))
+            fitted_plan(self, Card())
         if config.compile:
             self._compile()
 

@@ -32,6 +32,7 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
+from d3po_core.models.memory import MemoryPlan
 from d3po_core.models.policy import Policy
 from d3po_core.sampling.rollout import draw_images
 from d3po_core.seeds import ImageSeed, derive_seed
@@ -135,7 +136,7 @@ def _case(model: str, card: str, memory: str, compiled: bool) -> None:
     except torch.OutOfMemoryError as error:
         row = {"plan": f"out of memory: {str(error).splitlines()[0][:120]}"}
     else:
-        row["plan"] = f"{policy.plan}; needs {policy.plan.needs / 1e9:.1f} GB"
+        row["plan"] = str(MemoryPlan(**policy.memory_used()))  # with what a lack of memory halved
         row |= {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     print(json.dumps(row))
 
