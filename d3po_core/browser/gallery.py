@@ -3,12 +3,15 @@
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 
 from d3po_core.errors import D3POError
 from d3po_core.queries.views import connect_views
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAGE_SIZE = 60
 Kind = Literal["train", "held-out"]
@@ -104,15 +107,23 @@ class Gallery:
         Raises:
             D3POError: the campaign's tables cannot be read.
         """
-        where, values = _conditions(filters)
-        values |= {"scorer": filters.scorer or self.scorers()[0]}
-        source = f"images LEFT JOIN (SELECT * FROM scores WHERE scorer = $scorer) USING (round, sample_id) {where}"
+        source, values = self._source(filters)
         rows = f"SELECT * FROM {source} ORDER BY {ORDERS[filters.order]} LIMIT $limit OFFSET $offset"
         window = {"limit": PAGE_SIZE, "offset": PAGE_SIZE * (number - 1)}
         with self._cursor() as cursor:
             total = cursor.execute(f"SELECT count(*) FROM {source}", values).fetchall()[0][0]
             found = cursor.sql(rows, params=values | window).to_arrow_table().to_pylist()
         return Page(found, int(total))
+
+    def everything(self, filters: Filters) -> "pd.DataFrame":
+        """Return all images that fit the filters, one row each.
+
+        Raises:
+            D3POError: the campaign's tables cannot be read.
+        """
+        source, values = self._source(filters)
+        with self._cursor() as cursor:
+            return cursor.sql(f"SELECT * FROM {source} ORDER BY {ORDERS[filters.order]}", params=values).df()
 
     def rounds(self) -> list[int]:
         """Return the rounds that have images, the latest first."""
@@ -133,6 +144,15 @@ class Gallery:
         with self._cursor() as cursor:
             found = cursor.execute("SELECT image_path FROM images WHERE sample_id = $id", {"id": sample_id}).fetchall()
         return self.campaign / found[0][0] if found else None
+
+    def _source(self, filters: Filters) -> tuple[str, dict[str, Any]]:
+        """Return what to select from, and its values."""
+        where, values = _conditions(filters)
+        values |= {"scorer": filters.scorer or self.scorers()[0]}
+        return (
+            f"images LEFT JOIN (SELECT * FROM scores WHERE scorer = $scorer) USING (round, sample_id) {where}",
+            values,
+        )
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         with self._lock:
