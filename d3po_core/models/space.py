@@ -5,10 +5,9 @@ import shutil
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Network, Vae
-from d3po_core.models.model_files import family_of, model_folder, network_elements, parts_of
-
-# For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
-UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+from d3po_core.models.model_files import family_of, network_elements, parts_of
+from d3po_core.models.places import model_folder
+from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, written_bytes
 
 
 def check_space(config: CampaignConfig) -> None:
@@ -29,14 +28,9 @@ def check_space(config: CampaignConfig) -> None:
 
 def round_bytes(config: CampaignConfig) -> int:
     """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights."""
-    (channels, height, width), per_side = latent_and_pixels(config.model)
-    trajectory = (config.sample.num_steps + 1) * channels * height * width
-    trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
-    pixels = 3 * (height * per_side) * (width * per_side)
-    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
-    # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
+    latent, per_side = latent_and_pixels(config.model)
     trained = (network_elements(config.model) or UNKNOWN_WEIGHTS) if config.model.train == "full" else 0
-    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
+    return written_bytes(config, latent, per_side, trained)
 
 
 def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, int, int], int]:

@@ -1,0 +1,24 @@
+"""How many bytes a round writes, from its configuration and the model's size alone."""
+
+from d3po_core.config import CampaignConfig
+
+# For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
+UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+
+
+def written_bytes(config: CampaignConfig, latent: tuple[int, int, int], per_side: int, trained: int) -> int:
+    """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights.
+
+    Args:
+        config: the campaign's configuration.
+        latent: channels, height and width of a latent.
+        per_side: the pixel width of one latent element.
+        trained: number of weights in a checkpoint; 0 for a LoRA, which is small.
+    """
+    channels, height, width = latent
+    trajectory = (config.sample.num_steps + 1) * channels * height * width
+    trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
+    pixels = 3 * (height * per_side) * (width * per_side)
+    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
+    # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
+    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
