@@ -56,7 +56,7 @@ def _own_rounds(config: CampaignConfig, work: Work) -> Timing:
             seconds.setdefault(stage, []).append(record.stage_seconds[stage] * ratios[stage])
     if not seconds:
         return Timing()
-    medians = {stage: statistics.median(values) for stage, values in seconds.items()}
+    medians = {stage: statistics.median(seconds[stage]) for stage in work.stages if stage in seconds}
     return Timing(medians, f"the campaign's own rounds ({', '.join(str(record.round) for record in finished)})")
 
 

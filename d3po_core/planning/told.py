@@ -37,7 +37,7 @@ def sections(plan: Plan) -> list[tuple[str, str]]:
 def duration(seconds: float) -> str:
     """Return seconds as a rounded time, such as ``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
@@ -66,10 +66,10 @@ def _time(plan: Plan) -> str:
     timing, per_round, whole = plan.timing, plan.timing.seconds, plan.seconds
     if per_round is None or whole is None:
         return f"unknown: {timing.source}"
-    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in timing.stages.items() if seconds >= 1)
-    once = f", and about {duration(timing.once)} once to compile" if timing.once else ""
-    people = "; people's time comes on top" if "label" in plan.work.stages else ""
-    return (f"about {duration(whole)} in all: {duration(per_round)} per round ({stages}){once}{people}; "
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in timing.stages.items())
+    once = f", about {duration(timing.once)} once to compile" if timing.once else ""
+    people = " and people's time" if "label" in plan.work.stages else ""
+    return (f"about {duration(whole)} in all, without start-up{people}: {duration(per_round)} per round ({stages}){once}; "
             f"{timing.source}")  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from d3po.flows.commands.again import prune, regenerate, replay
 from d3po.flows.commands.ask import check, query, show
+from d3po.flows.commands.doctor import doctor
 from d3po.flows.commands.export import export_lora, export_preferences
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
@@ -31,7 +32,7 @@ from d3po_core.paths import PROJECT_ROOT, data_folder
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Before a run": (plan,),
+    "Before a run": (plan, doctor),
     "People judge": (label, import_judgements, export_sheet, raters),
     "Look": (query, show, compare, report, check),
     "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
