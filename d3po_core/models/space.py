@@ -1,13 +1,10 @@
 """Estimate a round's disk space from the model's own files."""
 
-import shutil
-
 from d3po_core.config import CampaignConfig, ModelConfig
-from d3po_core.errors import D3POError
 from d3po_core.models.families import Network, Vae
 from d3po_core.models.model_files import family_of, network_elements, parts_of
 from d3po_core.models.places import model_folder
-from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, written_bytes
+from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, require_space, written_bytes
 
 
 def check_space(config: CampaignConfig) -> None:
@@ -16,14 +13,7 @@ def check_space(config: CampaignConfig) -> None:
     Raises:
         D3POError: the free space is less than a round needs.
     """
-    needed = round_bytes(config)
-    existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise D3POError(
-            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
-            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
-        )
+    require_space(config, round_bytes(config))
 
 
 def round_bytes(config: CampaignConfig) -> int:

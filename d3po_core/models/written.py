@@ -1,9 +1,32 @@
-"""How many bytes a round writes, from its configuration and the model's size alone."""
+"""How many bytes a round writes, from its configuration and the model's size alone, and whether the disk has them."""
+
+import shutil
 
 from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
 
 # For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
 UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+
+
+def require_space(config: CampaignConfig, needed: int) -> None:
+    """Check that the campaign's disk has this many free bytes.
+
+    Raises:
+        D3POError: it has fewer.
+    """
+    free = free_bytes(config)
+    if free < needed:
+        raise D3POError(
+            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
+            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
+        )
+
+
+def free_bytes(config: CampaignConfig) -> int:
+    """Return the free bytes of the disk that the campaign lies on, or will."""
+    existing = next(path for path in (config.folder, *config.folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def written_bytes(config: CampaignConfig, latent: tuple[int, int, int], per_side: int, trained: int) -> int:

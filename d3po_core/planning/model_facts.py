@@ -51,7 +51,7 @@ def facts_of(config: ModelConfig) -> ModelFacts:
     """
     described_by = config.single_file_config or config.path
     folder = model_folder(config)
-    if folder is None or not (folder / INDEX).is_file():
+    if folder is None or folder.is_file():
         return PUBLISHED.get(described_by, ModelFacts())
     if not resolve_path(described_by).exists() and not (folder / "vae" / "config.json").exists():
         return PUBLISHED.get(described_by, ModelFacts())  # its download was cut off
@@ -81,10 +81,11 @@ def read_json(config: ModelConfig, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        said = f"{path.parent.name}/{path.name}" if path.name != INDEX else INDEX
+        name = path.name if path.name == INDEX else f"{path.parent.name}/{path.name}"
+        said = "is missing" if isinstance(error, FileNotFoundError) else f"is not JSON ({error})"
         raise D3POError(
-            f"model.path {config.path!r}: {said} cannot be read ({error}); expected a diffusers pipeline folder, "
-            "written by pipe.save_pretrained: copy it again"
+            f"model.path {config.path!r}: {name} {said}; expected a diffusers pipeline folder, written by "
+            "pipe.save_pretrained"
         ) from None
     return found if isinstance(found, dict) else {}
 

@@ -1,12 +1,12 @@
 """The plan of a run: what its rounds do, how long they take and what they need, before anything is loaded."""
 
 import os
-import shutil
 from dataclasses import dataclass
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import Gpu, find_driver, torch_build, why_no_gpu
+from d3po_core.models.written import free_bytes
 from d3po_core.planning.downloads import download_bytes, files_of, missing_downloads
 from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
 from d3po_core.planning.preflight import check_prompts, problems
@@ -75,7 +75,6 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
     facts, folder = _facts(config), config.folder
     work = round_work(config, len(held_out))
     ahead = rounds_ahead(folder, rounds)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     gpu, rate = _gpu(config), measured_rate(config, facts)
     return Plan(
         campaign=config.campaign,
@@ -91,7 +90,7 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
         cores=len(os.sched_getaffinity(0)),
         peak_gb=rate.peak_gb if rate else None,
         disk_bytes=disk_bytes(config, facts),
-        free_bytes=shutil.disk_usage(existing).free,
+        free_bytes=free_bytes(config),
         downloads=downloads,
         problems=[str(problem) for problem in [*found, *refused]],
     )

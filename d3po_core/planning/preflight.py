@@ -6,8 +6,9 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
 from d3po_core.models.places import check_path
+from d3po_core.models.written import require_space
 from d3po_core.planning.downloads import files_of, missing_downloads
-from d3po_core.planning.model_facts import ModelFacts, facts_of
+from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
 from d3po_core.sampling.prompts import check_held_out, load_prompts
 from d3po_core.scorers.finding import check_scorer
 from d3po_core.store.campaign import CAMPAIGN_FILE, check_fits, rules_of
@@ -18,7 +19,7 @@ LARGE_NETWORK = 400_000_000
 
 def problems(config: CampaignConfig) -> Iterator[D3POError]:
     """Find what would stop a run, one error for each check that fails; the hub is not asked (``check_hub``)."""
-    for check in (check_campaign_fits, check_prompts, check_scorers, check_model_path, check_gpu):
+    for check in (check_campaign_fits, check_prompts, check_scorers, check_model_path, check_disk, check_gpu):
         try:
             check(config)
         except D3POError as error:
@@ -57,6 +58,11 @@ def check_model_path(config: CampaignConfig) -> None:
     """Check that the model is a folder, a file or a hub id, and that its description can be read; D3POError if not."""
     check_path(config.model)
     facts_of(config.model)
+
+
+def check_disk(config: CampaignConfig) -> None:
+    """Check that the disk has room for a round; D3POError if not."""
+    require_space(config, disk_bytes(config, facts_of(config.model)))
 
 
 def check_hub(config: CampaignConfig) -> None:

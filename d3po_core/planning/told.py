@@ -69,8 +69,8 @@ def _time(plan: Plan) -> str:
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in timing.stages.items())
     once = f", about {duration(timing.once)} once to compile" if timing.once else ""
     people = " and people's time" if "label" in plan.work.stages else ""
-    return (f"about {duration(whole)} in all, without start-up{people}: {duration(per_round)} per round ({stages}){once}; "
-            f"{timing.source}")  # fmt: skip
+    whole_run = f"about {duration(whole)} in all, without start-up{people}"
+    return f"{whole_run}: {duration(per_round)} per round ({stages}){once}; {timing.source}"
 
 
 def _memory(plan: Plan) -> str:
