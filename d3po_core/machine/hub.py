@@ -39,7 +39,7 @@ def hub_files(hub_id: str, revision: str | None, field: str) -> dict[str, int]:
     Raises:
         D3POError: the hub cannot be reached, or does not have or give this model.
     """
-    said = f"{field} {hub_id!r} is not whole on this machine, and"
+    said = f"{field} {hub_id!r} is neither a folder nor whole in the hub's cache, and"
     remedy = f"set {field} to a folder, or download it where there is a network"
     if constants.is_offline_mode():
         raise D3POError(f"{said} HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE, or {remedy}")

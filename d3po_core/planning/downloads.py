@@ -61,7 +61,14 @@ def _is_whole(folder: Path | None, config: ModelConfig) -> bool:
         return True
     index = read_json(config, folder / INDEX)
     parts = [name for name, entry in index.items() if name.startswith(PARTS_WITH_WEIGHTS) and entry != [None, None]]
-    return all(any((folder / part).glob(WEIGHTS)) for part in parts)
+    return all(_has_weights(folder / part, config.variant) for part in parts)
+
+
+def _has_weights(part: Path, variant: str | None) -> bool:
+    """Return whether a part has weights; further text encoders may lack the variant."""
+    strict = variant and part.name in PARTS_WITH_WEIGHTS
+    found = list(part.glob(f"*.{variant}*safetensors" if strict else WEIGHTS))
+    return bool(found) and all(file.exists() for file in found)  # a link to a file that never came does not exist
 
 
 def _scorer_is_missing(scorer: str, where: str) -> bool:

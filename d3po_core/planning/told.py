@@ -78,8 +78,10 @@ def _memory(plan: Plan) -> str:
         return "no measurement of such a model in such a mode" if plan.gpu else "none, the model runs on the CPU"
     if plan.gpu and plan.peak_gb * 1e9 <= plan.gpu.total_bytes:
         return f"peak {plan.peak_gb:g} GB when measured"
-    here = f"this GPU has {size(plan.gpu.total_bytes)}" if plan.gpu else "there is no GPU here"
-    return f"peak {plan.peak_gb:g} GB when measured; {here}: what does not fit is halved, or see model.memory"
+    if plan.gpu is None:
+        return f"peak {plan.peak_gb:g} GB when measured; there is no GPU here"
+    return (f"peak {plan.peak_gb:g} GB when measured, and this GPU has {size(plan.gpu.total_bytes)}: batches that do "
+            "not fit are halved; model.memory saves more")  # fmt: skip
 
 
 def _machine(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from d3po.flows.commands.parts import console
 
@@ -36,11 +36,11 @@ def plan(
         for name, text in sections(made):
             lines.add_row(name, text)
         console().print(lines)
-        title = "\nSettings that differ from the defaults"
-        table = Table("setting", "value", "from", title=title, title_justify="left")
+        print(f"\n{'Settings that differ from the defaults:' if changed else 'All settings are the defaults.'}")
+        table = Table("setting", Column("value", overflow="fold"), "from")
         for name, value, source in changed:
             table.add_row(name, value if isinstance(value, str) else json.dumps(value), source)
-        console().print(table if changed else "\nAll settings are the defaults.")
+        console().print(table if changed else "")
     for problem in made.problems:
         typer.echo(f"d3po: {problem}", err=True)
     if made.problems:

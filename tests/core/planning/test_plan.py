@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,8 @@ def test_a_gpu_preset_passes_with_a_gpu(with_gpu: None, monkeypatch: pytest.Monk
     )
     assert "NVIDIA H200, 141 GB" in lines[2]
     assert dict(sections(plan))["GPU memory"] == "peak 98.6 GB when measured"
+    small = replace(plan, gpu=Gpu("NVIDIA RTX 4090", 25_000_000_000))
+    assert "this GPU has 25 GB" in dict(sections(small))["GPU memory"]
 
 
 def test_a_scorer_and_a_file_that_are_missing_are_both_told() -> None:
@@ -185,12 +189,26 @@ def test_a_hub_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(HfApi, "model_info", away)
     config = config_of(model={"path": "nobody/nothing"}, judge={"scorers": ["pickscore"]})
     assert [download.field for download in missing_downloads(config)] == ["model.path", "scoring.models.pickscore"]
-    with pytest.raises(D3POError, match=r"model.path 'nobody/nothing' is not whole on this machine.*reached") as caught:
+    with pytest.raises(D3POError, match=r"model.path 'nobody/nothing' is neither a folder.*reached") as caught:
         check_hub(config)
     assert "\n" not in str(caught.value)
     plan = make_plan(config, 1)
     assert plan.downloads == {"nobody/nothing": None, "yuvalkirstain/PickScore_v1": None}
     assert len(plan.problems) == 2
+
+
+def test_a_download_that_was_cut_off_or_lacks_the_variant_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = Path(shutil.copytree(PROJECT_ROOT / "data/shapes/model", tmp_path / "model"))
+    monkeypatch.setattr("d3po_core.planning.downloads.cached_folder", lambda name, revision: snapshot)
+    whole, variant = config_of(model={"path": "a/b"}), config_of(model={"path": "a/b", "variant": "fp16"})
+    assert missing_downloads(whole) == []
+    assert [download.variant for download in missing_downloads(variant)] == ["fp16"]
+    weights = snapshot / "vae/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blob that never came")
+    assert [download.hub_id for download in missing_downloads(whole)] == ["a/b"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "under 1 s"), (89, "89 s"), (120, "2 min"), (7200, "2.0 h")])
