@@ -87,7 +87,7 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
         work=work,
         timing=estimate(config, work, facts),
         gpu=gpu,
-        cores=len(os.sched_getaffinity(0)),
+        cores=os.cpu_count() or 1,
         peak_gb=rate.peak_gb if rate else None,
         disk_bytes=disk_bytes(config, facts),
         free_bytes=free_bytes(config),

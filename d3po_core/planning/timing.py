@@ -1,5 +1,6 @@
 """How long a round will take: by the campaign's own rounds, else by measured rates, else unknown."""
 
+import itertools
 import statistics
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from d3po_core.planning.model_facts import ModelFacts
 from d3po_core.planning.rates import measured_rate
 from d3po_core.planning.work import Work, round_work
 from d3po_core.store.campaign import round_config
-from d3po_core.store.stages import finished_rounds
+from d3po_core.store.stages import finished_numbers, finished_round
 
 LAST_ROUNDS = 5
 NO_MEASUREMENT = "no measurement of such a model in such a mode; the first round will tell"
@@ -47,17 +48,19 @@ def estimate(config: CampaignConfig, work: Work, facts: ModelFacts) -> Timing:
 
 def _own_rounds(config: CampaignConfig, work: Work) -> Timing:
     """Take the median over the campaign's last rounds that ran with the same ``model`` section."""
-    finished = [r for r in finished_rounds(config.folder) if round_config(config.folder, r.round).model == config.model]
-    finished = finished[-LAST_ROUNDS:]
+    newest_first = reversed(finished_numbers(config.folder))
+    alike = (number for number in newest_first if round_config(config.folder, number).model == config.model)
+    numbers = sorted(itertools.islice(alike, LAST_ROUNDS))
     seconds: dict[str, list[float]] = {}
-    for record in finished:
-        ratios = _ratios(round_config(config.folder, record.round), config, work)
-        for stage in ratios if record.round else ("evaluate", "publish"):
-            seconds.setdefault(stage, []).append(record.stage_seconds[stage] * ratios[stage])
+    for number in numbers:
+        past = finished_round(config.folder, number).stage_seconds
+        ratios = _ratios(round_config(config.folder, number), config, work)
+        for stage in ratios if number else ("evaluate", "publish"):
+            seconds.setdefault(stage, []).append(past[stage] * ratios[stage])
     if not seconds:
         return Timing()
     medians = {stage: statistics.median(seconds[stage]) for stage in work.stages if stage in seconds}
-    return Timing(medians, f"the campaign's own rounds ({', '.join(str(record.round) for record in finished)})")
+    return Timing(medians, f"the campaign's own rounds ({', '.join(map(str, numbers))})")
 
 
 def _ratios(past: CampaignConfig, config: CampaignConfig, work: Work) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from d3po_core.planning.plan import Plan
+from d3po_core.scorers.finding import BUILT_IN
 
 
 def three_lines(plan: Plan) -> list[str]:
@@ -68,8 +69,10 @@ def _time(plan: Plan) -> str:
         return f"unknown: {timing.source}"
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in timing.stages.items())
     once = f", about {duration(timing.once)} once to compile" if timing.once else ""
-    people = " and people's time" if "label" in plan.work.stages else ""
-    whole_run = f"about {duration(whole)} in all, without start-up{people}"
+    left_out = ["start-up", *(["people's time"] if "label" in plan.work.stages else [])]
+    slow = [name for name in plan.scorers if name not in BUILT_IN]
+    left_out += [f"judging by {', '.join(slow)}"] if slow and "judge" not in timing.stages else []
+    whole_run = f"about {duration(whole)} in all, without {' and '.join(left_out)}"
     return f"{whole_run}: {duration(per_round)} per round ({stages}){once}; {timing.source}"
 
 
