@@ -4,7 +4,6 @@ A pass's peak grows by the same bytes per row, so passes of one and of two rows 
 memory stays free for what grows otherwise: fragments, the choice of kernels, latents on their way.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -150,7 +149,6 @@ def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool) -
     finally:
         for _, parameter in policy.weights.parameters():
             parameter.grad = None
-        gc.collect()
         card.start()
 
 
