@@ -139,17 +139,18 @@ def _need(policy: Policy, card: Card, work: Work, *, recomputes: bool = False) -
 def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool) -> int | None:
     """Return the peak bytes of a pass, or None if it does not fit."""
     policy.use(replace(PLANS["small"], recomputes=recomputes, decoded=rows))
+    peak = None
     try:
         work(policy, rows)  # the first pass of a size chooses its kernels
         card.start()
         work(policy, rows)
-        return card.peak()
+        peak = card.peak()
     except torch.OutOfMemoryError:
-        return None
-    finally:
-        for _, parameter in policy.weights.parameters():
-            parameter.grad = None
-        card.start()
+        pass
+    for _, parameter in policy.weights.parameters():
+        parameter.grad = None
+    card.start()  # here, because the traceback no longer holds the failed pass's tensors
+    return peak
 
 
 def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes: bool = False) -> int:

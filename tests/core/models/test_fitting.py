@@ -123,7 +123,7 @@ def test_auto_on_a_cpu_is_the_plain_path(tmp_path: Path) -> None:
     policy = loaded_policy(config)
     assert policy.plan == PLANS["fast"]
     assert not policy.network.is_gradient_checkpointing
-    assert plan_in_words(config.folder) is None
+    assert plan_in_words(config) is None
 
 
 PLAN = MemoryPlan(stays=False, recomputes=True, trained=6, sampled=12, decoded=2, needs=20 * 10**9)
@@ -134,20 +134,24 @@ def card(gigabytes: float) -> Any:
 
 
 def test_a_campaign_keeps_its_plan_on_another_card(tmp_path: Path) -> None:
-    config = ModelConfig(memory="auto", precision="fp16")
-    assert read_plan(tmp_path, config, card(24)) is None
-    write_plan(tmp_path, config, card(24), PLAN)
-    assert read_plan(tmp_path, config, card(80)) == PLAN, "also with room for more"
-    assert read_plan(tmp_path, config.model_copy(update={"precision": "no"}), card(80)) is None
+    campaign = CampaignConfig.model_validate(
+        {"runs_dir": str(tmp_path), "model": {"memory": "auto", "precision": "fp16"}}
+    )
+    config, folder = campaign.model, campaign.folder
+    assert read_plan(folder, config, card(24)) is None
+    write_plan(folder, config, card(24), PLAN)
+    assert read_plan(folder, config, card(80)) == PLAN, "also with room for more"
+    assert read_plan(folder, config.model_copy(update={"precision": "no"}), card(80)) is None
     with pytest.raises(D3POError, match=r"measured on Card A and needs 20\.0 GB, but this GPU gives 11\.5 GB"):
-        read_plan(tmp_path, config, card(11.5))
-    told = plan_in_words(tmp_path)
-    assert told is not None
-    assert "Card A" in told
-    assert "6 image-steps in training" in told
-    (tmp_path / PLAN_FILE).write_text((tmp_path / PLAN_FILE).read_text().replace("12", "13"))
+        read_plan(folder, config, card(11.5))
+    assert plan_in_words(campaign) == (
+        "model.memory auto, measured on Card A: at most 6 image-steps in training, 12 images in sampling, 2 in "
+        "decoding at once, activations recomputed; idle parts leave; about 20.0 GB (memory.json)"
+    )
+    file = folder / PLAN_FILE
+    file.write_text(file.read_text().replace("12", "13"))
     with pytest.raises(D3POError, match="is damaged; restore it, or remove it"):
-        read_plan(tmp_path, config, card(80))
+        read_plan(folder, config, card(80))
 
 
 def test_a_measured_plan_is_written_by_the_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
