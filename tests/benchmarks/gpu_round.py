@@ -6,8 +6,8 @@
     python tests/benchmarks/gpu_round.py --embedded                         32 rounds of the embedded model
     python tests/benchmarks/gpu_round.py --device cpu --smoke               only that it works, embedded model
 
-``d3po run sd15-smoke`` as anybody types it, with Stable Diffusion 1.5's architecture and random weights unless ``--model``
-is a folder that has some. All rounds are one process's; the first pays for the compilation. With ``--data``
+``d3po run sd15-smoke`` as anybody types it, with Stable Diffusion 1.5's architecture and random weights unless
+``--model`` is a folder that has some. All rounds are one process's; the first pays for the compilation. With ``--data``
 the campaign stays and goes on; ``--rounds 0`` then only reports. All times are from the campaign's own files: a stage's
 record says when it was finished and how long it took.
 """
