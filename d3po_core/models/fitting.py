@@ -136,14 +136,14 @@ def _need(policy: Policy, card: Card, work: Work, *, recomputes: bool = False) -
     return Need(one - per_row, per_row)
 
 
-def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool) -> int | None:
-    """Return the peak bytes of a pass, or None if it does not fit."""
+def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool, passes: int = 2) -> int | None:
+    """Return the peak bytes of the last of some passes, or None if it does not fit; the first chooses kernels."""
     policy.use(replace(PLANS["small"], recomputes=recomputes, decoded=rows))
     peak = None
     try:
-        work(policy, rows)  # the first pass of a size chooses its kernels
-        card.start()
-        work(policy, rows)
+        for _ in range(passes):
+            card.start()
+            work(policy, rows)
         peak = card.peak()
     except torch.OutOfMemoryError:
         pass
@@ -160,7 +160,7 @@ def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes
         D3POError: not even one fits.
     """
     rows = most or 1
-    while _peak(policy, card, work, rows, recomputes) is None:
+    while _peak(policy, card, work, rows, recomputes, passes=1) is None:
         if rows == 1:
             raise D3POError(_too_small(card.budget()))
         rows = rows * 3 // 4
