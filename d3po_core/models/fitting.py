@@ -1,65 +1,19 @@
-"""Find a plan for the GPU's memory (``model.memory: auto``): measure small passes, extrapolate, try the result.
+"""Find a plan for the GPU's memory (``model.memory: auto``): measure small passes, extrapolate, try the result."""
 
-A pass's peak grows by the same bytes per row, so passes of one and of two rows predict all others. A tenth of the
-memory stays free for what grows otherwise: fragments, the choice of kernels, latents on their way.
-"""
-
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from d3po_core.errors import D3POError
 from d3po_core.models.memory import PLANS, Card, MemoryPlan
+from d3po_core.models.needs import Need, Needs, chosen, too_small
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import gaussian
 
-# Passes of fewer image-steps leave a GPU partly idle; recomputing, by a third more work, then allows more at once.
-ENOUGH_ROWS = 4
-# With so many there is room for everything else.
-ROOMY_ROWS = 32
-MOST_ROWS, MOST_DECODED = 64, 16
 GUIDANCE = 2.0  # any other than 1: a pass has two rows per image, as it most often has
 
 Work = Callable[[Policy, int], None]
-
-
-@dataclass(frozen=True)
-class Need:
-    """Peak bytes of a kind of pass: a part that is always there, and a part per row."""
-
-    fixed: int
-    per_row: int
-
-    def rows(self, room: int) -> int:
-        """Return how many rows fit into so many bytes."""
-        return max(0, (room - self.fixed) // max(1, self.per_row))
-
-    def of(self, rows: int) -> int:
-        """Return the peak of so many rows, bytes."""
-        return self.fixed + rows * self.per_row
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What each kind of pass needs; None if not even one row fits.
-
-    Attributes:
-        plain: training.
-        recomputing: training that recomputes activations.
-        sampling: a denoising step.
-        decoding: images from latents.
-        idle: bytes of the parts that only some passes need.
-        moments: bytes of the optimizer's state, which is not there yet.
-    """
-
-    plain: Need | None
-    recomputing: Need | None
-    sampling: Need | None
-    decoding: Need | None
-    idle: int
-    moments: int
 
 
 def fitted_plan(policy: Policy, card: Card) -> MemoryPlan:
@@ -78,38 +32,6 @@ def fitted_plan(policy: Policy, card: Card) -> MemoryPlan:
     )
     policy.use(plan)
     return plan
-
-
-def chosen(needs: Needs, budget: int) -> MemoryPlan:
-    """Return the fastest plan for a memory of ``budget`` bytes, of which a tenth stays free.
-
-    Raises:
-        D3POError: not even one image at a time fits.
-    """
-    room = budget - budget // 10
-
-    def most(need: Need | None, taken: int = 0) -> int:
-        return max(1, need.rows(room - taken)) if need else 0  # one row has been passed, whatever is left then
-
-    plain, recomputing = most(needs.plain, needs.moments), most(needs.recomputing, needs.moments)
-    stays = most(needs.plain, needs.moments + needs.idle) >= ROOMY_ROWS
-    recomputes = plain < ENOUGH_ROWS and recomputing > plain
-    training, trained = (needs.recomputing, recomputing) if recomputes else (needs.plain, plain)
-    sampled, decoded = most(needs.sampling), most(needs.decoding)
-    if training is None or needs.sampling is None or needs.decoding is None or not min(trained, sampled, decoded):
-        raise D3POError(_too_small(budget))
-    trained, sampled, decoded = min(trained, MOST_ROWS), min(sampled, MOST_ROWS), min(decoded, MOST_DECODED)
-    peak = max(
-        training.of(trained) + needs.moments, needs.sampling.of(sampled), needs.decoding.of(decoded)
-    ) + stays * needs.idle  # fmt: skip
-    return MemoryPlan(stays, recomputes, trained, sampled, decoded, needs=peak)
-
-
-def _too_small(budget: int) -> str:
-    return (
-        f"model.memory 'auto': one image at a time does not fit the {budget / 1e9:.1f} GB that this GPU gives; free "
-        "some, set model.precision 'fp16', or take a smaller model"
-    )
 
 
 def measured(policy: Policy, card: Card) -> Needs:
@@ -137,21 +59,21 @@ def _need(policy: Policy, card: Card, work: Work, *, recomputes: bool = False) -
     return Need(one - per_row, per_row)
 
 
-def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool) -> int | None:
-    """Return the peak bytes of a pass, or None if it does not fit."""
+def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool, passes: int = 2) -> int | None:
+    """Return the peak bytes of the last of some passes, or None if it does not fit; the first chooses kernels."""
     policy.use(replace(PLANS["small"], recomputes=recomputes, decoded=rows))
+    peak = None
     try:
-        work(policy, rows)  # the first pass of a size chooses its kernels
-        card.start()
-        work(policy, rows)
-        return card.peak()
+        for _ in range(passes):
+            card.start()
+            work(policy, rows)
+        peak = card.peak()
     except torch.OutOfMemoryError:
-        return None
-    finally:
-        for _, parameter in policy.weights.parameters():
-            parameter.grad = None
-        gc.collect()
-        card.start()
+        pass
+    for _, parameter in policy.weights.parameters():
+        parameter.grad = None
+    card.start()  # here, because the traceback no longer holds the failed pass's tensors
+    return peak
 
 
 def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes: bool = False) -> int:
@@ -161,9 +83,9 @@ def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes
         D3POError: not even one fits.
     """
     rows = most or 1
-    while _peak(policy, card, work, rows, recomputes) is None:
+    while _peak(policy, card, work, rows, recomputes, passes=1) is None:
         if rows == 1:
-            raise D3POError(_too_small(card.budget()))
+            raise D3POError(too_small(card.budget()))
         rows = rows * 3 // 4
     return rows
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d3po_core.config import ModelConfig
+from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
 from d3po_core.store.sealed import read_sealed, sealed
@@ -121,10 +121,10 @@ def _depends_on(config: ModelConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"precision", "compile"})
 
 
-def plan_in_words(campaign: Path) -> str | None:
-    """Return one line on an ``auto`` campaign's plan and where it is kept; None if it has none."""
-    path = campaign / PLAN_FILE
-    if not path.exists():
+def plan_in_words(config: CampaignConfig) -> str | None:
+    """Return one line on the plan that an ``auto`` campaign follows and where it is kept; None if it has none."""
+    path = config.folder / PLAN_FILE
+    if config.model.memory != "auto" or not path.exists():
         return None
     found = read_sealed(path, RESTORE)
     return f"model.memory auto, measured on {found['gpu']}: {MemoryPlan(**found['plan'])} ({PLAN_FILE})"

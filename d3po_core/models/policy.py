@@ -86,7 +86,9 @@ class Policy:
             part.to(memory_format=torch.channels_last)
         self.network.to(self.device)
         measures = plan is None and config.memory == "auto" and self.device.type == "cuda"
-        self.use(plan or PLANS["small" if measures else "fast" if config.memory == "auto" else config.memory])
+        self.plan = plan or PLANS["small" if measures else "fast" if config.memory == "auto" else config.memory]
+        self._place(self.plan.stays)
+        self.use(self.plan)
         self._try_once()
         self.weights: Trained = (
             Whole(self.network, family, self.dtype, self.device)
@@ -106,19 +108,23 @@ class Policy:
 
     def use(self, plan: MemoryPlan) -> None:
         """Share the GPU's memory by a plan, from the next pass on."""
+        if plan.stays != self.plan.stays:
+            self._place(plan.stays)
         self.plan = plan
-        parts = ("vae", *self.family.TEXT_PARTS)
-        self._placement = Placement(self.family.pipeline, self.device, moves=not plan.stays)
-        for name in parts:
-            self._placement.move(name, self.device if plan.stays else "cpu")
-        keep_on = self.device if plan.stays else torch.device("cpu")
-        self._texts_kept = TextCache(self.family, self._placement, self.device, keep_on)
         self.training_rows = RowLimit("training", plan.trained)
         self.sampling_rows = RowLimit("sampling", plan.sampled)
         if plan.recomputes:
             self.network.enable_gradient_checkpointing()
         else:
             self.network.disable_gradient_checkpointing()
+
+    def _place(self, stays: bool) -> None:
+        """Put idle parts on the device, or into main memory."""
+        place = self.device if stays else torch.device("cpu")
+        self._placement = Placement(self.family.pipeline, self.device, moves=not stays)
+        for name in ("vae", *self.family.TEXT_PARTS):
+            self._placement.move(name, place)
+        self._texts_kept = TextCache(self.family, self._placement, self.device, keep_on=place)
 
     def memory_used(self) -> dict[str, Any]:
         """Return the plan with the rows at once that training and sampling were cut to, for records."""
