@@ -250,8 +250,8 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'learning_rate'?"),
-        (("--set", "train.beta=-1"), "train.beta is -1: Input should be greater than 0"),
+        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'train.learning_rate'?"),
+        (("--set", "train.beta=-1"), "train.beta is -1: it must be greater than 0"),
         (("--set", "sample.prompts=missing.txt"), "sample.prompts 'missing.txt': no such file"),
         (("--set", "model.path=data/prompts"), "model_index.json is missing; expected a diffusers pipeline folder"),
         (("--set", "judge.scorers=[beauty]"), "scorer 'beauty' is not known; expected one of jpeg_compressibility"),
