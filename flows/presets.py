@@ -21,12 +21,17 @@ ENTRYPOINT = "d3po.flows.round.d3po"
 
 def presets() -> dict[str, dict[str, Any]]:
     """Configuration values of each deployment of the flow ``d3po``, by name, in file order."""
-    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
-    return {
-        deployment["name"]: (deployment.get("parameters") or {}).get("config") or {}
-        for deployment in deployments
-        if deployment["entrypoint"] == ENTRYPOINT
-    }
+    return {entry["name"]: (entry.get("parameters") or {}).get("config") or {} for entry in _deployments()}
+
+
+def descriptions() -> dict[str, str]:
+    """Description of each deployment of the flow ``d3po``, by name, in file order."""
+    return {entry["name"]: entry.get("description") or "" for entry in _deployments()}
+
+
+def _deployments() -> list[dict[str, Any]]:
+    entries = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    return [entry for entry in entries if entry["entrypoint"] == ENTRYPOINT]
 
 
 def deployment_config(

@@ -37,14 +37,18 @@ def campaign_named(name: str) -> CampaignConfig:
         problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
     else:
         folder = load_config({"campaign": name}, "--campaign").folder
-        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
         problem = (
-            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}; "
+            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(campaign_names()) or 'none'}; "
             "of one that lies elsewhere give the folder"
         )
     if not (folder / CAMPAIGN_FILE).exists() and not (folder / "stages").exists():
         raise D3POError(problem)
     return _lying_in(_saved_config(folder / CAMPAIGN_FILE), folder)
+
+
+def campaign_names() -> list[str]:
+    """Return the names of the campaigns in the data folder, in order."""
+    return sorted(path.parent.name for path in (data_folder() / "runs").glob(f"*/{CAMPAIGN_FILE}"))
 
 
 def _saved_config(path: Path) -> CampaignConfig:

@@ -18,9 +18,20 @@ from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.export import export_lora, export_preferences
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
-from d3po.flows.commands.parts import CampaignOption, console, loading, short
+from d3po.flows.commands.parts import (
+    CampaignOption,
+    ConfigOption,
+    DeploymentArgument,
+    NameOption,
+    RoundsOption,
+    SettingOption,
+    console,
+    loading,
+    short,
+)
 from d3po.flows.commands.raters import raters
 from d3po.flows.commands.report import compare, report
+from d3po.flows.commands.submit import require_no_wait, submit
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
 from d3po.flows.loopback import without_proxy
 from d3po.flows.presets import command_that_goes_on, deployment_config
@@ -98,15 +109,15 @@ def _leave(status: int) -> NoReturn:
 
 @app.command()
 def run(
-    deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds to add")] = 1,
-    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's by default")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a field: train.learning_rate=1e-3; may be repeated")
-    ] = None,
+    deployment: DeploymentArgument = "round",
+    rounds: RoundsOption = 1,
+    campaign: NameOption = None,
+    file: ConfigOption = None,
+    setting: SettingOption = None,
 ) -> None:
     """Run rounds of a campaign in this terminal; needs no server."""
-    config = deployment_config(deployment, campaign, setting or [])
+    config = deployment_config(deployment, campaign, setting or [], file)
+    require_no_wait(config, rounds)
     with ctrl_c_ends_it():
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with loading("torch, diffusers and prefect"), _starting_server():
@@ -123,6 +134,9 @@ def run(
             if not state.is_completed():
                 raise D3POError(state.message or f"the run ended as {state.name}")
     show_campaign(config)
+
+
+app.command()(submit)
 
 
 @app.command()
@@ -221,7 +235,7 @@ def show_campaign(config: CampaignConfig) -> None:
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",
         f"  d3po query --campaign {shlex.quote(name)} "
         '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
-        "  make up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
+        "  make up     # Prefect, a worker and MLflow; then: d3po submit round",
     )
     print("\n".join(lines))
 

@@ -10,9 +10,34 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from d3po.flows.commands import completing
 from d3po_core.errors import D3POError
 
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder if that is elsewhere")]
+CampaignOption = Annotated[
+    str,
+    typer.Option(help="Name of the campaign, or its folder if that is elsewhere", autocompletion=completing.campaigns),
+]
+# What is to run.
+DeploymentArgument = Annotated[
+    str,
+    typer.Argument(help="Name of a deployment in prefect.yaml, such as round", autocompletion=completing.deployments),
+]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Number of rounds to add")]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--campaign", help="Name of the campaign; the deployment's by default", autocompletion=completing.campaigns
+    ),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of fields, over the deployment's; --set goes over it")
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Set a field: train.learning_rate=1e-3; may be repeated", autocompletion=completing.settings
+    ),
+]
 
 
 def console(stream: Any = None) -> Console:
