@@ -26,7 +26,6 @@ from d3po.flows.commands.parts import (
     RoundsOption,
     SettingOption,
     console,
-    loading,
     short,
 )
 from d3po.flows.commands.raters import raters
@@ -35,6 +34,7 @@ from d3po.flows.commands.submit import require_no_wait, submit
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
 from d3po.flows.loopback import without_proxy
 from d3po.flows.presets import command_that_goes_on, deployment_config
+from d3po.tasks.live_line import live_line
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import PROJECT_ROOT, data_folder
@@ -118,9 +118,9 @@ def run(
     """Run rounds of a campaign in this terminal; needs no server."""
     config = deployment_config(deployment, campaign, setting or [], file)
     require_no_wait(config, rounds)
-    with ctrl_c_ends_it():
+    with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
-        with loading("torch, diffusers and prefect"), _starting_server():
+        with _starting_server():
             from d3po.flows.round import d3po
             from d3po.tasks.publishing import check_campaign
             from d3po_core.models.model_files import with_model_defaults
