@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
 
+from d3po.flows.commands import campaigns
 from d3po.flows.commands.again import prune, regenerate, replay
 from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.export import export_lora, export_preferences
@@ -39,7 +41,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import PROJECT_ROOT, data_folder
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "People judge": (label, import_judgements, export_sheet, raters),
     "Look": (query, show, compare, report, check),
@@ -49,6 +51,22 @@ for panel, commands in PANELS.items():
     for command in commands:
         name = "import" if command is import_judgements else None
         app.command(name, rich_help_panel=panel)(command)
+app.add_typer(campaigns.app, name="campaigns", rich_help_panel="Look")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"d3po {version('d3po')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Run rounds, look at the results, query the tables, start and stop the servers."""
 
 
 def main() -> None:
@@ -90,7 +108,8 @@ def _prefect_refuses(error: Exception) -> str:
         raise error
     url, code = error.request.url, error.response.status_code
     wants = "; it wants its login in PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
-    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}"
+    said = f" ({' '.join(error.response.text.split())[:300]})" if code in (409, 422) else ""
+    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}{said}"
 
 
 def _leave(status: int) -> NoReturn:
@@ -208,7 +227,13 @@ def show_campaign(config: CampaignConfig) -> None:
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate")
-    for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
+    for column in (
+        "round",
+        "held-out [95 %]",
+        "pairs",
+        "ties",
+        *(f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages),
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
         score, seconds = record.score, record.stage_seconds

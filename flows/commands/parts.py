@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,13 +50,32 @@ def console(stream: Any = None) -> Console:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], stream: Any = None) -> None:
-    """Print rows as a table; null is an empty cell."""
+    """Print rows as a table, or one below the other if the terminal is too narrow; null is an empty cell."""
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(*map(shown, columns))
-    for row in rows:
-        table.add_row(*("" if value is None else shown(value) for value in row))
-    console(stream).print(table)
+    cells = [["" if value is None else shown(_rounded(value)) for value in row] for row in rows]
+    table, target = Table(*map(shown, columns)), console(stream)
+    for row in cells:
+        table.add_row(*row)
+    if Measurement.get(target, target.options.update(max_width=10_000), table).minimum <= target.width:
+        target.print(table)
+        return
+    width = max(len(shown(column)) for column in columns)
+    for row in cells:
+        lines = (f"{shown(column):{width}}  {cell}" for column, cell in zip(columns, row, strict=True))
+        target.print("\n".join(lines) + "\n", soft_wrap=True)
+
+
+def _rounded(value: Any) -> Any:
+    """A value for a reader: numbers with the digits that matter, times to the second."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.replace(microsecond=0)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_rounded(inner)}" for key, inner in value.items())
+    return value
 
 
 def shown(value: Any) -> str:

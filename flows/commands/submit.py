@@ -33,8 +33,9 @@ def submit(
     with get_client(sync_client=True) as client:
         known = _deployment(client, deployment)
         config = load_config(merge(known.parameters.get("config") or {}, values), f"deployment {deployment!r}", origins)
-        # The flow merges the values over the deployment's.
-        run = client.create_flow_run_from_deployment(known.id, parameters={"rounds": rounds, "config": values})
+        # The flow merges them over the deployment's.
+        given = _checked(values, config.model_dump(mode="json"))
+        run = client.create_flow_run_from_deployment(known.id, parameters={"rounds": rounds, "config": given})
     print("\n".join(_told(config, deployment, rounds, run)))
 
 
@@ -56,6 +57,14 @@ def require_no_wait(config: CampaignConfig, rounds: int) -> None:
             "people judge this campaign, and a terminal cannot wait for them; "
             f"start it on the servers of `d3po up`: {this_command().replace('d3po run', 'd3po submit', 1)}"
         )
+
+
+def _checked(typed: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """The typed fields with their values from the checked configuration, since the server takes no short forms."""
+    return {
+        name: _checked(value, whole[name]) if isinstance(value, dict) and isinstance(whole[name], dict) else whole[name]
+        for name, value in typed.items()
+    }
 
 
 def _deployment(client: Any, name: str) -> Any:
