@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from d3po_core.config import CampaignConfig
-from d3po_core.records import GuardRecord, RoundRecord
+from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
 from d3po_core.store.stages import finished_rounds
 
 
@@ -15,7 +15,7 @@ def round_line(finished: RoundRecord, guarded: GuardRecord, last: int) -> str:
         guarded: the guard's record of it.
         last: the run's target round.
     """
-    score = f"held-out {finished.eval_scorer} {finished.score}"
+    score = f"held-out {finished.eval_scorer} {_in_log(finished.score)}"
     if finished.round == 0:
         return f"base model: {score}"
     champion = "the new champion" if guarded.champion == finished.round else f"champion {_name(guarded.champion)}"
@@ -32,6 +32,11 @@ def campaign_line(config: CampaignConfig, numbers: Sequence[int]) -> str:
     first, last = records[0], records[-1]
     done = f"round {numbers[-1]}" if len(numbers) == 1 else f"rounds {numbers[0]} to {numbers[-1]}"
     return f"campaign {config.campaign}: {done} finished, held-out {first.score.mean:.3f} -> {last.score.mean:.3f}"
+
+
+def _in_log(score: ScoreSummary) -> str:
+    # Prefect's --watch takes a word in brackets for markup, and drops it.
+    return str(score).replace("[too few to tell]", "(too few to tell)")
 
 
 def _name(round_number: int) -> str:

@@ -161,8 +161,10 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
 def _same_place(change: tuple[str, Any, Any]) -> bool:
     """Return whether two paths, typed in different folders, lead to the same place."""
     name, *places = change
+    if name not in PATH_FIELDS:
+        return False
     old, new = (resolve_path(place) if place and not is_url(place) else place for place in places)
-    return name in PATH_FIELDS and old == new
+    return old == new
 
 
 def _moved_server(change: tuple[str, Any, Any]) -> bool:

@@ -20,7 +20,7 @@ def campaigns(
     """List the campaigns: rounds, last held-out score, champion, size, and whether people are waited for."""
     if context.invoked_subcommand:
         return
-    from d3po_core.queries.campaigns import campaign_states
+    from d3po_core.report.campaigns import campaign_states
 
     states = campaign_states()
     if as_json:
@@ -44,7 +44,9 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
     """Delete a campaign's folder, after a question; its runs in MLflow and Prefect stay."""
-    from d3po_core.queries.campaigns import campaign_state, delete_campaign
+    from d3po_core.report.campaigns import campaign_state
+    from d3po_core.store.campaign import campaign_lock
+    from d3po_core.store.leftovers import delete_campaign
 
     state = campaign_state(campaign)
     rounds = f"{max(state.rounds, 0)} rounds, {state.megabytes:.1f} MB"
@@ -52,7 +54,8 @@ def delete(
         print(f"people have yet to judge {state.waits_for} of it; cancel the run that waits on Prefect's page as well")
     if not yes and not typer.confirm(f"Delete campaign {state.name} ({rounds}) in {state.folder}?"):
         raise D3POError("nothing was deleted")
-    delete_campaign(state.folder)
+    with campaign_lock(state.folder, who="campaigns delete"):
+        delete_campaign(state.folder)
     print(f"campaign {state.name}: deleted ({rounds}); its runs in MLflow and Prefect stay")
 
 

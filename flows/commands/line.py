@@ -227,13 +227,8 @@ def show_campaign(config: CampaignConfig) -> None:
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate")
-    for column in (
-        "round",
-        "held-out [95 %]",
-        "pairs",
-        "ties",
-        *(f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages),
-    ):
+    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
         score, seconds = record.score, record.stage_seconds

@@ -1,8 +1,6 @@
-"""What campaigns there are and how far each one is; and how one is deleted."""
+"""What campaigns there are, and how far each one is."""
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,8 +10,7 @@ from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.people.questions import label_progress, waiting_round
 from d3po_core.records import ScoreSummary
-from d3po_core.store.campaign import CAMPAIGN_FILE, LOCK_FILE, campaign_lock, campaign_named, campaign_names, rules_of
-from d3po_core.store.files import disk_errors
+from d3po_core.store.campaign import LOCK_FILE, campaign_named, campaign_names, rules_of
 from d3po_core.store.stages import last_finished_round, round_record
 from d3po_core.store.tables import partition, read_rows
 
@@ -80,22 +77,6 @@ def campaign_state(name: str) -> CampaignState:
     return CampaignState(
         name, folder, megabytes, changed, rounds, record.eval_scorer, record.score, row.get("champion"), waits
     )
-
-
-def delete_campaign(folder: Path) -> None:
-    """Delete a campaign's folder and nothing else; half of it never stays behind as a campaign.
-
-    Raises:
-        CampaignBusyError: a process is using the campaign.
-        D3POError: the folder is a link, or cannot be deleted.
-    """
-    if folder.is_symlink():
-        raise D3POError(f"{folder} is a link, so its campaign lies elsewhere; remove the link by hand")
-    with campaign_lock(folder, who="campaigns delete"), disk_errors(folder):
-        leaving = folder.with_name(f".deleted-{folder.name}-{uuid.uuid4().hex[:8]}")
-        folder.rename(leaving)
-        (leaving / CAMPAIGN_FILE).unlink(missing_ok=True)  # now nothing takes it for a campaign
-        shutil.rmtree(leaving)
 
 
 def _waits_for(folder: Path) -> str | None:
