@@ -54,9 +54,9 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
                     derive_pairs(config, number)
                     train_policy(config, number)
                 evaluate_checkpoint(config, number)
-                guarded = guard_round(config, number)
+                guard_round(config, number)
                 finished = publish_round(config, number)
-                logger.info("%s", round_line(finished, guarded, numbers[-1]))
+                logger.info("%s", round_line(config, finished))
             end_run(config.folder, run_id=str(flow_run.id))
     except D3POError as error:
         # The user can fix it: one line, no traceback.

@@ -2,26 +2,30 @@
 
 from collections.abc import Sequence
 
+from prefect.runtime import flow_run
+
 from d3po_core.config import CampaignConfig
 from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
-from d3po_core.store.stages import finished_rounds
+from d3po_core.store.goals import last_round_of
+from d3po_core.store.stages import finished_rounds, read_record
 
 
-def round_line(finished: RoundRecord, guarded: GuardRecord, last: int) -> str:
-    """Return a round's held-out score, verdict, champion and pairs.
+def round_line(config: CampaignConfig, finished: RoundRecord) -> str:
+    """Return a finished round's held-out score, verdict, champion and pairs, and how many rounds the run has."""
+    guarded = read_record(config.folder, finished.round, "guard", GuardRecord)
+    return told(finished, guarded, last_round_of(config.folder, str(flow_run.id)))
 
-    Args:
-        finished: the round.
-        guarded: the guard's record of it.
-        last: the run's target round.
-    """
+
+def told(finished: RoundRecord, guarded: GuardRecord, last: int | None) -> str:
+    """Return the line of a round and its guard's record; ``last`` is the run's target round."""
     score = f"held-out {finished.eval_scorer} {_in_log(finished.score)}"
     if finished.round == 0:
         return f"base model: {score}"
     champion = "the new champion" if guarded.champion == finished.round else f"champion {_name(guarded.champion)}"
     verdict = "" if guarded.verdict == "ok" else f", {guarded.verdict}"
     pairs = f"{finished.num_pairs} pairs, {finished.num_ties} ties"
-    return f"round {finished.round} of {last}: {score}{verdict}, {champion}, {pairs}"
+    of = f" of {last}" if last else ""
+    return f"round {finished.round}{of}: {score}{verdict}, {champion}, {pairs}"
 
 
 def campaign_line(config: CampaignConfig, numbers: Sequence[int]) -> str:

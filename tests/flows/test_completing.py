@@ -31,7 +31,7 @@ def test_campaigns_are_those_of_the_data_folder(tmp_path: Path, monkeypatch: pyt
     ("typed", "found"),
     [
         ("train.lear", ["train.learning_rate="]),
-        ("model.memory=", ["model.memory=fast", "model.memory=balanced", "model.memory=small"]),
+        ("model.precision=", ["model.precision=no", "model.precision=fp16", "model.precision=bf16"]),
         ("model.prediction_type=v", ["model.prediction_type=v_prediction"]),
         ("model.compile=", ["model.compile=true", "model.compile=false"]),
         ("judge.scorers=pick", ["judge.scorers=pickscore"]),

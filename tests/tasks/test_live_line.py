@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -40,8 +41,8 @@ print("over")
 """
 
 
-def in_terminal(program: str, columns: int) -> str:
-    """What a program writes to a terminal of this width."""
+def in_terminal(program: str, columns: int, interrupt_at: bytes | None = None) -> tuple[str, int]:
+    """What a program writes to a terminal of this width, and its exit status; Ctrl-C once it has written this."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm", "PYTHONPATH": str(PROJECT_ROOT)}
     process = subprocess.Popen(
@@ -57,9 +58,11 @@ def in_terminal(program: str, columns: int) -> str:
         if not part:
             break
         found += part
+        if interrupt_at and interrupt_at in found:
+            process.send_signal(signal.SIGINT)
+            interrupt_at = None
     os.close(ours)
-    assert process.wait(30) == 0, found
-    return found.decode()
+    return found.decode(), process.wait(30)
 
 
 def screen(text: str) -> list[str]:
@@ -83,7 +86,9 @@ def screen(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written() -> str:
-    return in_terminal(PROGRAM, 60)
+    written, status = in_terminal(PROGRAM, 60)
+    assert status == 0, written
+    return written
 
 
 def test_log_lines_and_prints_are_whole_and_in_order_and_the_line_is_gone(written: str) -> None:
@@ -98,6 +103,26 @@ def test_the_line_is_drawn_as_it_changes_and_is_never_wider_than_the_terminal(wr
     assert max(map(len, lines)) <= 60
     assert all(line.endswith("…") for line in lines)
     assert " 50%|#####     | 5/10" in written  # another library's bar takes its place
+
+
+def test_ctrl_c_takes_the_line_away_and_says_once_how_to_go_on() -> None:
+    program = """
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    from d3po.flows.interrupting import ctrl_c_ends_it
+    from d3po.tasks.live_line import live_line
+    sys.argv = ["d3po", "run", "round", "--campaign", "a b"]
+    with ctrl_c_ends_it(), live_line("at work"):
+        print("begun", file=sys.stderr)
+        time.sleep(60)
+    """
+    written, status = in_terminal(program, 100, interrupt_at=b"at work")
+    assert status == 130
+    assert [line for line in screen(written) if line and line != "begun"] == [
+        "d3po: stopped; to go on where it stopped, type again: d3po run round --campaign 'a b'"
+    ]
+    assert written.rstrip().endswith("'a b'")
+    assert written.count("\x1b[?25l") <= written.count("\x1b[?25h")  # the cursor is back
 
 
 def test_without_a_terminal_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
