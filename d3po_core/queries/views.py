@@ -87,6 +87,7 @@ FROM rounds r LEFT JOIN (
     SELECT round, map_from_entries(list((scorer, score) ORDER BY scorer)) AS scores
     FROM (SELECT round, scorer, avg(score) AS score FROM evaluations GROUP BY ALL) GROUP BY round
 ) e USING (round)
+ORDER BY r.round
 """
 
 # Each rater's last answer on a pair of held-out images; no row if that was skipped or taken back.

@@ -61,6 +61,12 @@ def has_goal(campaign: Path, run_id: str) -> bool:
     return run_id in _goals(campaign)
 
 
+def last_round_of(campaign: Path, run_id: str) -> int | None:
+    """Return a run's target round, None if it has none."""
+    goal = _goals(campaign).get(run_id)
+    return goal["last"] if goal else None
+
+
 def _goals(campaign: Path) -> dict[str, dict[str, int]]:
     """Return each run's goal: its last round, and how many rounds it was asked for."""
     path = campaign / TARGET_FILE

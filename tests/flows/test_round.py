@@ -26,6 +26,7 @@ from d3po_core.store.tables import connect
 from tests.flows.test_kill import SMALL
 
 NAME = "small"
+TRAIN = PROJECT_ROOT / "data/prompts/shapes_train.txt"
 D3PO = str(Path(sys.executable).with_name("d3po"))
 
 
@@ -250,13 +251,17 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'learning_rate'?"),
-        (("--set", "train.beta=-1"), "train.beta is -1: Input should be greater than 0"),
-        (("--set", "sample.prompts=missing.txt"), "sample.prompts 'missing.txt': no such file"),
-        (("--set", "model.path=data/prompts"), "model_index.json is missing; expected a diffusers pipeline folder"),
+        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'train.learning_rate'?"),
+        (("--set", "train.beta=-1"), "train.beta is -1: it must be greater than 0"),
+        (("--set", "sample.prompts=missing.txt"), "missing.txt': no such file"),
+        (
+            ("--set", f"model.path={PROJECT_ROOT}/data/prompts"),
+            "model_index.json is missing; expected a diffusers pipeline folder",
+        ),
         (("--set", "judge.scorers=[beauty]"), "scorer 'beauty' is not known; expected one of jpeg_compressibility"),
         (("--set", "sample.groups_per_round=1000000"), "free some space, set runs_dir to another disk"),
-        (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), "54 prompts are in sample.prompts and in"),
+        (("--set", f"evaluate.prompts={TRAIN}"), "54 prompts are in sample.prompts and in"),
+        (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), f"if you mean the project's, write {TRAIN}"),
         (("--campaign", NAME, "--set", "model.lora_rank=4"), "was started with model.lora_rank = 16 (now 4)"),
     ],
 )
