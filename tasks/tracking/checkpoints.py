@@ -6,17 +6,8 @@ from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
 
-from d3po.tasks.tracking.store import (
-    Client,
-    campaign_label,
-    campaign_run_id,
-    log_checkpoint,
-    log_digests,
-    log_report,
-    milliseconds,
-    register_version,
-    set_aliases,
-)
+from d3po.tasks.tracking.registry import log_checkpoint, register_version, set_aliases
+from d3po.tasks.tracking.store import Client, campaign_label, campaign_run_id, log_digests, log_report, milliseconds
 from d3po.tasks.tracking.wording import model_name
 from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import LORA_FILE, weights_file

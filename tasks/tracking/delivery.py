@@ -35,6 +35,7 @@ from d3po_core.store.stages import finished_numbers, stage_path
 from d3po_core.urls import masked
 
 STAGES = tuple(LOGGERS)
+ROUNDS = "rounds in MLflow"
 
 # After a failure, back off for PAUSE times as long as the failed call took. So a store that does not answer costs a run
 # a tenth of its time at most.
@@ -165,7 +166,7 @@ def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
 def pages(config: CampaignConfig) -> dict[str, str]:
     """Addresses of the campaign's rounds, curves and report in MLflow; none if MLflow has no page."""
     parts = {"curves in MLflow": "model-metrics", "report": "artifacts/report.html"}
-    asked = {"rounds in MLflow": partial(campaign_page, config)}
+    asked = {ROUNDS: partial(campaign_page, config)}
     asked |= {name: partial(run_page, config, part) for name, part in parts.items()}
     return {name: page for name, question in asked.items() if (page := _asked(question))}
 

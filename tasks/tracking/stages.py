@@ -6,14 +6,8 @@ from collections.abc import Callable
 from shutil import copyfile
 
 from d3po.tasks.tracking.checkpoints import held_out, log_publish, win_rates
-from d3po.tasks.tracking.store import (
-    Client,
-    log_both,
-    log_grid_once,
-    log_lineage,
-    log_metrics,
-    log_to_model,
-)
+from d3po.tasks.tracking.registry import log_to_model
+from d3po.tasks.tracking.store import Client, log_both, log_grid_once, log_lineage, log_metrics
 from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import LORA_FILE, weights_file
 from d3po_core.people.human_win_rate import HumanWinRate

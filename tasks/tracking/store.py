@@ -1,6 +1,6 @@
-"""MLflow's store: one parent run per campaign, one child run per round, one model per checkpoint.
+"""MLflow's store: one parent run per campaign, one child run per round.
 
-Only this module imports mlflow. Every function is safe to call again: repeating a call changes nothing.
+Only this module and ``registry`` import mlflow. Every function is safe to call again: repeating a call changes nothing.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from d3po.tasks.logs import run_logger
 from d3po.tasks.tracking.moved import follow_folder
-from d3po.tasks.tracking.views import TRAINING, VIEW, experiment_page, view_page
+from d3po.tasks.tracking.views import EXPERIMENT, TRAINING, VIEW, experiment_page, view_page
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import leaves
 from d3po_core.paths import data_folder
@@ -27,10 +27,8 @@ from d3po_core.urls import masked, without_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
 
 Client: TypeAlias = "MlflowClient"
-EXPERIMENT = "d3po"
 NOTE = "mlflow.note.content"
 # Beside the held-out curves: MLflow groups charts by the part before the last slash, and sorts groups by name.
 SLIDER = "held_out/same seeds"
@@ -224,13 +222,13 @@ def _create_round(client: Client, config: CampaignConfig, round_number: int, par
 
 
 def _began(config: CampaignConfig, round_number: int) -> int | None:
-    """When a round's first stage began, in ms; it may be delivered days later. None while it runs."""
-    stage, kind = ("sample", SampleRecord) if round_number else ("evaluate", EvaluateRecord)
-    if not stage_path(config.folder, round_number, stage).exists():
-        return None
-    record = read_record(config.folder, round_number, stage, kind)
-    assert record.finished_at is not None
-    return milliseconds(record.finished_at - timedelta(seconds=record.seconds))
+    """When a round's first stage began, in ms, because it may be delivered days later; None if none is finished."""
+    for stage, kind in (("sample", SampleRecord), ("evaluate", EvaluateRecord)):
+        if stage_path(config.folder, round_number, stage).exists():
+            record = read_record(config.folder, round_number, stage, kind)
+            assert record.finished_at is not None
+            return milliseconds(record.finished_at - timedelta(seconds=record.seconds))
+    return None
 
 
 def _who_runs() -> dict[str, str]:
@@ -271,12 +269,13 @@ def log_metrics(client: Client, run_id: str, rows: list[tuple[str, float | None,
     """Log (name, value, step, time) in batches; with the stage's time, a repeated call adds no new point."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(n, _rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
+    metrics = [Metric(n, rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """A number with as many digits as MLflow's tables should show."""
     return float(f"{value:.{DIGITS}g}")
 
 
@@ -334,133 +333,3 @@ def log_grid_once(client: Client, config: CampaignConfig, round_number: int, gri
         # MLflow's frame is a square whose lower part its card cuts off, so the images come first.
         square = ImageOps.pad(image.convert("RGBA"), (side, side), color=(0, 0, 0, 0), centering=(0.5, 0))
         client.log_image(parent, square, key=SLIDER, step=round_number, synchronous=True)
-
-
-def log_checkpoint(
-    client: Client, config: CampaignConfig, round_number: int, run_id: str, name: str, folder: Path,
-    tags: dict[str, str], metrics: dict[str, float | None], when: datetime,
-) -> "LoggedModel":  # fmt: skip
-    """Log a checkpoint as a model of its run, with its held-out metrics, unless it is there.
-
-    Args:
-        client: of the store.
-        config: of the campaign.
-        round_number: the checkpoint's round.
-        run_id: the round's run.
-        name: of the model; MLflow replaces nothing in it and refuses / : . % and quotes.
-        folder: holds the weights, and nothing else, since all of it is shipped.
-        tags: of the model.
-        metrics: of the model; MLflow sorts models by them.
-        when: time of the metrics.
-    """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    model = _logged_model(client, run_id)
-    if model is None or model.status != LoggedModelStatus.READY:
-        model = client.create_logged_model(
-            experiment(client), name=name, source_run_id=run_id, tags=tags, model_type=config.model.train
-        )
-        client.log_model_artifacts(model.model_id, str(folder))
-        _log_model_metrics(client, model, round_number, run_id, metrics, when)
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, round_number)])
-        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model
-
-
-def log_to_model(
-    client: Client, round_number: int, run_id: str, metrics: dict[str, float | None], when: datetime
-) -> None:
-    """Add metrics to the model of a round's checkpoint, if it was logged."""
-    if (model := _logged_model(client, run_id)) is not None:
-        _log_model_metrics(client, model, round_number, run_id, metrics, when)
-
-
-def _logged_model(client: Client, run_id: str) -> "LoggedModel | None":
-    return next(iter(client.search_logged_models([experiment(client)], f"source_run_id = '{run_id}'")), None)
-
-
-def _log_model_metrics(
-    client: Client, model: "LoggedModel", round_number: int, run_id: str, metrics: dict[str, float | None],
-    when: datetime,
-) -> None:  # fmt: skip
-    from mlflow.entities import Metric
-
-    values = [
-        Metric(name, _rounded(value), milliseconds(when), round_number, model_id=model.model_id)
-        for name, value in metrics.items() if value is not None
-    ]  # fmt: skip
-    client.log_batch(run_id, metrics=values)
-
-
-def register_version(client: Client, config: CampaignConfig, model: "LoggedModel", tags: dict[str, str]) -> str:
-    """The version of the campaign's registered model for this checkpoint; created if missing."""
-    from mlflow.exceptions import MlflowException
-
-    name = registered_name(config)
-    try:
-        client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        client.create_registered_model(name)
-        for earlier in _earlier_models(client, config, model):  # somebody deleted the registered model
-            _register(client, name, earlier, {**earlier.tags})
-    present = client.search_model_versions(f"name = '{name}' and run_id = '{model.source_run_id}'")
-    return str(present[0].version) if present else _register(client, name, model, tags)
-
-
-def _register(client: Client, name: str, model: "LoggedModel", tags: dict[str, str]) -> str:
-    own = {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
-    made = client.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=str(model.source_run_id), tags=own, model_id=model.model_id
-    )
-    version = str(made.version)
-    # MLflow's page of the model then links to the version.
-    linked = {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])}
-    client.set_logged_model_tags(model.model_id, linked)
-    return version
-
-
-def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel") -> list["LoggedModel"]:
-    """The campaign's other checkpoints in MLflow, in order of rounds."""
-    wanted = f"tags.`mlflow.parentRunId` = '{campaign_run_id(config)}'"
-    rounds = client.search_runs([experiment(client)], wanted, max_results=10_000)
-    in_order = sorted(rounds, key=lambda run: int(run.data.tags["d3po.round"]))
-    found = [_logged_model(client, run.info.run_id) for run in in_order if run.info.run_id != model.source_run_id]
-    return [earlier for earlier in found if earlier is not None]
-
-
-def versions_of(client: Client, config: CampaignConfig) -> dict[str, str]:
-    """The versions of the campaign's registered model, by the id of the run that each came from."""
-    return {str(v.run_id): str(v.version) for v in client.search_model_versions(f"name = '{registered_name(config)}'")}
-
-
-def describe_version(client: Client, config: CampaignConfig, run_id: str, version: str, text: str) -> None:
-    """Set the description of a version and of the model it came from."""
-    client.update_model_version(registered_name(config), version, description=text)
-    if (model := _logged_model(client, run_id)) is not None:
-        client.set_logged_model_tags(model.model_id, {NOTE: text})
-
-
-def describe_registered(client: Client, config: CampaignConfig, text: str, tags: dict[str, str]) -> None:
-    """Set the registered model's description and tags, if it exists."""
-    name = registered_name(config)
-    if client.search_registered_models(f"name = '{name}'"):
-        client.update_registered_model(name, text)
-        for key, value in tags.items():
-            client.set_registered_model_tag(name, key, value)
-
-
-def set_aliases(client: Client, config: CampaignConfig, rounds: dict[str, int]) -> None:
-    """Point the registered model's aliases to these rounds' versions; remove aliases of rounds without one."""
-    name, versions = registered_name(config), versions_of(client, config)
-    for alias, number in rounds.items():
-        if version := versions.get(round_run_id(config, number)):
-            client.set_registered_model_alias(name, alias, version)
-        elif versions:
-            client.delete_registered_model_alias(name, alias)
-
-
-def registered_name(config: CampaignConfig) -> str:
-    """Name of the campaign's registered model."""
-    return f"d3po-{config.campaign}"

@@ -6,19 +6,16 @@ from datetime import UTC
 
 from d3po.tasks.tracking import wording
 from d3po.tasks.tracking.marks import is_marked, mark_path, note_told, told
+from d3po.tasks.tracking.registry import describe_registered, describe_version, registered_name, versions_of
 from d3po.tasks.tracking.standing import Standing, standings
 from d3po.tasks.tracking.store import (
     Client,
     campaign_label,
     describe,
     describe_experiment,
-    describe_registered,
-    describe_version,
     experiment,
-    registered_name,
     round_run_id,
     tracking_uri,
-    versions_of,
 )
 from d3po.tasks.tracking.views import rounds_view, view_page
 from d3po_core.config import CampaignConfig

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
+EXPERIMENT = "d3po"
 VIEW = "mlflow.sharedViewState."
 NAME = "rounds of "
 RUN_NAME = "attributes.`Run Name`"
@@ -48,25 +49,25 @@ def rounds_view(campaign: str, campaign_run: str, scorers: list[str], created: d
     return json.dumps(view)
 
 
-def latest_view(database: Path, experiment: str) -> tuple[str, str] | None:
-    """Return name and path of the newest campaign's view; None if the store has none.
+def saved_view(database: Path, key: str | None = None) -> tuple[str, str] | None:
+    """Return name and path of a campaign's view, without loading MLflow; None if there is none.
 
     Args:
         database: MLflow's sqlite file.
-        experiment: name of the experiment that holds all campaigns.
+        key: the campaign's id; the newest campaign if not given.
     """
     if not database.exists():
         return None
     address = f"file:{quote(str(database))}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True, timeout=5)) as store:
         try:
-            rows = store.execute(_VIEWS, (experiment, f"{VIEW}%", f'%"{NAME}%')).fetchall()
+            rows = store.execute(_VIEWS, (EXPERIMENT, f"{VIEW}{key or '%'}", f'%"{NAME}%')).fetchall()
         except sqlite3.Error:  # a store that MLflow has not finished yet
             return None
     if not rows:
         return None
     key, value, number = max(rows, key=lambda row: int(json.loads(row[1])["createdAt"]))
-    return json.loads(value)["name"], view_page(str(number), key.removeprefix(VIEW))
+    return json.loads(value)["name"], view_page(str(number), str(key).removeprefix(VIEW))
 
 
 _VIEWS = """
