@@ -106,8 +106,13 @@ def prefect_url() -> str | None:
 
 
 def find_prefect() -> bool:
-    """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set."""
+    """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set.
+
+    Links to MLflow then name the MLflow server of ``d3po up``, if it runs.
+    """
     os.environ.update(without_proxy(os.environ))
+    if leader("mlflow"):
+        os.environ.setdefault("D3PO_MLFLOW_URL", server_url(known_ports(), "mlflow"))
     if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
         os.environ[LOGIN] = known
     return "PREFECT_API_URL" in os.environ

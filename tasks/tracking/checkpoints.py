@@ -36,7 +36,6 @@ def log_publish(client: Client, config: CampaignConfig, round_number: int, run_i
     log_digests(client, run_id, _digests(config, round_number, row))
     guarded = stage_path(config.folder, round_number, "guard").exists()  # else the round is older than the guard
     guard = read_record(config.folder, round_number, "guard", GuardRecord) if guarded else None
-    client.set_tag(run_id, "d3po.verdict", guard.verdict if guard else "unknown")
     if round_number == 0:
         set_aliases(client, config, dict.fromkeys(ALIASES, 0))  # clear those of a former campaign with the same name
     elif guard:

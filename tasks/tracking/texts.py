@@ -77,7 +77,7 @@ def _loading_lines(config: CampaignConfig, standing: Standing, version: str) -> 
     assert standing.record.checkpoint is not None
     line = loading_line(config.folder / standing.record.checkpoint, "folder")
     return (
-        f"\n```python\nmlflow.set_tracking_uri({masked(tracking_uri())!r})\n"
+        f"\n```python\nimport diffusers\nimport mlflow\n\nmlflow.set_tracking_uri({masked(tracking_uri())!r})\n"
         f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
         f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n{line}\n```\n'
     )

@@ -1,6 +1,7 @@
 """Names and descriptions on MLflow's pages. They begin with the score, because narrow columns cut them off."""
 
 from d3po.tasks.tracking.standing import Standing
+from d3po.tasks.tracking.views import TRAINING
 from d3po_core.config import CampaignConfig
 from d3po_core.evaluation.comparison import Comparison
 from d3po_core.records import RoundRecord
@@ -79,7 +80,7 @@ def champion_line(standings: list[Standing], version: str | None, registered: st
         return f"{record.score} {record.eval_scorer}: the base is the champion, after {_rounds(last)}."
     gain = f", {best.against_base.difference.signed} to the base" if best.against_base else ""
     found = f"{record.score} {record.eval_scorer}: the champion is round {record.round} of {last}{gain}."
-    return f"{found} [Load it](#/models/{registered}/versions/{version})" if version else found
+    return f"{found} [Load it](#/models/{registered}/versions/{version}{TRAINING})" if version else found
 
 
 def _rounds(number: int) -> str:
