@@ -17,6 +17,7 @@ from d3po_core.store.stages import read_record, round_record, stage_path, start_
 from d3po_core.store.tables import partition, read_rows
 
 ALIASES = ("champion", "current", "previous")
+TABLES = ("samples", "judgements", "preferences", "evaluations")
 
 
 def held_out(record: EvaluateRecord) -> dict[str, float | None]:
@@ -47,12 +48,13 @@ def log_publish(client: Client, config: CampaignConfig, round_number: int, run_i
     client.set_terminated(campaign_run_id(config), "FINISHED", milliseconds(row["finished_at"]))
 
 
-def _digests(config: CampaignConfig, round_number: int, row: dict[str, Any]) -> dict[str, str | None]:
-    preferences = partition(config.folder, "preferences", round_number) / "part.parquet"
-    return {
-        "git_commit": row["git_commit"], "config_sha256": row["config_sha256"], "lora_sha256": row["lora_sha256"],
-        "preferences_sha256": hashlib.sha256(preferences.read_bytes()).hexdigest() if preferences.exists() else None,
-    }  # fmt: skip
+def _digests(config: CampaignConfig, round_number: int, row: dict[str, Any]) -> dict[str, Any]:
+    files = {
+        f"{table}/{file.stem}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for table in TABLES
+        for file in sorted(partition(config.folder, table, round_number).glob("*.parquet"))
+    }
+    return {name: row[name] for name in ("git_commit", "config_sha256", "lora_sha256")} | {"files_sha256": files}
 
 
 def _publish_model(

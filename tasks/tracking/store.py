@@ -3,14 +3,13 @@
 Only this module and ``registry`` import mlflow. Every function is safe to call again: repeating a call changes nothing.
 """
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po.tasks.logs import run_logger
 from d3po.tasks.tracking.moved import follow_folder
@@ -253,7 +252,7 @@ def describe_experiment(client: Client, markdown: str, key: str, view: str) -> N
         client.set_experiment_tag(experiment(client), f"{VIEW}{key}", view)
 
 
-def log_digests(client: Client, run_id: str, digests: dict[str, str | None]) -> None:
+def log_digests(client: Client, run_id: str, digests: dict[str, Any]) -> None:
     """Keep digests in a file of the run: as tags they would fill the pages where people look for scores."""
     client.log_dict(run_id, digests, "digests.json")
 
@@ -306,14 +305,17 @@ def log_both(
 
 
 def log_lineage(client: Client, config: CampaignConfig, round_number: int, run_id: str, table: str) -> None:
-    """Link the Parquet files that the run wrote or read, by path and digest."""
+    """Link the Parquet files that the run wrote or read, by path; MLflow's tables show the name in place of a digest.
+
+    ``digests.json`` has the files' digests.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
+    shown = f"round {round_number}, {campaign_id(config.folder)[:8]}"  # one for each file in MLflow, at most 36 letters
     for file in sorted(partition(config.folder, table, round_number).glob("*.parquet")):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
         source = json.dumps({"uri": str(file)})
-        dataset = Dataset(name=f"{table}/{file.stem}", digest=digest, source_type="local", source=source)
+        dataset = Dataset(name=f"{table}/{file.stem}", digest=shown, source_type="local", source=source)
         inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", table)]))
     client.log_inputs(run_id, inputs)
 

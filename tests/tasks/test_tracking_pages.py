@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sqlite3
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -143,6 +144,10 @@ def test_a_campaign_s_run_has_curves_images_and_no_parameters_digests_or_ends_of
         assert run.data.params
         kept = json.loads(Path(client.download_artifacts(run.info.run_id, "digests.json")).read_text())
         assert DIGEST.fullmatch(kept["config_sha256"])
+        number = run.data.tags["d3po.round"]
+        files = {f"{file.parent.parent.name}/part": file for file in own.folder.glob(f"*/round={number}/part.parquet")}
+        assert kept["files_sha256"]["evaluations/part"] == sha256(files["evaluations/part"].read_bytes()).hexdigest()
+        assert not [data for data in run.inputs.dataset_inputs if re.search("[0-9a-f]{9}", data.dataset.digest)]
 
 
 def test_another_campaign_of_the_same_name_has_other_names(
