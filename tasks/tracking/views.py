@@ -42,7 +42,8 @@ def rounds_view(campaign: str, campaign_run: str, scorers: list[str], created: d
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{campaign_run}'",
         "orderByKey": columns[0], "orderByAsc": False,
-        "selectedColumns": columns, "columnOrder": [RUN_NAME, *columns], "columnWidths": dict.fromkeys(columns, 170) | {RUN_NAME: 370},
+        "selectedColumns": columns, "columnOrder": [RUN_NAME, *columns],
+        "columnWidths": {**dict.fromkeys(columns, 170), RUN_NAME: 370},
     }  # fmt: skip
     at = int(created.timestamp() * 1000)
     view = {"name": NAME + campaign, "createdAt": at, "updatedAt": at, "state": json.dumps(state)}

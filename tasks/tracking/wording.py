@@ -40,7 +40,8 @@ def model_name(record: RoundRecord, label: str) -> str:
 def about_round(standing: Standing, config: CampaignConfig, label: str) -> str:
     """Description of a round's run and of its model's version, without the lines that load it."""
     record = standing.record
-    place = "the champion" if standing.is_champion else f"the champion is {called(standing.champion)}"
+    other = called(standing.champion) if standing.champion else "the base"
+    place = "the champion" if standing.is_champion else f"the champion is {other}"
     lines = [
         f"{record.score} {record.eval_scorer}, {called(record.round)} of campaign `{label}`; {place}.", "",
         *_compared("the base", standing.against_base),

@@ -16,7 +16,13 @@ from mlflow.entities import Run
 from mlflow.tracking._tracking_service import utils
 
 from d3po.tasks.tracking import delivery
-from d3po.tasks.tracking.registry import log_checkpoint, register_version, registered_name, set_aliases
+from d3po.tasks.tracking.registry import (
+    describe_version,
+    log_checkpoint,
+    register_version,
+    registered_name,
+    set_aliases,
+)
 from d3po.tasks.tracking.store import campaign_run_id, experiment, forget_runs, mlflow_client, page_url, round_run_id
 from d3po_core.config import CampaignConfig
 
@@ -137,6 +143,8 @@ def test_a_copied_data_folder_is_written_where_it_lies_now(
 ) -> None:
     delivery.deliver(own)
     version = registered(own, 1)
+    described = f"loaded from {tmp_path}/data/mlflow/mlflow.db"
+    describe_version(mlflow_client(), own, round_run_id(own, 1), version, described)
     shutil.copytree(tmp_path / "data", tmp_path / "moved data")
     old = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
     monkeypatch.setenv("D3PO_DATA", str(tmp_path / "moved data"))
