@@ -90,11 +90,12 @@ def _tell_campaign(
     number, key = experiment(client), campaign_id(config.folder)
     best = next(standing for standing in found if standing.is_champion)
     version = versions.get(round_run_id(config, best.record.round))
-    champion = wording.champion_line(found, version, registered_name(config))
-    text = wording.about_campaign(champion, config, label, view_page(number, key))
+    champion = wording.champion_line(found)
+    load = wording.load_link(registered_name(config), version) if version else None
+    text = wording.about_campaign(champion, load, config, label, view_page(number, key))
     describe(client, campaign_run, wording.campaign_name(found, label), text)
     shown = f"{best.record.score} {wording.called(best.record.round)}"
-    describe_registered(client, config, wording.about_registered(champion, label), {"champion": shown})
+    describe_registered(client, config, wording.about_registered(champion, load, label), {"champion": shown})
     began = found[0].record.finished_at
     assert began is not None
     view = rounds_view(label, campaign_run, list(config.evaluation_scorers), began.replace(tzinfo=UTC))

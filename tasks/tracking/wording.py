@@ -73,15 +73,19 @@ def _by_people(standing: Standing) -> list[str]:
     return [f"- people, blind: prefer it to the base in {rate.win_rate.mean:.0%} of {rate.num_pairs} pairs"]
 
 
-def champion_line(standings: list[Standing], version: str | None, registered: str) -> str:
-    """The champion, its score and its gain over the base, with a link to its version."""
+def champion_line(standings: list[Standing]) -> str:
+    """The champion, its score and its gain over the base."""
     best = next(standing for standing in standings if standing.is_champion)
     record, last = best.record, standings[-1].record.round
     if not record.round:
         return f"{record.score} {record.eval_scorer}: the base is the champion, after {_rounds(last)}."
     gain = f", {best.against_base.difference.signed} to the base" if best.against_base else ""
-    found = f"{record.score} {record.eval_scorer}: the champion is round {record.round} of {last}{gain}."
-    return f"{found} [Load it](#/models/{registered}/versions/{version}{TRAINING})" if version else found
+    return f"{record.score} {record.eval_scorer}: the champion is round {record.round} of {last}{gain}."
+
+
+def load_link(registered: str, version: str) -> str:
+    """A link from a description to the version whose description has the lines that load it."""
+    return f"[Load the champion](#/models/{registered}/versions/{version}{TRAINING})"
 
 
 def _rounds(number: int) -> str:
@@ -97,12 +101,17 @@ def campaign_name(standings: list[Standing], label: str) -> str:
     return f"{label}: {best.score} {called(best.round)}"
 
 
-def about_campaign(champion: str, config: CampaignConfig, label: str, table: str) -> str:
-    """Description of a campaign's run: the champion, what it is, how to read it, what to type next."""
-    judges = ", ".join(config.judge.scorers)
-    return f"""{champion}
+def about_campaign(champion: str, load: str | None, config: CampaignConfig, label: str, table: str) -> str:
+    """Description of a campaign's run: the champion, how to read the run, what to type next, what it is.
 
-- [All rounds, best first]({table.removeprefix("/")})
+    Links come first: MLflow folds a long description, and what lies under the fold cannot be clicked.
+    """
+    judges = ", ".join(config.judge.scorers)
+    links = " · ".join(filter(None, (load, f"[All rounds, best first]({table.removeprefix('/')})")))
+    return f"""{links}
+
+{champion}
+
 - *Model metrics* begins with the held-out score over rounds and the images of the same prompts and seeds. Move
   the slider under the images from round to round.
 - *Artifacts* has `report.html`: is it better, is it sane, why did it change.
@@ -114,9 +123,9 @@ round is scored on the same held-out prompts and seeds.
 """
 
 
-def about_registered(champion: str, label: str) -> str:
+def about_registered(champion: str, load: str | None, label: str) -> str:
     """Description of a registered model."""
     return (
-        f"{champion}\n\nCheckpoints of the D3PO campaign `{label}`, one version per round. The alias `champion` is the "
-        "best round that the guard trusts, `current` the one that the next round starts from.\n"
+        f"{champion} {load or ''}\n\nCheckpoints of the D3PO campaign `{label}`, one version per round. The alias "
+        "`champion` is the best round that the guard trusts, `current` the one that the next round starts from.\n"
     )

@@ -27,14 +27,6 @@ from d3po.tasks.tracking.store import campaign_run_id, experiment, forget_runs, 
 from d3po_core.config import CampaignConfig
 
 
-@pytest.fixture(scope="module")
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as MLflow makes it, which takes it a second."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
 def own(
     config: CampaignConfig, campaign: Path, tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
