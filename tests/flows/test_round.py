@@ -135,7 +135,7 @@ def test_mlflow_shows_training_over_the_timesteps_of_a_round(
     campaign: Path, data: Path, mlflow_runs: list[Any]
 ) -> None:
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
-    history = client.get_metric_history(mlflow_runs[-1].info.run_id, "by_timestep/margin_before")
+    history = client.get_metric_history(mlflow_runs[-1].info.run_id, "timestep/margin_before")
     with connect(campaign) as connection:
         expected = connection.sql(
             "SELECT timestep, avg(margin_before) FROM update_steps WHERE round = 2 GROUP BY timestep ORDER BY timestep"

@@ -13,6 +13,7 @@ import pytest
 from mlflow.entities import Run
 from PIL import Image
 
+from d3po.flows import servers
 from d3po.tasks.tracking import delivery, store, texts
 from d3po.tasks.tracking.standing import standings
 from d3po.tasks.tracking.store import campaign_page, forget_runs, mlflow_client
@@ -162,6 +163,7 @@ def test_another_campaign_of_the_same_name_has_other_names(
 def test_the_link_opens_a_saved_view_of_exactly_this_campaign(own: CampaignConfig, tmp_path: Path) -> None:
     database = tmp_path / "data" / "mlflow" / "mlflow.db"
     assert saved_view(database) is None
+    assert servers._mlflow_line("http://x") == "MLflow: http://x/#/experiments?workflowType=machine_learning"
     delivery.deliver(own)
     link = campaign_page(own)
     assert link
@@ -180,6 +182,7 @@ def test_the_link_opens_a_saved_view_of_exactly_this_campaign(own: CampaignConfi
     assert [int(run.data.tags["d3po.round"]) for run in rounds] == sorted(scores, key=lambda n: -scores[n])
     assert {run.data.tags["mlflow.parentRunId"] for run in rounds} == {parent}
     assert saved_view(database) == (view["name"], f"/#{urlsplit(link).fragment}")
+    assert servers._mlflow_line("http://127.0.0.1:5000") == f"MLflow, rounds of tiny: {link}"
     assert saved_view(database, campaign_id(own.folder)) == saved_view(database)
     assert saved_view(database, "0" * 32) is None
 
