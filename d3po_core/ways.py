@@ -31,8 +31,8 @@ class Way:
 WAYS: dict[str, Way] = {
     "pair": Way(
         "choice", ("first_id", "second_id", "choice"),
-        "Write first, second or tie in the column choice; skip if you cannot say.",
-        "Which one is better?", "this one is better", lambda values, size: values in ([-1, 1], [0, 0]),
+        "Write first, second, tie or both bad in the column choice; skip if you cannot say.",
+        "Which one is better?", "this one is better", lambda values, size: values in ([-1, 1], [0, 0], [-1, -1]),
     ),
     "mark_bad": Way(
         "rating", ("group_id", "sample_id", "rating"),

@@ -62,7 +62,7 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
     from rich.table import Table
 
     table = Table()
-    for column in ("rater", "judged", "skipped", "taken back", "groups", "seconds", "gold right [95 %]", "reliability",
+    for column in ("rater", "judged", "skipped", "taken back", "both bad", "groups", "seconds", "gold right [95 %]", "reliability",
                    "agreement", "first place [95 %]", ""):  # fmt: skip
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
@@ -86,8 +86,8 @@ def _cells(rater: "RaterSummary") -> list[str]:
     if rater.first_p is not None and rater.first_share is not None and rater.first_p < BIAS_P:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
     return [
-        rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.groups),
-        _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
+        rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.both_bad),
+        str(rater.groups), _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
     ]  # fmt: skip
 
 
