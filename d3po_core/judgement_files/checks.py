@@ -120,7 +120,8 @@ CREATE OR REPLACE TEMP TABLE said AS
 """
 
 _GOOD = """
-SELECT row, rater, sample_id, other_id, value, both_bad, moment, number(seconds) AS seconds, number(position)::BIGINT AS position,
+SELECT row, rater, sample_id, other_id, value, both_bad, moment, number(seconds) AS seconds,
+       number(position)::BIGINT AS position,
        hash(rater, least(sample_id, coalesce(other_id, sample_id)), greatest(sample_id, coalesce(other_id, sample_id)),
             moment) AS thing, said
 FROM said ANTI JOIN problems USING (row) ORDER BY row

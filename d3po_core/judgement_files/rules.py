@@ -103,7 +103,8 @@ def both_bad_sql(kind: str) -> str:
     """SQL for whether a cell calls both images of a choice bad; null for other kinds and without a choice."""
     if kind != "choice":
         return "NULL::BOOLEAN"
-    return f"if(lower(said) IN ({', '.join(map(_quoted, SKIPS))}), NULL, lower(said) IN ({', '.join(map(_quoted, BOTH_BAD))}))"
+    words = ", ".join(map(_quoted, BOTH_BAD))
+    return f"if({skipped_sql()}, NULL, lower(said) IN ({words}))"
 
 
 def _quoted(text: str) -> str:

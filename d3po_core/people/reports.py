@@ -45,7 +45,7 @@ class ImageReports:
             return self._standing
 
     def add(self, rater: str, sample_id: str, image_path: str, reason: Reason, name: str) -> None:
-        """Store a report, or withdraw one; return once it is on disk. The same ``name`` is stored once.
+        """Store a report, or withdraw one; return once it is on disk. What is on record already is not stored twice.
 
         Args:
             rater: who reports.
@@ -62,7 +62,8 @@ class ImageReports:
             return
         if not image.is_file():
             raise D3POError(f"{image}: is gone, so there is nothing to report; reload the page")
-        self.standing()
+        if self.standing().get(sample_id, {}).get(rater, "withdrawn") == reason:
+            return
         with self._lock:  # times must grow even if the clock is set back, because the last word counts by time
             self._latest = max(datetime.now(UTC).replace(tzinfo=None), self._latest + timedelta(microseconds=1))
             row = {

@@ -75,7 +75,8 @@ _RATERS = f"""
 )
 SELECT round, rater, rater_kind, num_judgements, num_skipped, num_taken_back, num_groups,
        coalesce(num_votes, 0) AS num_votes, coalesce(num_ties, 0) AS num_ties,
-       coalesce(num_both_bad, 0) AS num_both_bad, coalesce(votes_kept, 0) AS votes_kept, coalesce(votes_lost, 0) AS votes_lost, seconds, median_seconds, first_at, last_at
+       coalesce(num_both_bad, 0) AS num_both_bad, coalesce(votes_kept, 0) AS votes_kept,
+       coalesce(votes_lost, 0) AS votes_lost, seconds, median_seconds, first_at, last_at
 FROM counted JOIN grouped USING (round, rater, rater_kind) JOIN timed USING (round, rater, rater_kind)
 LEFT JOIN voted USING (round, rater, rater_kind)
 """
@@ -99,8 +100,8 @@ WITH last_word AS (
     SELECT DISTINCT round, sample_id, prompt, seed, image_path FROM evaluations
 )
 SELECT c.round, c.against, c.rater, mine.prompt, mine.seed, c.sample_id, c.against_id, mine.image_path AS image,
-       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote, coalesce(c.both_bad, false) AS both_bad, c.position, c.seconds,
-       c.judged_at
+       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote,
+       coalesce(c.both_bad, false) AS both_bad, c.position, c.seconds, c.judged_at
 FROM last_word c
 JOIN images mine ON mine.round = c.round AND mine.sample_id = c.sample_id
 JOIN images other ON other.round = c.against AND other.sample_id = c.against_id

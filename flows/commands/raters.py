@@ -62,8 +62,8 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
     from rich.table import Table
 
     table = Table()
-    for column in ("rater", "judged", "skipped", "taken back", "both bad", "groups", "seconds", "gold right [95 %]", "reliability",
-                   "agreement", "first place [95 %]", ""):  # fmt: skip
+    for column in ("rater", "judged", "skipped", "taken back", "both bad", "groups", "seconds", "gold right [95 %]",
+                   "reliability", "agreement", "first place [95 %]", ""):  # fmt: skip
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
         table.add_row(*_cells(rater))
@@ -87,7 +87,8 @@ def _cells(rater: "RaterSummary") -> list[str]:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
     return [
         rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.both_bad),
-        str(rater.groups), _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
+        str(rater.groups), _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place,
+        ", ".join(notes),
     ]  # fmt: skip
 
 

@@ -30,15 +30,18 @@ SERVER = """
 import sys
 from d3po.flows.commands.label import serve_page
 told = open(sys.argv[1], "a", buffering=1)
-serve_page(lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None)
+serve_page(
+    lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None,
+    grace_seconds=float(sys.argv[3]),
+)
 """
 
 
 class Served:
     """A labelling page in a process of its own, which may be killed and started again on the same port."""
 
-    def __init__(self, data: Path) -> None:
-        self.data, self.told = data, data / "told.txt"
+    def __init__(self, data: Path, grace_seconds: float = 0.0) -> None:
+        self.data, self.told, self.grace_seconds = data, data / "told.txt", grace_seconds
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -47,7 +50,7 @@ class Served:
 
     def start(self) -> None:
         environment = os.environ | {"D3PO_DATA": str(self.data), "PYTHONPATH": str(PROJECT_ROOT)}
-        command = [sys.executable, "-c", SERVER, str(self.told), str(self.port)]
+        command = [sys.executable, "-c", SERVER, str(self.told), str(self.port), str(self.grace_seconds)]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         until = time.monotonic() + 60
         while True:
