@@ -78,12 +78,20 @@ def render_guideline(text: str, campaign: Path, image_url: ImageUrl) -> Guidelin
     reader.add_render_rule("image", image)
     reader.add_render_rule("link_open", link)
     tokens = reader.parse(text)
-    for token in tokens:
-        if token.type.startswith("heading_"):  # below the page's own headings
-            token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
+    _lower_headings(tokens)
     end = next((index for index, token in enumerate(tokens) if token.type == "paragraph_close"), -1) + 1
     opening = tokens[:end] if tokens and tokens[0].type == "paragraph_open" else []
     plain = bool(opening) and not any(child.type == "image" for child in opening[1].children or ())
     short = reader.renderer.render(opening, reader.options, {}) if plain else ""
     whole = reader.renderer.render(tokens, reader.options, {})
     return Guideline(short, "" if plain and end == len(tokens) and len(text) <= SHORT else whole)
+
+
+def _lower_headings(tokens: Sequence[Token]) -> None:
+    """Put headings below the page's own, whose last level is 2, without leaving out a level."""
+    level = 2
+    for token in tokens:
+        if token.type == "heading_open":
+            level = min(int(token.tag[1]) + 2, level + 1, 6)
+        if token.type.startswith("heading_"):
+            token.tag = f"h{level}"

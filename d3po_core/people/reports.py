@@ -44,6 +44,15 @@ class ImageReports:
                 self._files = files
             return self._standing
 
+    def lines(self, round_number: int | None = None) -> list[str]:
+        """Return a line for people per reported image, of one round or of all: the image, why, and who says so."""
+        images = self.standing().items()
+        of_rounds = [(image, said) for image, said in images if round_number in (None, round_of(image))]
+        return [
+            f"reported: {image} is {' and '.join(sorted(set(said.values())))} ({', '.join(sorted(said))})"
+            for image, said in sorted(of_rounds, key=lambda entry: (round_of(entry[0]), entry[0]))
+        ]
+
     def add(self, rater: str, sample_id: str, image_path: str, reason: Reason, name: str) -> None:
         """Store a report, or withdraw one; return once it is on disk. What is on record already is not stored twice.
 

@@ -27,6 +27,7 @@ def raters(
     """Print the raters: judgements, speed, right gold answers, bias and agreement."""
     from d3po_core.errors import D3POError
     from d3po_core.people.raters import connect_with_journal, rater_report
+    from d3po_core.people.reports import ImageReports
     from d3po_core.store.campaign import campaign_named, rules_of
 
     folder = campaign_named(campaign).folder
@@ -45,6 +46,7 @@ def raters(
             _write_csv(report, stream)
         else:
             _print_table(report, people.accuracy_floor, stream)
+            stream.writelines(f"{line}\n" for line in ImageReports(folder).lines(round_number))
 
 
 def _write_csv(report: "RaterReport", stream: Any) -> None:

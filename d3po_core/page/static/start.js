@@ -7,7 +7,7 @@ let before = null;
 function show({ html, waiting }) {
   if (html === before) return;
   const focused = document.activeElement.closest?.("#entries a")?.getAttribute("href");
-  const more = waiting > Number(entries.dataset.waiting || waiting);
+  const more = waiting > Number(entries.dataset.waiting);
   entries.innerHTML = before = html;
   entries.dataset.waiting = waiting;
   document.title = `${waiting ? `(${waiting}) ` : ""}d3po label`;
