@@ -44,11 +44,10 @@ def guideline_image(campaign: Path, name: str) -> Path | None:
     """Return the image file that a guideline names by id or path; None if the campaign's folder has no such image."""
     if _ID.fullmatch(name):
         name = f"images/round={round_of(name)}/{name}.png"
-    path = campaign / name
     try:
-        inside = path.resolve().is_relative_to(campaign.resolve())
-        return path if inside and path.suffix.lower() in IMAGES and path.is_file() else None
-    except (OSError, ValueError):  # no name of a file
+        path = campaign / (campaign / name).resolve().relative_to(campaign.resolve())
+        return path if path.suffix.lower() in IMAGES and path.is_file() else None
+    except (OSError, ValueError):  # no name of a file, or of one elsewhere
         return None
 
 

@@ -133,17 +133,16 @@ def test_one_number_stands_on_a_ranked_image(browser: Any, served: Served) -> No
 def test_light_and_dark_follow_the_browser_until_the_rater_chooses(browser: Any, served: Served) -> None:
     waiting_campaign(served.data, "theme", groups=1, size=2, pixels=16)
     page = enter(browser, served, "ann", "theme", color_scheme="light")
-    ground = "() => getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/g).map(Number)[0]"
-    assert page.evaluate(ground) > 200
+    ground = "getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/g).map(Number)[0]"
+    page.wait_for_function(f"{ground} > 200")
     page.emulate_media(color_scheme="dark")
-    assert page.evaluate(ground) < 60
+    page.wait_for_function(f"{ground} < 60")
     page.keyboard.press("?")
     page.get_by_role("button", name="Light or dark").click()
-    assert page.evaluate(ground) > 200
-    page.reload()
-    assert page.evaluate(ground) > 200
-    page.goto(served.root)
-    assert page.evaluate(ground) > 200
+    page.wait_for_function(f"{ground} > 200")
+    for url in (page.url, served.root):  # the choice stays
+        page.goto(url)
+        page.wait_for_function(f"{ground} > 200")
 
 
 def test_on_a_phone_nothing_lies_over_an_image(browser: Any, served: Served) -> None:

@@ -29,6 +29,8 @@ def test_the_last_word_of_each_rater_counts_and_all_stays_on_record(config: Camp
         reports.add(rater, "r1-g0-m1", IMAGE, reason, f"page-{number}")  # type: ignore[arg-type]
     expected = {"r1-g0-m1": {"ann": "broken", "cem": "unsafe"}}
     assert reports.standing() == ImageReports(config.folder).standing() == expected
+    assert reports.lines() == reports.lines(1) == ["reported: r1-g0-m1 is broken and unsafe (ann, cem)"]
+    assert reports.lines(2) == []
     with connect_views(config.folder) as connection:
         told = connection.sql("SELECT sample_id, prompt, image_path, rater, reason FROM reported_images ORDER BY rater")
         assert told.fetchall() == [
