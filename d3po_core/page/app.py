@@ -14,71 +14,35 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import jinja2
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_core.errors import D3POError
 from d3po_core.page.access import AccessError, Raters
 from d3po_core.page.comparing import ComparisonDesk
 from d3po_core.page.completion import OnComplete
-from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, View, ended
+from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError
 from d3po_core.page.desks import Desks, MakeDesk
 from d3po_core.page.gate import LOCAL_HOSTS, Guard, Pace
+from d3po_core.page.messages import Judged, Reported, Undone
+from d3po_core.page.view import View, ended
 from d3po_core.people.guideline import Guideline, guideline_text, render_guideline
 from d3po_core.people.journal import ConflictError
-from d3po_core.people.reports import Reason
 from d3po_core.people.tally import Deck
 from d3po_core.ways import WAYS
 
 COOKIE = "d3po_label"
 COOKIE_SECONDS = 60 * 60 * 24 * 90
 WATCH_SECONDS = 2.0
-# A longer time means that the rater was away; the page then sends null.
-MAX_SECONDS = 60 * 60 * 24
 MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png",
          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
 HERE = Path(__file__).resolve().parent
-
-Submission = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-class Judged(BaseModel):
-    """The page's message when a rater has judged or skipped."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-    ticket: Annotated[str, Field(max_length=400)]
-    submission: Submission
-    action: Literal["answer", "skip"]
-    values: Annotated[list[float], Field(max_length=64)] = []
-    seconds: Annotated[float | None, Field(ge=0, le=MAX_SECONDS)] = None
-
-
-class Undone(BaseModel):
-    """The page's message when a rater takes back an entry."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    submission: Submission
-    entry: Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Reported(BaseModel):
-    """The page's message when a rater reports an image, or takes the report back."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    ticket: Annotated[str, Field(max_length=400)]
-    submission: Submission
-    image: Annotated[int, Field(ge=0, lt=64)]
-    reason: Reason
 
 
 class _Page:

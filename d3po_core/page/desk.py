@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.queue import Queue, shown_order
+from d3po_core.page.view import View
 from d3po_core.people.journal import FILE_PREFIX, Journal, Submission, sampling_of
 from d3po_core.people.questions import load_deck, waiting_round
 from d3po_core.people.reports import ImageReports, Reason
-from d3po_core.people.tally import SKIPPED, Deck, Progress, Question, Tally, answer_problem
+from d3po_core.people.tally import SKIPPED, Deck, Question, Tally, answer_problem
 from d3po_core.store.campaign import round_config
-from d3po_core.store.goals import nothing_more_to_do
 from d3po_core.store.tables import partition
 from d3po_core.ways import WAYS
 
@@ -39,56 +39,6 @@ class GoneError(D3POError):
 
 class UnfitError(D3POError):
     """An answer does not fit its question; sending it again does not help."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A rater's view.
-
-    Attributes:
-        state: ``question``, ``idle`` (nothing left for this rater), ``done`` (the deck has enough) or ``waiting``
-            (no deck to judge).
-        deck: all questions, None if there are none.
-        question: the current question.
-        shown: its sample ids in page order.
-        ahead: sample ids of the questions that probably come next.
-        ticket: identifies question and attempt in the answer.
-        again: whether the rater skipped this question before.
-        before: the answer that the rater has just taken back, in page order; empty if there is none.
-        flags: per image of ``shown``: ``mine`` if the rater reported it, ``hidden`` if others did, else empty.
-        undo: number of the rater's last entry, which may be taken back.
-        closing: whether the round has enough and still waits a few seconds for somebody to take an answer back.
-        progress: of the round.
-        given, asked: answers as this rater's page counts them; see ``Tally.steps``.
-        own: answers of this rater in the round.
-        rate: this rater's recent answers per minute, None if there are too few.
-        problem: a failure in the background, for people to see.
-    """
-
-    state: str
-    deck: Deck | None = None
-    question: Question | None = None
-    shown: tuple[str, ...] = ()
-    ahead: tuple[str, ...] = ()
-    ticket: str = ""
-    again: bool = False
-    before: tuple[float, ...] = ()
-    flags: tuple[str, ...] = ()
-    undo: int | None = None
-    closing: bool = False
-    progress: Progress | None = None
-    given: int = 0
-    asked: int = 0
-    own: int = 0
-    rate: float | None = None
-    problem: str | None = None
-
-    @property
-    def unit(self) -> str:
-        """The unit of the page's counts."""
-        if self.deck is None or self.deck.mode == "pair":
-            return "pairs"
-        return "groups" if self.deck.config.judge.people.raters_per_group == 1 else "answers"
 
 
 class Desk:
@@ -165,24 +115,11 @@ class Desk:
             state = "done" if progress.complete else "idle"
             given, asked = self._tally.steps(rater)
             view = View(
-                state, deck, undo=undo, closing=progress.complete and not self._told, progress=progress, given=given,
-                asked=asked, own=len(times), rate=_rate(times), problem=problem,
+                state, deck, undo=undo, progress=progress, given=given, asked=asked, own=len(times), rate=_rate(times),
+                problem=problem,
             )  # fmt: skip
-            if progress.complete:
-                return view
-            indices = self._queue.next(rater)
-            if not indices:
-                return view
-            question, *later = (deck.questions[index] for index in indices)
-            attempt = self._tally.attempt(rater, question.question_id)
-            shown = shown_order(deck, rater, question)
-            return replace(
-                view, state="question", question=question, shown=shown, before=self._before(rater, question, shown),
-                flags=self._flags(deck, rater, shown),
-                ahead=tuple(sample for following in later for sample in shown_order(deck, rater, following)),
-                ticket=f"{deck.round_number}.{deck.sampling}.{attempt}.{question.question_id}",
-                again=bool(self._tally.status(rater)[indices[0]] == SKIPPED),
-            )  # fmt: skip
+            indices = [] if progress.complete else self._queue.next(rater)
+            return self._asking(view, deck, rater, indices) if indices else view
 
     def judge(
         self, rater: str, ticket: str, submission: str, answer: Sequence[float] | None, seconds: float | None
@@ -277,6 +214,19 @@ class Desk:
         self._reports.add(rater, shown[image], deck.image_paths[shown[image]], reason, f"page-{submission}")
         return "Report taken back." if reason == "withdrawn" else f"Image {image + 1} is reported as {reason}."
 
+    def _asking(self, view: View, deck: Deck, rater: str, indices: Sequence[int]) -> View:
+        """The view with the first of these questions; the others probably come next."""
+        question, *later = (deck.questions[index] for index in indices)
+        attempt = self._tally.attempt(rater, question.question_id)
+        shown = shown_order(deck, rater, question)
+        return replace(
+            view, state="question", question=question, shown=shown, before=self._before(rater, question, shown),
+            flags=self._flags(deck, rater, shown),
+            ahead=tuple(sample for following in later for sample in shown_order(deck, rater, following)),
+            ticket=f"{deck.round_number}.{deck.sampling}.{attempt}.{question.question_id}",
+            again=bool(self._tally.status(rater)[indices[0]] == SKIPPED),
+        )  # fmt: skip
+
     def _before(self, rater: str, question: Question, shown: tuple[str, ...]) -> tuple[float, ...]:
         entry = self._tally.withdrawn(rater, question.question_id)
         if entry is None or entry.answer is None:
@@ -286,7 +236,11 @@ class Desk:
 
     def _flags(self, deck: Deck, rater: str, shown: tuple[str, ...]) -> tuple[str, ...]:
         others = "hidden" if deck.config.judge.people.blur_reported else ""
-        reports = [self._reports.standing().get(sample, {}) for sample in shown]
+        try:
+            standing = self._reports.standing()
+        except D3POError:  # a damaged file of reports stops nobody's judging; d3po raters tells of it
+            standing = {}
+        reports = [standing.get(sample, {}) for sample in shown]
         return tuple("mine" if rater in reported else others if reported else "" for reported in reports)
 
     @property
@@ -390,14 +344,6 @@ class Desk:
         with self._lock:
             self._journal = self._journal or Journal(self.campaign)
         return load_deck(self.campaign, round_config(self.campaign, number), number, mode)
-
-
-def ended(view: View, campaign: Path) -> bool:
-    """Whether a campaign that asks nothing is finished, so that nobody needs to wait for it."""
-    try:
-        return view.state == "waiting" and view.problem is None and nothing_more_to_do(campaign)
-    except Exception:  # damage that the run itself reports
-        return False
 
 
 def described(error: Exception) -> str:

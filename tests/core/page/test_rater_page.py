@@ -62,6 +62,16 @@ def test_blurring_can_be_switched_off(tmp_path: Path) -> None:
     assert len(ImageReports(config.folder).standing()) == 1
 
 
+def test_a_damaged_report_stops_nobody(tmp_path: Path) -> None:
+    config = waiting_campaign(tmp_path, groups=1)
+    (config.folder / "image_reports/round=1").mkdir(parents=True)
+    (config.folder / "image_reports/round=1/page-x.parquet").write_bytes(b"PAR1")
+    with served(tmp_path) as enter:
+        ann = enter()
+        assert flags(ann) == ["", "", ""]
+        assert ann.judge([0, 1, 1]).status_code == 200
+
+
 def test_reports_that_do_not_fit_are_refused_and_kept_nowhere(tmp_path: Path) -> None:
     config = waiting_campaign(tmp_path)
     with served(tmp_path) as enter:
