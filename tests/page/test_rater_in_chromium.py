@@ -133,7 +133,7 @@ def test_one_number_stands_on_a_ranked_image(browser: Any, served: Served) -> No
 def test_light_and_dark_follow_the_browser_until_the_rater_chooses(browser: Any, served: Served) -> None:
     waiting_campaign(served.data, "theme", groups=1, size=2, pixels=16)
     page = enter(browser, served, "ann", "theme", color_scheme="light")
-    ground = "getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/g).map(Number)[0]"
+    ground = "() => getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/g).map(Number)[0]"
     page.wait_for_function(f"{ground} > 200")
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(f"{ground} < 60")
@@ -165,8 +165,9 @@ def test_on_a_phone_nothing_lies_over_an_image(browser: Any, served: Served) -> 
 def test_a_blurred_image_is_seen_by_choice_and_then_judged(browser: Any, served: Served) -> None:
     config = waiting_campaign(served.data, "blurred", groups=1, size=2, mode="pair", raters_per_group=2, pixels=16)
     ann, bob = enter(browser, served, "ann", "blurred"), enter(browser, served, "bob", "blurred")
-    ann.locator("button.image").nth(0).focus()
     ann.keyboard.press("r")
+    ann.keyboard.press("ArrowRight")
+    assert ann.get_by_role("heading", name="Report image 2 of 2").is_visible()
     ann.get_by_role("button", name="Broken").click()
     ann.locator(".tile.mine").wait_for()
     assert list(ImageReports(config.folder).standing().values()) == [{"ann": "broken"}]
@@ -200,7 +201,7 @@ def test_the_first_page_tells_of_new_images_without_a_reload(browser: Any, serve
     waiting_campaign(served.data, "first-page", groups=1, size=2, pixels=16)
     page = enter(browser, served, "ann", "first-page")
     page.goto(served.root)
-    page.wait_for_function("document.title.startsWith('(')")
+    page.wait_for_function("() => document.title.startsWith('(')")
     waiting = int(page.title()[1:].partition(")")[0])
     page.evaluate("window.same = true")
     waiting_campaign(served.data, "first-page-2", groups=1, size=2, pixels=16)

@@ -60,14 +60,22 @@ function reveal(index) {
   mark();
 }
 
-function report(index) {
+function report(place) {
   if (busy || middle.dataset.state !== "question") return;
-  const mine = tiles[index].classList.contains("mine");
+  const index = (place + images.length) % images.length, picture = reporting.querySelector("img");
   reporting.dataset.index = index;
   document.getElementById("report-title").textContent = `Report image ${index + 1} of ${images.length}`;
-  reporting.querySelector("[data-reason=withdrawn]").hidden = !mine;
-  reporting.showModal();
+  reporting.querySelector("[data-reason=withdrawn]").hidden = !tiles[index].classList.contains("mine");
+  picture.src = pictures()[index].src;
+  picture.alt = `Image ${index + 1}`;
+  picture.classList.toggle("blurred", blurred(index));
+  if (!reporting.open) reporting.showModal();
 }
+
+reporting.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (step) report(Number(reporting.dataset.index) + step);
+});
 
 function sendReport(reason) {
   reporting.close();
@@ -96,6 +104,7 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("dialog button");
   if (!button) return;
   if (button.dataset.do) zoomAct(button.dataset.do);
+  if (button.dataset.step) report(Number(reporting.dataset.index) + Number(button.dataset.step));
   if (button.dataset.reason) sendReport(button.dataset.reason);
   if (button.classList.contains("close")) button.closest("dialog").close();
 });
