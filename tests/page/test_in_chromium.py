@@ -130,6 +130,7 @@ def test_a_round_is_marked_by_keys_with_a_reload_an_undo_and_a_finish(browser: A
     assert ticket(page) == here
     key(page, "u")
     assert len(said(config)) == 1
+    page.keyboard.press("2")  # its mark is there again
     key(page, "Enter")  # none is bad
     assert said(config)[1].answer == (1, 1, 1, 1)
     key(page, "s")
@@ -252,6 +253,7 @@ def test_the_next_round_shows_without_a_touch(browser: Any, served: Served) -> N
     page.get_by_role("heading", name="Waiting for the next round").wait_for()
     waiting_campaign(served.data, groups=1, size=2, mode="pair", round_number=2)
     page.get_by_text("round 2").wait_for()
+    assert page.title().startswith("Round 2"), "the window says so, even if another is in front"
     assert page.locator("button.image").count() == 2
 
 
@@ -294,7 +296,7 @@ def test_pixels_are_shown_sharp_and_large_and_left_by_key(browser: Any, served: 
     config = waiting_campaign(served.data, groups=1, size=3, pixels=16)
     page = enter(browser, served)
     page.keyboard.press("z")
-    picture = page.locator("dialog img")
+    picture = page.locator("#zoom img")
     picture.wait_for()
     assert picture.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
     size = picture.bounding_box()
