@@ -8,6 +8,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -63,7 +64,9 @@ def test_the_guideline_is_shown_with_its_examples(campaign: CampaignConfig, tmp_
     export_sheet(campaign, tmp_path / "sheet")
     page = (tmp_path / "sheet/sheet.html").read_text()
     [source] = re.findall(r'<em>Hands</em>.*?<img src="([^"]+)" alt="six"', page, re.S)
-    assert (tmp_path / "sheet" / source).read_bytes() == (campaign.folder / "images/round=3/r3-g0-m1.png").read_bytes()
+    assert (tmp_path / "sheet" / unquote(source)).read_bytes() == (
+        campaign.folder / "images/round=3/r3-g0-m1.png"
+    ).read_bytes()
     assert "<script>" not in page
 
 
