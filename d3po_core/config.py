@@ -102,7 +102,13 @@ class PeopleConfig(_Section):
         "mark_bad", description="What a rater does: compare two images, mark the bad, pick the best or rank a group"
     )
     guideline: str = Field(
-        "Which images show what the prompt says?", max_length=2000, description="What raters should look for"
+        "Which images show what the prompt says?",
+        max_length=8000,
+        description="What raters should look for, in Markdown; an image is ![text](r1-g0-m2) or a file of the "
+        "campaign's folder. If unset, each mode asks its own question",
+    )
+    blur_reported: bool = Field(
+        True, description="Blur images that another rater reported as unsafe or broken until they are clicked"
     )
     combine: Literal["majority", "dawid_skene", "bradley_terry"] = Field(
         "majority", description="How votes of several raters on a pair become one weighted preference"

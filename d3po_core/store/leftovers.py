@@ -15,7 +15,14 @@ from d3po_core.store.stages import last_finished_round
 from d3po_core.store.tables import SCHEMAS, partition
 
 # Imports, reports, pictures and comparisons of any round are written without the lock.
-_UNLOCKED = (".*.tmp", "report/.*.tmp", "judgements/*/.*.tmp", "comparisons/.*.tmp", "comparisons/*/.*.tmp")
+_UNLOCKED = (
+    ".*.tmp",
+    "report/.*.tmp",
+    "judgements/*/.*.tmp",
+    "image_reports/*/.*.tmp",
+    "comparisons/.*.tmp",
+    "comparisons/*/.*.tmp",
+)
 
 
 def sweep_leftovers(campaign: Path, round_number: int) -> None:
