@@ -70,9 +70,9 @@ class Campaign:
         Raises:
             D3POError: it is not a SELECT, or cannot be answered.
         """
-        from d3po_core.queries.query import ask
+        from d3po_core.people.on_page import ask_with_page
 
-        with ask(self.folder, query) as answer:
+        with ask_with_page(self.folder, query) as answer:
             return answer.df()
 
     def images(

@@ -16,6 +16,7 @@ import psutil
 from d3po.flows.deploying import create_pool, deploy
 from d3po.flows.left_runs import crash_lost_runs, keep_one_late_run
 from d3po.flows.loopback import is_proxied, without_proxy
+from d3po.flows.page_links import owner_line
 from d3po.flows.prefect_api import answers, ask
 from d3po.flows.prefect_profile import restore_profile, shown_profile, take_profile
 from d3po.flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
@@ -123,6 +124,7 @@ def _where_to_go(ports: Ports) -> list[str]:
         f"Prefect: {server_url(ports, 'prefect')}",
         _mlflow_line(server_url(ports, "mlflow")),
         f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)",
+        owner_line(server_url(ports, "label")),
         *_how_to_log_in(),
     ]
     shell = psutil.Process().environ()  # the shell's own: `d3po` already bypasses proxies

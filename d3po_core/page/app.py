@@ -5,6 +5,7 @@
 /waiting          the list of the first page, anew
 /c/NAME           the labelling page of a campaign, or as /c/CAMPAIGN~ID of a blind comparison; /next, /judge, /undo
                   and /report below it answer with the middle of the page
+/owner            the owner's pages; see ``owner.py``
 /i/TOKEN          an image, under a name that reveals nothing and differs for every rater
 """
 
@@ -28,9 +29,10 @@ from d3po_core.page.access import AccessError, Raters
 from d3po_core.page.comparing import ComparisonDesk
 from d3po_core.page.completion import OnComplete
 from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError
-from d3po_core.page.desks import Desks, MakeDesk
+from d3po_core.page.desks import NO_CAMPAIGN, Desks, Listed, MakeDesk
 from d3po_core.page.gate import LOCAL_HOSTS, Guard, Pace
 from d3po_core.page.messages import Judged, Reported, Undone
+from d3po_core.page.owner import add_owner_pages
 from d3po_core.page.view import View, ended
 from d3po_core.people.guideline import Guideline, guideline_text, render_guideline
 from d3po_core.people.journal import ConflictError
@@ -61,11 +63,26 @@ class _Page:
         self.static = {path.name: path.read_bytes() for path in sorted((HERE / "static").iterdir())}
 
     def html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        text = self._templates.get_template(template).render(**values)
-        return HTMLResponse(text, status, headers={"cache-control": "no-store"})
+        return HTMLResponse(self.text(template, **values), status, headers={"cache-control": "no-store"})
+
+    def text(self, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(**values)
 
     def rater(self, request: Request) -> str | None:
         return self.raters.rater_of(request.cookies.get(COOKIE, ""))
+
+    def desk(self, rater: str, name: str) -> Desk:
+        """The desk of that name, if it is there and the rater may judge it."""
+        desk = self.desks.desk(name)
+        if not self.raters.admits(rater, desk.campaign):
+            raise HTTPException(404, NO_CAMPAIGN)
+        return desk
+
+    def admits(self, rater: str, one: Listed) -> bool:
+        """Whether the rater may see a campaign or comparison; not if its invitations are damaged."""
+        with contextlib.suppress(D3POError):
+            return self.raters.admits(rater, one.desk.campaign if one.desk else self.desks.runs / one.name)
+        return False
 
     def shown(self, text: str) -> str:
         """A message for raters, without the path of the data folder."""
@@ -99,7 +116,7 @@ class _Page:
     def entries(self, rater: str) -> tuple[str, int]:
         """The list of the first page, and how many entries wait for the rater; those come first."""
         entries = []
-        for one in self.desks.listed():
+        for one in (one for one in self.desks.listed() if self.admits(rater, one)):
             view = one.desk.view(rater) if one.desk else View("waiting", problem=one.problem)
             over = one.desk is not None and not one.desk.blind and ended(view, one.desk.campaign)
             if not (one.desk and one.desk.blind and view.state == "done"):
@@ -182,6 +199,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_pages(app, page)
     _add_actions(app, page)
+    add_owner_pages(app, page)
     _add_errors(app, page)
     return Guard(app, hosts)
 
@@ -226,7 +244,7 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
     @app.get("/c/{name}")
     def label(request: Request, name: str) -> Response:
         rater = _signed_in(page, request)
-        desk = page.desks.desk(name)
+        desk = page.desk(rater, name)
         return page.html("label.html", rater=rater, name=name, desk=desk, middle=page.middle(rater, desk))
 
     @app.get("/i/{token}")
@@ -258,23 +276,24 @@ def _add_actions(app: FastAPI, page: _Page) -> None:
 
     @app.get("/c/{name}/next")
     def following(request: Request, name: str) -> Response:
-        return reply(_signed_in(page, request), page.desks.desk(name))
+        rater = _signed_in(page, request)
+        return reply(rater, page.desk(rater, name))
 
     @app.post("/c/{name}/judge")
     def judge(name: str, judged: Judged, rater: Annotated[str, Depends(acting)]) -> Response:
-        desk = page.desks.desk(name)
+        desk = page.desk(rater, name)
         answer = judged.values if judged.action == "answer" else None
         note = desk.judge(rater, judged.ticket, judged.submission, answer, judged.seconds)
         return reply(rater, desk, note)
 
     @app.post("/c/{name}/undo")
     def undo(name: str, undone: Undone, rater: Annotated[str, Depends(acting)]) -> Response:
-        desk = page.desks.desk(name)
+        desk = page.desk(rater, name)
         return reply(rater, desk, desk.undo(rater, undone.entry, undone.submission))
 
     @app.post("/c/{name}/report")
     def report(name: str, said: Reported, rater: Annotated[str, Depends(acting)]) -> Response:
-        desk = page.desks.desk(name)
+        desk = page.desk(rater, name)
         return reply(rater, desk, desk.report(rater, said.ticket, said.submission, said.image, said.reason))
 
 

@@ -15,9 +15,12 @@ from d3po_core.errors import D3POError
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.queue import Queue, shown_order
 from d3po_core.page.view import View
+from d3po_core.people.dealing import agreed_split
+from d3po_core.people.invitations import OPEN, Invitations, read_invitations
 from d3po_core.people.journal import FILE_PREFIX, Journal, Submission, sampling_of
 from d3po_core.people.questions import load_deck, waiting_round
 from d3po_core.people.reports import ImageReports, Reason
+from d3po_core.people.shares import Shares
 from d3po_core.people.tally import SKIPPED, Deck, Question, Tally, answer_problem
 from d3po_core.store.campaign import round_config
 from d3po_core.store.tables import partition
@@ -113,7 +116,7 @@ class Desk:
             problem = self._completion.error if progress.complete else self._problem
             undo = standing[-1].seq if standing and not self._closed else None
             state = "done" if progress.complete else "idle"
-            given, asked = self._tally.steps(rater)
+            given, asked = self._shares.steps(rater)
             view = View(
                 state, deck, undo=undo, progress=progress, given=given, asked=asked, own=len(times), rate=_rate(times),
                 problem=problem,
@@ -138,6 +141,7 @@ class Desk:
         problem = None if answer is None else answer_problem(deck.mode, answer, len(question.sample_ids))
         if problem:
             raise UnfitError(f"this answer cannot be kept: {problem}; reload the page")
+        self._check_quota(rater, deck, question)
         assert self._journal is not None
         said = Submission(
             submission, deck.sampling, rater, question.question_id, attempt, "skip" if answer is None else "answer",
@@ -273,7 +277,8 @@ class Desk:
                 return
             folder = partition(self.campaign, "judgements", number)
             brought_in = sorted(p.name for p in folder.glob("*.parquet") if not p.name.startswith(FILE_PREFIX))
-            stamp = (number, sampling, brought_in)
+            invitations = read_invitations(self.campaign)
+            stamp = (number, sampling, brought_in, invitations)
             if stamp == self._stamp:
                 return
             config = round_config(self.campaign, number)
@@ -283,7 +288,7 @@ class Desk:
                 self._journal = self._journal or Journal(self.campaign)
                 if self._mode:
                     self._journal.note(sampling, "mode", self._mode)
-                self._open(load_deck(self.campaign, config, number, self._mode))
+                self._open(load_deck(self.campaign, config, number, self._mode), invitations)
         except Exception as error:
             # Not the rater's fault, and often only too early, such as before the proxies finish: look again later.
             self._deck, self._stamp, self._problem = None, None, described(error)
@@ -299,15 +304,22 @@ class Desk:
         if sampling_of(self.campaign, deck.round_number) != deck.sampling:
             raise GoneError(GONE)
 
+    def _check_quota(self, rater: str, deck: Deck, question: Question) -> None:
+        with self._lock:
+            if deck is self._deck and self._shares.exhausted(rater, deck.number_of[question.question_id]):
+                raise UnfitError("this answer was not kept: you have judged all the groups that you were asked to")
+
     def _late_note(self, deck: Deck) -> str:
         """The note to a rater whose judgement was stored after its deck was finished."""
         return f"Kept. Round {deck.round_number} had gone on by then, so training may not have used it."
 
-    def _open(self, deck: Deck) -> None:
+    def _open(self, deck: Deck, invitations: Invitations = OPEN) -> None:
         assert self._journal is not None
         self._deck = deck
         self._tally = Tally(deck, self._journal.entries(deck.sampling))
-        self._queue = Queue(self._tally)
+        split = agreed_split(self._journal, self._tally, invitations)
+        self._shares = Shares(self._tally, invitations, split and split.groups)
+        self._queue = Queue(self._tally, self._shares)
         self._prioritised = (0.0, -1)
         self._complete_since, self._told = None, False
 

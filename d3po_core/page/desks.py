@@ -17,6 +17,7 @@ from d3po_core.people.blind import comparisons_of
 from d3po_core.people.tally import Deck
 from d3po_core.store.campaign import CAMPAIGN_FILE
 
+NO_CAMPAIGN = "There is no campaign of that name."
 MakeDesk = Callable[[Path, str | None], Desk]
 
 
@@ -111,6 +112,6 @@ class Desks:
                 }
                 there |= self._comparisons() if "~" in name else {}
                 if name not in there:
-                    raise HTTPException(404, "There is no campaign of that name.")
+                    raise HTTPException(404, NO_CAMPAIGN)
                 self._desks[name] = self._make_desk(*there[name])
             return self._desks[name]

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 
+from d3po_core.people.shares import Shares
 from d3po_core.people.tally import SKIPPED, UNSEEN, Deck, Question, Tally
 
 # Questions set aside per rater: the one shown, and those whose images the page loads in advance.
@@ -23,10 +24,12 @@ class Queue:
 
     Args:
         tally: counts of who has judged what.
+        shares: what each rater may be asked; by default everything.
     """
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, shares: Shares | None = None) -> None:
         self._tally, size = tally, len(tally.deck.questions)
+        self._shares = shares or Shares(tally)
         self._priority = np.zeros(size)
         self._leased_until = np.zeros(size)
         self._leased_by = np.full(size, -1)
@@ -53,7 +56,7 @@ class Queue:
     def next(self, rater: str) -> list[int]:
         """The rater's next question and its likely successors, set aside for the rater for a while."""
         tally, status = self._tally, self._tally.status(rater)
-        needed = tally.open_questions()
+        needed = tally.open_questions() & self._shares.mask(rater)
         known, fresh = (status == UNSEEN) & tally.deck.gold, (status == UNSEEN) & needed
         if not (known | fresh).any():
             fresh = (status == SKIPPED) & (needed | tally.deck.gold)  # else raters would recognise skipped gold

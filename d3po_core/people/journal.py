@@ -366,15 +366,28 @@ def unexported_judgements(campaign: Path) -> list[dict[str, Any]]:
     Raises:
         D3POError: the journal cannot be read.
     """
-    rows = []
-    for path in campaign.glob("stages/round=*/sample.json"):
+    return [
+        row | {"round": number}
+        for number, entries in unexported_entries(campaign).items()
+        for entry in entries
+        for row in judgement_rows(entry)
+    ]
+
+
+def unexported_entries(campaign: Path) -> dict[int, list[Entry]]:
+    """The journal's entries that no file holds yet, by round and in order; changes nothing.
+
+    Raises:
+        D3POError: the journal cannot be read.
+    """
+    found = {}
+    for path in sorted(campaign.glob("stages/round=*/sample.json")):
         number = int(path.parent.name.removeprefix("round="))
         sampling = sampling_of(campaign, number)
         if sampling is not None:
             exported = _exported(campaign, sampling, "judgements", number)
-            entries = [entry for entry in read_entries(campaign, sampling) if entry.seq > exported]
-            rows += [row | {"round": number} for entry in entries for row in judgement_rows(entry)]
-    return rows
+            found[number] = [entry for entry in read_entries(campaign, sampling) if entry.seq > exported]
+    return found
 
 
 def _exported(campaign: Path, sampling: str, table: str, round_number: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from d3po_core.errors import D3POError
 from d3po_core.queries.views import connect_views
@@ -27,14 +28,19 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 
 
 @contextlib.contextmanager
-def ask(campaign: Path, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
+def ask(campaign: Path, sql: str, on_page: pa.Table | None = None) -> Iterator[duckdb.DuckDBPyRelation]:
     """Yield the rows of a SELECT over a campaign's tables and views; it may also read files that it names.
+
+    Args:
+        campaign: the campaign's folder.
+        sql: the statement.
+        on_page: see ``connect_views``.
 
     Raises:
         D3POError: it is not a SELECT, is more than one statement, or cannot be answered.
     """
     try:
-        with connect_views(campaign) as connection:
+        with connect_views(campaign, on_page) as connection:
             for setting in LOCKED:
                 connection.execute(setting)
             statements = connection.extract_statements(sql)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from d3po_core.preferences.counting import questions
 from d3po_core.preferences.deriving import VOTES
@@ -119,25 +120,41 @@ FROM image_reports LEFT JOIN images USING (round, sample_id)
 QUALIFY row_number() OVER (PARTITION BY round, sample_id, rater ORDER BY reported_at DESC) = 1 AND reason != 'withdrawn'
 """
 
+# What the labelling page holds and no table yet: a row per answer or skip.
+ON_PAGE = pa.schema(
+    {
+        "round": pa.int64(), "rater": pa.string(), "mode": pa.string(), "group_id": pa.string(),
+        "sample_ids": pa.list_(pa.string()), "answer": pa.list_(pa.float64()), "skipped": pa.bool_(),
+        "taken_back": pa.bool_(), "seconds": pa.float64(), "judged_at": pa.timestamp("us"),
+    }
+)  # fmt: skip
+
 VIEWS = {
     "votes": VOTES.format(rounds="true"),
     "pairs": _PAIRS,
     "raters": _RATERS,
     "checkpoints": _CHECKPOINTS,
     "human_comparisons": _HUMAN_COMPARISONS,
+    "page_judgements": "FROM _on_page",
     "reported_images": _REPORTED_IMAGES,
 }
 
 
-def connect_views(campaign: Path) -> duckdb.DuckDBPyConnection:
+def connect_views(campaign: Path, on_page: pa.Table | None = None) -> duckdb.DuckDBPyConnection:
     """Return an in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
 
     Each row of ``votes`` is a rater's final vote on two images of a group. Each row of ``pairs`` is a preference with
     both images, their scores, and the votes. Each row of ``raters`` is a rater in a round, and each row of
     ``checkpoints`` a finished round. Each row of ``human_comparisons`` is a rater's final, blind vote on a round's
     held-out image and a reference's. Each row of ``reported_images`` is a rater's standing report of an image.
+    Each row of ``page_judgements`` is an answer that only the labelling page holds.
+
+    Args:
+        campaign: the campaign's folder.
+        on_page: the rows of ``page_judgements``, by the schema ``ON_PAGE``; none by default.
     """
     connection = connect(campaign)
+    connection.register("_on_page", ON_PAGE.empty_table() if on_page is None else on_page)
     for name, sql in VIEWS.items():
         connection.execute(f"CREATE VIEW {name} AS {sql}")
     return connection

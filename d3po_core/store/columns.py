@@ -179,6 +179,15 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "position": "place of the round's image; 0 is left",
         "seconds": "seconds the answer took; null if unknown",
     }),
+    "page_judgements": ("an answer or a skip that the labelling page holds and no table yet", {
+        "mode": "pair, mark_bad, best or rank",
+        "sample_ids": "the images, in the order on the page",
+        "answer": "one number per image; mark_bad: 0 is bad; best and rank: 1 is best; pair: above 0 is better; null "
+        "for a skip",
+        "skipped": "whether the rater skipped the question",
+        "taken_back": "whether the rater took it back",
+        "seconds": "seconds the answer took; null if unknown",
+    }),
 }  # fmt: skip
 
 

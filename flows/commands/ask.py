@@ -21,7 +21,7 @@ def query(
 ) -> None:
     """Query all rounds with SQL: tables, and views like pairs, checkpoints, human_comparisons (docs/questions.md)."""
     from d3po_core.people.blind import collect_comparisons
-    from d3po_core.queries.query import ask
+    from d3po_core.people.on_page import ask_with_page
     from d3po_core.store.campaign import campaign_named
 
     folder = campaign_named(campaign).folder
@@ -29,7 +29,7 @@ def query(
     # A read-only folder can be queried too, only without the latest answers of people.
     with contextlib.suppress(D3POError):
         collect_comparisons(folder)
-    with ask(folder, sql) as answer:
+    with ask_with_page(folder, sql) as answer:
         _write(answer, format.value, output)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d3po.flows.page_links import owner_line
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.ways import Mode
@@ -132,12 +133,14 @@ def serve_page(
     names = rater or raters.names() or [_account()]
     reached = next(iter(allow_host or ()), "127.0.0.1" if host in ("0.0.0.0", "::") else host)
     runs = _page_runs(host, port)
+    root, show = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}", runs or sys.stdout.isatty()
     for name in names:
         token = raters.token(name)
-        shown = f"to get the link, type: d3po label --rater {name} --port {port}"
-        if runs or sys.stdout.isatty():
-            shown = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/enter?key={token}"
+        shown = (
+            f"{root}/enter?key={token}" if show else f"to get the link, type: d3po label --rater {name} --port {port}"
+        )
         print(f"{name}: {shown}", flush=True)
+    print(owner_line(root, show), flush=True)
     if runs:
         print("the page runs already; these links work there")
         return

@@ -20,6 +20,7 @@ from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.browse import browse
 from d3po.flows.commands.doctor import doctor
 from d3po.flows.commands.export import export_lora, export_preferences
+from d3po.flows.commands.invite import invite, revoke
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
 from d3po.flows.commands.parts import (
@@ -47,7 +48,7 @@ from d3po_core.paths import PROJECT_ROOT, data_folder
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, doctor),
-    "People judge": (label, import_judgements, export_sheet, raters),
+    "People judge": (label, invite, revoke, import_judgements, export_sheet, raters),
     "Look": (query, show, browse, compare, report, check),
     "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
 }
@@ -218,20 +219,23 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show which servers are running."""
+    """Show which servers are running, and which rounds wait for people."""
     from d3po.flows import servers
+    from d3po.flows.page_links import waiting_lines
 
-    print("\n".join(servers.status()))
+    print("\n".join([*servers.status(), *waiting_lines()]))
 
 
 def show_campaign(config: CampaignConfig) -> None:
     """Print the finished rounds, where the files are, and what to type next."""
+    from d3po.flows.page_links import waiting_lines
     from d3po_core.store.campaign import round_config
     from d3po_core.store.stages import finished_rounds
 
-    records = finished_rounds(config.folder)
+    records, waiting = finished_rounds(config.folder), waiting_lines(config.folder)
     if not records:
-        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
+        what = waiting[0] if waiting else f"type: {command_that_goes_on(config)}"
+        raise D3POError(f"campaign {config.campaign!r} has no finished round yet; {what}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate")
     heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
@@ -252,6 +256,7 @@ def show_campaign(config: CampaignConfig) -> None:
 
     mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
     lines = (
+        *waiting,
         f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",

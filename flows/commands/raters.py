@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d3po.flows.commands.parts import CampaignOption, console, writing
+from d3po.flows.page_links import waiting_lines
 
 if TYPE_CHECKING:
     from d3po_core.people.raters import RaterReport, RaterSummary
@@ -24,8 +25,9 @@ def raters(
     format: Annotated[RaterFormat, typer.Option(help="How to write the result")] = RaterFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write")] = None,
 ) -> None:
-    """Print the raters: judgements, speed, right gold answers, bias and agreement."""
+    """Print the raters: judgements, speed, right gold answers, bias and agreement; and what waits for whom."""
     from d3po_core.errors import D3POError
+    from d3po_core.people.invitations import read_invitations
     from d3po_core.people.raters import connect_with_journal, rater_report
     from d3po_core.people.reports import ImageReports
     from d3po_core.store.campaign import campaign_named, rules_of
@@ -35,9 +37,11 @@ def raters(
     people = rules_of(folder, round_number).judge.people
     with connect_with_journal(folder) as connection:
         report = rater_report(connection, people.accuracy_floor, round_number)
+    waiting = waiting_lines(folder)
     if not report.raters:
         where = f"campaign {campaign!r}" if round_number is None else f"round {round_number} of campaign {campaign!r}"
-        raise D3POError(f"raters: no person has judged anything in {where} yet; judge.labeller says who judges")
+        why = waiting[0] if waiting else "judge.labeller says who judges"
+        raise D3POError(f"raters: no person has judged anything in {where} yet; {why}")
     with writing(output) as stream:
         if format is RaterFormat.json:
             json.dump(asdict(report), stream, indent=1)
@@ -45,8 +49,10 @@ def raters(
         elif format is RaterFormat.csv:
             _write_csv(report, stream)
         else:
-            _print_table(report, people.accuracy_floor, stream)
+            gone = {name for name, one in read_invitations(folder).raters.items() if one.revoked}
+            _print_table(report, people.accuracy_floor, gone, stream)
             stream.writelines(f"{line}\n" for line in ImageReports(folder).lines(round_number))
+            stream.writelines(f"{line}\n" for line in waiting)
 
 
 def _write_csv(report: "RaterReport", stream: Any) -> None:
@@ -60,7 +66,7 @@ def _write_csv(report: "RaterReport", stream: Any) -> None:
     writer.writerows(asdict(rater) | {"rater": neutralise(rater.rater)} for rater in report.raters)
 
 
-def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> None:
+def _print_table(report: "RaterReport", accuracy_floor: float, revoked: set[str], stream: Any) -> None:
     from rich.table import Table
 
     table = Table()
@@ -68,7 +74,7 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
                    "reliability", "agreement", "first place [95 %]", ""):  # fmt: skip
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
-        table.add_row(*_cells(rater))
+        table.add_row(*_cells(rater, rater.rater in revoked))
     console(stream).print(table)
     lines = (
         f"Krippendorff's alpha {_number(report.alpha)}, equal votes {_number(report.agreement)} "
@@ -78,13 +84,13 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
     stream.write("\n".join(lines) + "\n")
 
 
-def _cells(rater: "RaterSummary") -> list[str]:
+def _cells(rater: "RaterSummary", revoked: bool) -> list[str]:
     gold, place = "-", "-"
     if rater.gold_answered:
         gold = f"{rater.gold_right:.3g}/{rater.gold_answered} [{rater.gold_low:.2f}, {rater.gold_high:.2f}]"
     if rater.placed:
         place = f"{rater.first_share:.2f} [{rater.first_low:.2f}, {rater.first_high:.2f}]"
-    notes = ["left out"] if rater.left_out else []
+    notes = ["revoked"] * revoked + ["left out"] * rater.left_out
     if rater.first_p is not None and rater.first_share is not None and rater.first_p < BIAS_P:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
     return [
