@@ -276,13 +276,21 @@ def _same_config(changes: list[Row]) -> Check:
     return Check(None, "The configuration changed", f"In rounds {rounds}; the changes are listed below.")
 
 
-def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
-    """Return what moved the first scorer's curve: a headline, then the largest steps and changed fields."""
+def reasons(facts: Facts, first: Scored, prompts: list[Row]) -> tuple[str, list[str]]:
+    """Return what moved the first scorer's curve: a headline, then pairs, prompts, the largest steps, changed fields.
+
+    Args:
+        facts: the campaign.
+        first: the first scorer's comparisons.
+        prompts: from ``by_prompt``.
+    """
     if len(facts.rounds) < 2:
         return "Nothing has trained yet", []
     trained = facts.rounds[1:]
     pairs, images = (sum(row[what] for row in trained) for what in ("num_pairs", "num_samples"))
-    texts = [f"The pairs came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
+    source = f"{pairs:,} pair{'s' if pairs != 1 else ''}"
+    texts = [f"{source} came from {images:,} images in {len(trained)} round{'s' if len(trained) > 1 else ''}."]
+    texts += _moved_prompts(prompts) if facts.champion else []
     steps = [step.difference.mean for step in first.previous[1:]]
     for wanted, row in (("gain", int(np.argmax(steps)) + 1), ("loss", int(np.argmin(steps)) + 1)):
         step = first.previous[row]
@@ -292,7 +300,20 @@ def reasons(facts: Facts, first: Scored) -> tuple[str, list[str]]:
         f"Round {change['round']}: {change['field']} {change['before']} became {change['after']}."
         for change in facts.config_changes[:5]
     ]
-    return f"It learned from {pairs:,} pair{'s' if pairs != 1 else ''}", texts
+    learned = [row["pair_accuracy_after"] for row in facts.training if row["pair_accuracy_after"] is not None]
+    if not learned:  # of an earlier version, or no round had pairs
+        return f"It learned from {source}", texts
+    return f"After a round, it prefers the winner in {np.mean(learned):.0%} of that round's pairs and steps", texts
+
+
+def _moved_prompts(prompts: list[Row]) -> list[str]:
+    """Return which prompts gained and lost most between base and champion."""
+    texts = []
+    for what, rows in (("gained", prompts[:2]), ("lost", prompts[:-3:-1])):
+        moved = [row for row in rows if row["change"] * (1 if what == "gained" else -1) > 0]
+        told = [f"“{row['prompt']}” ({number(row['base'])} to {number(row['champion'])})" for row in moved]
+        texts += [f"Prompts that {what} most: {', '.join(told)}."] if told else []
+    return texts
 
 
 def number(value: float, sign: str = "") -> str:

@@ -86,7 +86,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None, mlflow: str | 
         better=answers.is_it_better(facts, scorers),
         checks=found,
         alarms=[check for check in found if check.fine is False],
-        reasons=answers.reasons(facts, scorers[0]),
+        reasons=answers.reasons(facts, scorers[0], prompts),
         prompts=prompts,
         checkpoint=_checkpoint(facts),
         curves=_curves(facts, scorers),
@@ -171,7 +171,7 @@ def _small_curves(facts: Facts, pictures: list[RoundPictures]) -> list[Row]:
         ("pair_accuracy_before", "Pair accuracy before each update", "on pairs not learned from yet: near one half"),
         ("margin_before", "Margin before each update", "mean over the round's updates"),
         ("kl_after", "KL of the round", "between the round's first and last policy, nats per element and step"),
-        ("loss", "Loss before each update", "mean over the round's updates"),
+        ("loss", "Loss before each update", "on pairs not learned from yet: near log 2 = 0.69, whatever comes after"),
         ("grad_norm", "Gradient norm", "before clipping"),
         ("clip_fraction", "Clamped", "share of the pair-steps"),
     ]  # fmt: skip
