@@ -8,10 +8,11 @@ from uuid import UUID
 
 import yaml
 
+from d3po.flows.project import deployments
 from d3po_core.config import CampaignConfig, is_url
 from d3po_core.config_values import changed_fields, load_config, merge
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT, resolve_path
+from d3po_core.paths import resolve_path
 from d3po_core.urls import masked
 
 ENTRYPOINT = "d3po.flows.round.d3po"
@@ -20,10 +21,9 @@ PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "eval
 
 def presets() -> dict[str, dict[str, Any]]:
     """Configuration values of each deployment of the flow ``d3po``, by name, in file order."""
-    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
     return {
         deployment["name"]: (deployment.get("parameters") or {}).get("config") or {}
-        for deployment in deployments
+        for deployment in deployments()
         if deployment["entrypoint"] == ENTRYPOINT
     }
 

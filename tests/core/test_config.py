@@ -106,7 +106,7 @@ def test_digest_is_the_same_in_any_order_and_any_process() -> None:
     second = load_config({"train": {"epochs": 2, "beta": 2}, "seed": 3}, "b")
     assert first.sha256() == second.sha256()
     code = (
-        "from d3po_core.config import load_config;"
+        "from d3po_core.config_values import load_config;"
         "print(load_config({'seed': 3, 'train': {'beta': 2.0, 'epochs': 2}}, 'c').sha256())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
