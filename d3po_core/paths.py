@@ -49,7 +49,7 @@ def project_folder() -> Path:
     """
     if not (found := find_project()):
         raise D3POError(
-            f"this folder is in no project of d3po: no {DEPLOYMENTS} here or above deploys its flows; make one with "
+            "this folder is in no project of d3po: no prefect.yaml here or above deploys its flows; make one with "
             "`d3po init FOLDER` and go there, or set D3PO_PROJECT to a project"
         )
     return found

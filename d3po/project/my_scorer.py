@@ -1,4 +1,4 @@
-"""An example of your own scorer: d3po run round --campaign red --set judge.scorers=[my_scorer:redness]."""
+"""An example of your own scorer: `d3po run round --campaign red --set judge.scorers=[my_scorer:redness]`."""
 
 import numpy as np
 
