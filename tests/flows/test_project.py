@@ -11,6 +11,7 @@ import yaml
 
 from d3po.flows.presets import deployment_config, presets
 from d3po.flows.project import deployments, make_project
+from d3po.flows.server_programs import server_environment
 from d3po_core.config_values import load_config, merge
 from d3po_core.errors import D3POError
 from d3po_core.paths import PROJECT_ROOT, find_project
@@ -48,6 +49,15 @@ def test_it_is_a_project_whose_deployments_prompts_and_scorer_are_found(project:
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[1, ..., 0] = 255
     assert load_scorer("my_scorer:redness")(images, ["a", "b"]).tolist() == [0.0, 1.0]
+
+
+def test_servers_find_the_project_from_anywhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("D3PO_DATA", raising=False)
+    given = server_environment("worker", {"prefect": 1, "mlflow": 2, "label": 3}, "login")
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("D3PO_PROJECT", given["D3PO_PROJECT"])
+    assert find_project() == project
+    assert given["D3PO_DATA"] == str(project / "data")
 
 
 def test_the_example_configuration_fits_its_deployment(project: Path) -> None:
