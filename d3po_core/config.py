@@ -55,8 +55,10 @@ class ModelConfig(_Section):
     precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Half precision in the network's passes; trained weights and log_probs stay in single"
     )
-    memory: Literal["fast", "balanced", "small"] = Field(
-        "fast", description="fast: all on the GPU; balanced: idle parts moved off it; small: also recompute, few rows"
+    memory: Literal["auto", "fast", "balanced", "medium", "small"] = Field(
+        "fast",
+        description="fast: all on the GPU; balanced: idle parts moved off it; medium, small: also recompute, few rows; "
+        "auto: measure the GPU and take what fits",
     )
     compile: bool = Field(False, description="Compile the network's blocks: slower start, faster passes on a GPU")
     processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one per GPU")

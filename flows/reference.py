@@ -1,4 +1,4 @@
-"""The site's reference pages, generated from the code: configuration, commands, tables and views."""
+"""The site's reference pages, generated from the code: configuration, commands, tables and views, Python."""
 
 import inspect
 import tempfile
@@ -10,6 +10,8 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+import d3po
+from d3po.campaign import Campaign
 from d3po.flows.commands.line import app
 from d3po_core.config import CampaignConfig
 from d3po_core.queries.views import VIEWS, connect_views
@@ -63,6 +65,7 @@ def undocumented() -> list[str]:
     """Fields, commands, options, tables and columns without a description."""
     missing = [f"{e.section} {e.name}".strip() for e in [*fields(), *parameters(), *columns()] if not e.text.strip()]
     missing += [name for name in [*SCHEMAS, *VIEWS] if not MEANINGS.get(name, ("",))[0]]
+    missing += [f"Campaign.{name}" for name, value in vars(Campaign).items() if name[0] != "_" and not value.__doc__]
     return missing + [path or "config" for path, model in _sections() if not inspect.getdoc(model)]
 
 
@@ -95,8 +98,37 @@ def tables_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def python_page() -> str:
+    """The page of the Python API, in Markdown."""
+    parts = ["# Python", "How to use it: [notebooks](../how-to/notebooks.md)."]
+    members = [
+        (f"d3po.{name}", getattr(d3po, name)) for name in d3po.__all__ if inspect.isfunction(getattr(d3po, name))
+    ]
+    members += [(f"Campaign.{name}", value) for name, value in vars(Campaign).items() if not name.startswith("_")]
+    for name, value in members:
+        function: Any = value.fget if isinstance(value, property) else value
+        parameters = "" if isinstance(value, property) else _parameters(function)
+        parts += [f"## {name}{parameters}", _prose(inspect.getdoc(function) or "")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parameters(function: Callable[..., Any]) -> str:
+    own = [parameter for name, parameter in inspect.signature(function).parameters.items() if name != "self"]
+    return f"({', '.join(str(one.replace(annotation=inspect.Parameter.empty)) for one in own)})"
+
+
+def _prose(text: str) -> str:
+    """A docstring as Markdown: its sections as lists."""
+    lines = []
+    for line in text.replace("``", "`").splitlines():
+        indented = line.startswith("    ")
+        lines.append(f"- {line.strip()}" if indented and not line.startswith("     ") else
+                     f"\n{line}\n" if line.endswith(":") and " " not in line else line.rstrip())  # fmt: skip
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
-    "configuration": configuration_page, "commands": commands_page, "tables": tables_page,
+    "configuration": configuration_page, "commands": commands_page, "tables": tables_page, "python": python_page,
 }  # fmt: skip
 
 

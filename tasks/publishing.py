@@ -18,6 +18,7 @@ from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
 from d3po_core.paths import running_clone
+from d3po_core.planning.preflight import check_hub
 from d3po_core.processes.pool import check_launcher
 from d3po_core.records import (
     DeriveRecord,
@@ -58,6 +59,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
         D3POError: one line that says what is wrong and what to do.
     """
     check_model(config.model)
+    check_hub(config)
     optimizer_class(config.train)
     check_objective(config.train)
     check_beta(config.train)

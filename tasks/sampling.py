@@ -4,10 +4,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
+from d3po.tasks.logs import run_logger
 from d3po.tasks.scoring import scored_meanwhile
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
+from d3po_core.models.memory import plan_in_words
 from d3po_core.processes.pool import run_job
 from d3po_core.records import SampleRecord
 from d3po_core.reproducing.frozen import prompts_sha256
@@ -39,6 +41,8 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
         progress(config, round_number, "sample", total, "image", done) as bar,
     ):
         run_job(sample_shards, config, round_number, bar.update)
+    if plan := plan_in_words(config):
+        run_logger().info(plan)
     table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in shards])
     write_table(config.folder, "samples", round_number, table)
     contact_sheet = _contact_sheet(config, round_number, table["image_path"].to_pylist()[:SHEET_IMAGES])

@@ -15,6 +15,7 @@ import numpy as np
 from d3po_core.config import CampaignConfig, GuardConfig
 from d3po_core.evaluation.comparison import (
     Comparison,
+    HeldOut,
     champions,
     compare_scores,
     fitted_champion,
@@ -100,29 +101,18 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
     champion = round_named(folder, "champion")  # of earlier rounds, since this one is not finished
     references = {"base": 0, "before": round_number - 1, "champion": champion}
     trusted = [number for number in range(round_number) if _trusted(folder, number)]
-    numbers = [*sorted({*trusted, *references.values(), start_of(folder, round_number)}), round_number]
+    start = start_of(folder, round_number)
+    numbers = [*sorted({*trusted, *references.values(), start}), round_number]
     held_out = read_held_out([(folder, number) for number in numbers])
     at = {number: row for row, number in enumerate(numbers)}
     scores_RI = held_out.scores[config.evaluation_scorers[0]]
-
-    def against(reference_I: np.ndarray, scores_RI: np.ndarray = scores_RI) -> Comparison:
-        return compare_scores(scores_RI[-1], reference_I, held_out.prompts)
-
-    fitted_I = fitted_champion(scores_RI[[at[number] for number in trusted]], held_out.prompts)
-    images_I = np.arange(len(held_out.prompts))
     findings = findings_of(
         config.guard,
         read_record(folder, round_number, "derive", DeriveRecord),
         read_record(folder, round_number, "train", TrainRecord),
         read_record(folder, round_number, "evaluate", EvaluateRecord),
         read_record(folder, 0, "evaluate", EvaluateRecord),
-        {
-            name: {
-                "the round it started from": against(scores[at[start_of(folder, round_number)]], scores),
-                "the champion": against(scores[[at[n] for n in trusted]][fitted_I, images_I], scores),
-            }
-            for name, scores in held_out.scores.items()
-        },
+        _against_earlier(held_out, scores_RI, [at[number] for number in trusted], at[start]),
     )
     verdict = VERDICTS[config.guard.policy] if findings else "ok"
     refused = verdict in ("rejected", "stopped")
@@ -133,8 +123,34 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
         findings=findings,
         go_on_from=champion if refused else round_number,
         champion=champion,
-        win_rates={name: against(scores_RI[at[number]]).win_rate for name, number in references.items()},
+        win_rates={
+            name: compare_scores(scores_RI[-1], scores_RI[at[number]], held_out.prompts).win_rate
+            for name, number in references.items()
+        },
     )
+
+
+def _against_earlier(
+    held_out: HeldOut, chosen_by_RI: np.ndarray, trusted: list[int], start: int
+) -> dict[str, dict[str, Comparison]]:
+    """Return the last row against the row it started from and against the champion, for each scorer.
+
+    Args:
+        held_out: the round in the last row, earlier ones before it.
+        chosen_by_RI: scores that choose the champion, among the rows ``trusted``.
+        trusted: rows of the rounds that the guard accepted.
+        start: row of the round that the last one started from.
+    """
+    fitted_I = fitted_champion(chosen_by_RI[trusted], held_out.prompts)
+    images_I = np.arange(len(held_out.prompts))
+    references = {"the round it started from": lambda scores_RI: scores_RI[start],
+                  "the champion": lambda scores_RI: scores_RI[trusted][fitted_I, images_I]}  # fmt: skip
+    return {
+        scorer: {
+            name: compare_scores(scores_RI[-1], of(scores_RI), held_out.prompts) for name, of in references.items()
+        }
+        for scorer, scores_RI in held_out.scores.items()
+    }
 
 
 def _trusted(folder: Path, round_number: int) -> bool:

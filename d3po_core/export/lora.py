@@ -15,10 +15,10 @@ from d3po_core.models.model_files import (
     absent_parts,
     family_of,
     layers_per_block,
-    model_folder,
     scheduler_of,
     tensor_shapes,
 )
+from d3po_core.models.places import model_folder
 from d3po_core.models.weights import LORA_FILE, loading_line, weights_file, weights_sha256
 from d3po_core.queries.lookup import trained_round
 from d3po_core.records import EvaluateRecord

@@ -1,10 +1,15 @@
 """A job process's policy: loaded once, with weights always read from a checkpoint file."""
 
+from pathlib import Path
+
 import torch
 
 from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.devices import device_type
+from d3po_core.errors import D3POError
 from d3po_core.models.checkpoint import load_round
 from d3po_core.models.loading import load_family
+from d3po_core.models.memory import Card, read_plan, write_plan
 from d3po_core.models.policy import Policy
 
 _loaded: dict[str, Policy] = {}
@@ -17,9 +22,13 @@ def loaded_policy(config: CampaignConfig) -> Policy:
     bytes as in a fresh process.
     """
     key = f"{config.model.model_dump_json()} {config.seed} {torch.get_num_threads()}"
+    if config.model.memory == "auto":
+        key += f" {config.folder}"  # a campaign keeps its own plan
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_policy(config.model, config.seed)
+        _loaded[key] = policy = load_policy(config.model, config.seed, config.folder)
+        if policy.plan.needs and policy.accelerator.is_main_process:  # it was measured, now or earlier
+            write_plan(config.folder, config.model, Card(), policy.plan)
     return _loaded[key]
 
 
@@ -34,14 +43,24 @@ def policy_at(config: CampaignConfig, round_number: int) -> Policy:
     return policy
 
 
-def load_policy(config: ModelConfig, seed: int) -> Policy:
+def load_policy(config: ModelConfig, seed: int, campaign: Path | None = None) -> Policy:
     """Load the base model and add an untrained LoRA, or make its whole network trainable.
 
     Args:
         config: the model's location and its trained part.
         seed: seed of the LoRA's initial weights.
+        campaign: the folder that keeps the plan of ``model.memory: auto``; without it the GPU is measured.
 
     Raises:
-        D3POError: the model is missing or unreadable; the message is one line and says what to do.
+        D3POError: the model is missing or unreadable, or does not fit the GPU; one line that says what to do.
     """
-    return Policy(load_family(config), config, seed)
+    plan = None
+    if config.memory == "auto" and campaign is not None and device_type(config.device) == "cuda":
+        plan = read_plan(campaign, config, Card())
+    try:
+        return Policy(load_family(config), config, seed, plan)
+    except torch.OutOfMemoryError:
+        raise D3POError(
+            f"model.path {config.path!r}: a first pass of one image does not fit the GPU's memory; free some "
+            "(nvidia-smi shows who uses it), set model.precision fp16 and model.memory auto, or take a smaller model"
+        ) from None

@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
-from d3po_core.models.model_files import chain, check_folder, family_named, model_folder, tensor_shapes
+from d3po_core.models.model_files import chain, check_folder, family_named, tensor_shapes
+from d3po_core.models.places import check_path, model_folder
 from d3po_core.models.weights import expect_finite
 from d3po_core.paths import resolve_path
 
@@ -105,13 +106,9 @@ def check_model(config: ModelConfig) -> None:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
+    check_path(config)
     path = resolve_path(config.path)
     if not path.exists():
-        looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-        if looks_local:
-            raise D3POError(
-                f"model.path {config.path!r}: no such folder ({path}); expected a diffusers pipeline or hub id"
-            )
         return
     if path.is_file():
         _check_single_file(config, path)

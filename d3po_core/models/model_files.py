@@ -7,35 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub import try_to_load_from_cache
 from pydantic import ValidationError
 
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES, Family, Part
+from d3po_core.models.places import INDEX, model_folder
 from d3po_core.paths import resolve_path
 
-INDEX = "model_index.json"
 # Real configurations take some kB and real weight headers some 100 kB; a larger file is something else.
 MOST_JSON_BYTES, MOST_HEADER_BYTES = 4_000_000, 25_000_000
-
-
-def model_folder(config: ModelConfig) -> Path | None:
-    """Return the local folder that describes the model: the user's own or the hub's cached copy; else None."""
-    described_by = config.single_file_config or config.path
-    folder = resolve_path(described_by)
-    if folder.exists():
-        return folder
-    return cached_folder(described_by, config.revision)
-
-
-def cached_folder(hub_id: str, revision: str | None) -> Path | None:
-    """Return the hub's cached copy of a model at a revision, if it is on this machine."""
-    try:
-        cached = try_to_load_from_cache(hub_id, INDEX, revision=revision)
-    except ValueError:  # not a hub id
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -> type[Family]:

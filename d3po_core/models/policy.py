@@ -7,7 +7,8 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from d3po_core.models.families import Embedding, Family
 from d3po_core.models.loading import DTYPES
 from d3po_core.models.lora import Lora
 from d3po_core.models.loss_scale import LossScale
+from d3po_core.models.memory import PLANS, Card, MemoryPlan
 from d3po_core.models.placement import Placement
 from d3po_core.models.text_cache import TextCache
 from d3po_core.models.trained import Trained
@@ -36,11 +38,6 @@ from d3po_core.speed.fused_layers import (
     split_gated_layers,
 )
 from d3po_core.speed.row_limit import RowLimit
-
-# At most so many at once: image-steps in training, images in sampling, images in decoding.
-TRAINED_ROWS = {"fast": None, "balanced": 16, "small": 2}
-SAMPLED_ROWS = {"fast": None, "balanced": 16, "small": 4}
-DECODED_ROWS = {"fast": 16, "balanced": 8, "small": 1}
 
 
 @dataclass(frozen=True)
@@ -64,17 +61,22 @@ class Policy:
         network: the part that is trained; passes call it.
         weights: the weights that training changes.
         loss_scale: the factor on losses.
+        plan: how it shares the GPU's memory.
+
+    Args:
+        family: the loaded base model.
+        config: its settings.
+        seed: seed of the LoRA's initial weights.
+        plan: how to share the GPU's memory; by default what ``model.memory`` says, and ``auto`` measures it.
     """
 
-    def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
+    def __init__(self, family: Family, config: ModelConfig, seed: int, plan: MemoryPlan | None = None) -> None:
         self.config, self.family = config, family
         self.dtype = DTYPES[config.precision]
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
         self._schedules: dict[tuple[int, float], Schedule] = {}
-        self.sizes = BatchSizes() if config.compile else None
-        self.training_rows = RowLimit("training", TRAINED_ROWS[config.memory])
-        self.sampling_rows = RowLimit("sampling", SAMPLED_ROWS[config.memory])
+        self.sizes: BatchSizes | None = None
         pipeline = family.pipeline
         self.network = getattr(pipeline, family.NETWORK)
         for part in pipeline.components.values():
@@ -83,11 +85,10 @@ class Policy:
         for part in (self.network, pipeline.vae):
             part.to(memory_format=torch.channels_last)
         self.network.to(self.device)
-        self._placement = Placement(pipeline, self.device, moves=config.memory != "fast")
-        for name in () if self._placement.moves else ("vae", *family.TEXT_PARTS):
-            self._placement.move(name, self.device)
-        keep_on = torch.device("cpu") if self._placement.moves else self.device
-        self._texts_kept = TextCache(family, self._placement, self.device, keep_on)
+        measures = plan is None and config.memory == "auto" and self.device.type == "cuda"
+        self.plan = plan or PLANS["small" if measures else "fast" if config.memory == "auto" else config.memory]
+        self._place(self.plan.stays)
+        self.use(self.plan)
         self._try_once()
         self.weights: Trained = (
             Whole(self.network, family, self.dtype, self.device)
@@ -98,6 +99,37 @@ class Policy:
         self._make_fast()
         # Not wrapped for several processes: they sum their gradients once per update (trainer.py).
         self.network.to(self.device)
+        if measures:
+            from d3po_core.models.fitting import fitted_plan
+
+            fitted_plan(self, Card())
+        if config.compile:
+            self._compile()
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Share the GPU's memory by a plan, from the next pass on."""
+        if plan.stays != self.plan.stays:
+            self._place(plan.stays)
+        self.plan = plan
+        self.training_rows = RowLimit("training", plan.trained)
+        self.sampling_rows = RowLimit("sampling", plan.sampled)
+        if plan.recomputes:
+            self.network.enable_gradient_checkpointing()
+        else:
+            self.network.disable_gradient_checkpointing()
+
+    def _place(self, stays: bool) -> None:
+        """Put idle parts on the device, or into main memory."""
+        place = self.device if stays else torch.device("cpu")
+        self._placement = Placement(self.family.pipeline, self.device, moves=not stays)
+        for name in ("vae", *self.family.TEXT_PARTS):
+            self._placement.move(name, place)
+        self._texts_kept = TextCache(self.family, self._placement, self.device, keep_on=place)
+
+    def memory_used(self) -> dict[str, Any]:
+        """Return the plan with the rows at once that training and sampling were cut to, for records."""
+        cut = replace(self.plan, trained=self.training_rows.most, sampled=self.sampling_rows.most)
+        return asdict(cut)
 
     @torch.no_grad()
     def _try_once(self) -> None:
@@ -128,7 +160,7 @@ class Policy:
             ) from None
 
     def _make_fast(self) -> None:
-        """Make passes faster or smaller; their results stay the same up to rounding."""
+        """Make passes faster; their results stay the same up to rounding."""
         self._shared_rows = None
         if self.config.precision != "no":
             fuse_attention(self.network)
@@ -137,18 +169,18 @@ class Policy:
                 fold_upsampling(part)
             if self.family.READS_TEXT_BY_ATTENTION_ALONE:
                 self._shared_rows = share_rows_until_text(self.network)
-        if self.config.memory == "small":
-            self.network.enable_gradient_checkpointing()
-            self.family.pipeline.vae.enable_slicing()
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        if self.config.compile:
-            decoder = self.family.pipeline.vae.decoder
-            for part in (self.network, decoder):
-                scale_group_norms(part)
-            attend_by_products(decoder, math.prod(self.latent_shape[1:]))
-            compile_regions(self.network, self.family.REGIONS)
-            compile_whole(decoder)
+
+    def _compile(self) -> None:
+        """Compile the passes, last of all: code is made for exact numbers of rows."""
+        self.sizes = BatchSizes()
+        decoder = self.family.pipeline.vae.decoder
+        for part in (self.network, decoder):
+            scale_group_norms(part)
+        attend_by_products(decoder, math.prod(self.latent_shape[1:]))
+        compile_regions(self.network, self.family.REGIONS)
+        compile_whole(decoder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -216,7 +248,7 @@ class Policy:
     def decode_on_device(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
         """Decode final latents to uint8 images ``[B, height, width, 3]`` on the device, without waiting for it."""
         # Images are 50 times larger than their latents; small chunks save memory and are as fast.
-        rows = DECODED_ROWS[self.config.memory]
+        rows = self.plan.decoded
         with self._placement.on_device("vae"):
             return torch.cat([self._decode(chunk, rows) for chunk in latent_BCHW.split(rows)])
 

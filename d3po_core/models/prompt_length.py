@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
-from d3po_core.models.model_files import family_of, model_folder
+from d3po_core.models.model_files import family_of
+from d3po_core.models.places import model_folder
 
 # diffusers' pipelines cap longer encoders at this window: T5 in Stable Diffusion 3.
 T5_WINDOW = 256

@@ -1,14 +1,10 @@
 """Estimate a round's disk space from the model's own files."""
 
-import shutil
-
 from d3po_core.config import CampaignConfig, ModelConfig
-from d3po_core.errors import D3POError
 from d3po_core.models.families import Network, Vae
-from d3po_core.models.model_files import family_of, model_folder, network_elements, parts_of
-
-# For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
-UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+from d3po_core.models.model_files import family_of, network_elements, parts_of
+from d3po_core.models.places import model_folder
+from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, require_space, written_bytes
 
 
 def check_space(config: CampaignConfig) -> None:
@@ -17,26 +13,14 @@ def check_space(config: CampaignConfig) -> None:
     Raises:
         D3POError: the free space is less than a round needs.
     """
-    needed = round_bytes(config)
-    existing = next(p for p in (config.folder, *config.folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise D3POError(
-            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
-            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
-        )
+    require_space(config, round_bytes(config))
 
 
 def round_bytes(config: CampaignConfig) -> int:
     """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights."""
-    (channels, height, width), per_side = latent_and_pixels(config.model)
-    trajectory = (config.sample.num_steps + 1) * channels * height * width
-    trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
-    pixels = 3 * (height * per_side) * (width * per_side)
-    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
-    # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
+    latent, per_side = latent_and_pixels(config.model)
     trained = (network_elements(config.model) or UNKNOWN_WEIGHTS) if config.model.train == "full" else 0
-    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
+    return written_bytes(config, latent, per_side, trained)
 
 
 def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, int, int], int]:

@@ -31,6 +31,7 @@ def main(device: str) -> None:
     _join_ranks(device)
     while True:
         answer = _run(jobs.get(), answers)
+        _give_back(device)
         _say(answers, answer)
 
 
@@ -72,6 +73,14 @@ def _run(order: dict[str, Any], answers: IO[str]) -> dict[str, Any]:
         traceback.print_exc()
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "d3po_core.errors"]
         return {"error": str(error) or type(error).__name__, "kind": next(iter(kinds), None)}
+
+
+def _give_back(device: str) -> None:
+    """Return the GPU memory that PyTorch keeps for its next pass: the parent's scorers need some of it now."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _say(answers: IO[str], answer: dict[str, Any]) -> None:

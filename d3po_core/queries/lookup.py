@@ -78,28 +78,32 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
         D3POError: there is no such image; the message says which exist.
     """
     with connect_views(campaign) as connection:
-
-        def rows(sql: str) -> list[dict[str, Any]]:
-            return connection.sql(sql, params={"id": sample_id}).to_arrow_table().to_pylist()
-
         image, held_out = find_image(connection, campaign, sample_id)
         number = image["round"]
-        run = connection.sql("SELECT * FROM rounds WHERE round = $round", params={"round": number})
+
+        def rows(sql: str) -> list[dict[str, Any]]:
+            given = {key: value for key, value in {"id": sample_id, "round": number}.items() if f"${key}" in sql}
+            return connection.sql(sql, params=given).to_arrow_table().to_pylist()
+
         return ImageStory(
             image=image,
             round=number,
             held_out=held_out,
-            judgements=rows("SELECT * FROM judgements WHERE $id IN (sample_id, other_id) ORDER BY judged_at, rater"),
-            pairs=rows("SELECT * FROM pairs WHERE $id IN (winner_id, loser_id) ORDER BY pair_id"),
+            # The round spares DuckDB the files of all others.
+            judgements=rows(
+                "SELECT * FROM judgements WHERE round = $round AND $id IN (sample_id, other_id) "
+                "ORDER BY judged_at, rater"
+            ),
+            pairs=rows("SELECT * FROM pairs WHERE round = $round AND $id IN (winner_id, loser_id) ORDER BY pair_id"),
             compared=rows(
                 "SELECT * FROM human_comparisons WHERE $id IN (sample_id, against_id) ORDER BY judged_at, rater"
             ),
             scores=rows(
                 "SELECT e.round, e.scorer, e.score FROM evaluations e JOIN evaluations me "
-                "ON me.sample_id = $id AND me.prompt = e.prompt AND me.seed = e.seed AND me.scorer = e.scorer "
-                "ORDER BY e.scorer, e.round"
+                "ON me.round = $round AND me.sample_id = $id AND me.prompt = e.prompt AND me.seed = e.seed "
+                "AND me.scorer = e.scorer ORDER BY e.scorer, e.round"
             ),
-            run=next(iter(run.to_arrow_table().to_pylist()), None),
+            run=next(iter(rows("SELECT * FROM rounds WHERE round = $round")), None),
             settings=[
                 (name, default, masked(value) if isinstance(value, str) else value)
                 for name, default, value in changed_fields(CampaignConfig(), round_config(campaign, number))

@@ -14,7 +14,7 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig, is_url
 from d3po_core.errors import D3POError
-from d3po_core.models.model_files import cached_folder
+from d3po_core.models.places import cached_folder
 from d3po_core.paths import resolve_path
 from d3po_core.store.files import atomic_path
 from d3po_core.store.integrity import RESTORE, sha256_of

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from d3po_core.errors import D3POError
 from d3po_core.paths import resolve_path
-from d3po_core.seeds import derive_seed, permutation
 
 
 def load_prompts(path: str, column: str, field: str) -> list[str]:
@@ -143,6 +142,8 @@ def draw_prompts(prompts: list[str], count: int, seed: int, round_number: int) -
 
     Every prompt comes once before any comes twice. Each round has a new order.
     """
+    from d3po_core.seeds import derive_seed, permutation  # imports torch, which reading prompts does not need
+
     drawn: list[tuple[str, int]] = []
     occurrence = 0
     while len(drawn) < count:

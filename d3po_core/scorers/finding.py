@@ -17,6 +17,8 @@ The name in the configuration selects one of four kinds (docs/scorers.md):
 import functools
 import importlib
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -24,15 +26,19 @@ import numpy as np
 from d3po_core.config import CampaignConfig, ScoringConfig, is_url
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
-from d3po_core.paths import find_project
-from d3po_core.scorers.models import MODELS, ModelScorer
+from d3po_core.paths import PROJECT_ROOT, find_project
+from d3po_core.scorers.models import MODELS, ModelScorer, source_of
 from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
 from d3po_core.urls import filled_in, inline_secret, masked
 
 __all__ = [
-    "BUILT_IN", "MODELS", "Scorer", "brightness", "jpeg_compressibility", "jpeg_incompressibility", "load_scorer",
-    "prompt_alignment", "use_device",
+    "BUILT_IN", "MODELS", "Scorer", "brightness", "check_scorer", "jpeg_compressibility", "jpeg_incompressibility",
+    "load_scorer", "prompt_alignment", "use_device",
 ]  # fmt: skip
+
+# Libraries and this package: an error in them is told by the user's line that called them.
+_NOT_THE_USERS = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+                  str(PROJECT_ROOT / "d3po_core"))  # fmt: skip
 
 Scorer = Callable[[np.ndarray, list[str]], np.ndarray]
 
@@ -60,22 +66,39 @@ def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "
         D3POError: no such scorer, or its model's files are missing or unsafe to read.
     """
     scoring = scoring or ScoringConfig()
+    check_scorer(name, scoring)
     where = scoring.models.get(name)
-    if name not in BUILT_IN and where is not None and is_url(where):
-        return _checked(
-            name,
-            _remote(name, _without_secrets(name, where), scoring.batch_size, scoring.timeout_seconds, scoring.tries),
-        )
+    if name in BUILT_IN:
+        return _checked(name, BUILT_IN[name])
+    if where is not None and is_url(where):
+        return _checked(name, _remote(name, where, scoring.batch_size, scoring.timeout_seconds, scoring.tries))
     if name in MODELS:
         where = where or MODELS[name].default
         return _checked(name, _model(name, where, device, scoring.batch_size, memory != "fast"))
-    if where is not None:
+    return _checked(name, _imported(name))
+
+
+def check_scorer(name: str, scoring: ScoringConfig) -> None:
+    """Check that a scorer can be found; its weights are neither read nor downloaded, and no server is called.
+
+    Raises:
+        D3POError: no such scorer, no such folder, or an address that holds a secret.
+    """
+    where = scoring.models.get(name)
+    if name in BUILT_IN and where is not None:
+        raise D3POError(
+            f"scoring.models.{name} is {where!r}, but {name} is built in and takes neither weights nor a server"
+        )
+    if where is not None and is_url(where):
+        _check_address(name, where)
+    elif name in MODELS:
+        source_of(name, where or MODELS[name].default)
+    elif where is not None:
         raise D3POError(
             f"scoring.models.{name} is {where!r}; only {', '.join(MODELS)} have weights: expected an http(s) URL"
-            if name not in BUILT_IN
-            else f"scoring.models.{name} is {where!r}, but {name} is built in and takes neither weights nor a server"
         )
-    return _checked(name, BUILT_IN[name] if name in BUILT_IN else _imported(name))
+    elif name not in BUILT_IN:
+        _imported(name)
 
 
 def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str:
@@ -88,7 +111,7 @@ def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str
 _model = functools.cache(ModelScorer)
 
 
-def _without_secrets(name: str, url: str) -> str:
+def _check_address(name: str, url: str) -> None:
     if secret := inline_secret(url):
         raise D3POError(
             f"scoring.models.{name} is {masked(url)!r}, which holds {secret}: it would be written into the campaign, "
@@ -96,7 +119,6 @@ def _without_secrets(name: str, url: str) -> str:
             "https://${SCORER_LOGIN}@host/score or https://host/score?api_key=${SCORER_KEY}"
         )
     filled_in(url, f"scoring.models.{name}")  # report missing variables now, not after sampling
-    return url
 
 
 @functools.cache
@@ -121,13 +143,21 @@ def _imported(name: str) -> Scorer:
     except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise D3POError(
-            f"scorer {name!r} cannot be imported ({reason}); is it in the project's folder or on PYTHONPATH?"
+            f"scorer {name!r} cannot be imported ({reason}{_place(error)}); "
+            "is it in the project's folder or on PYTHONPATH?"
         ) from error
     if not callable(function):
         raise D3POError(
             f"scorer {name!r} is a {type(function).__name__}; expected a function (images, prompts) -> scores"
         )
     return function
+
+
+def _place(error: Exception) -> str:
+    """Return ``, in FILE line N`` of the innermost frame in a user's own file; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(("<", *_NOT_THE_USERS))]
+    return f", in {own[-1].filename} line {own[-1].lineno}" if own else ""
 
 
 def _checked(name: str, scorer: Scorer) -> Scorer:
@@ -137,7 +167,7 @@ def _checked(name: str, scorer: Scorer) -> Scorer:
         except D3POError:
             raise
         except Exception as error:
-            raise D3POError(f"scorer {name!r} failed: {type(error).__name__}: {error}") from error
+            raise D3POError(f"scorer {name!r} failed: {type(error).__name__}: {error}{_place(error)}") from error
         if scores.shape != (len(images),):
             raise D3POError(
                 f"scorer {name!r} returned shape {list(scores.shape)}; expected one number for each of {len(images)}"

@@ -66,6 +66,20 @@ MODELS: dict[str, Model] = {
 }
 
 
+def source_of(name: str, where: str) -> Source:
+    """Return the locations of a learned scorer's files; nothing is read or downloaded.
+
+    Raises:
+        D3POError: there is no such folder, or no location at all.
+    """
+    if not where:
+        raise D3POError(
+            f"scorer {name!r}: its authors publish no safetensors; set scoring.models.{name} to a folder with the "
+            "converted weights (docs/scorers.md says how)"
+        )
+    return Source(name, where, MODELS[name].rest)
+
+
 class ModelScorer:
     """A learned scorer: it finds its files at once and reads its weights at the first call.
 
@@ -76,18 +90,12 @@ class ModelScorer:
         from d3po_core.speed.row_limit import RowLimit
 
         self.name, self._batch_size = name, batch_size
-        model = MODELS[name]
-        if not where:
-            raise D3POError(
-                f"scorer {name!r}: its authors publish no safetensors; set scoring.models.{name} to a folder with the "
-                "converted weights (docs/scorers.md says how)"
-            )
-        self._source = Source(name, where, model.rest)
+        self._source = source_of(name, where)
         self._source.weights()
-        for filename in model.files:
+        for filename in MODELS[name].files:
             self._source.place_of(filename)
         self._device, self._leaves_device = device_type(device), leaves_device
-        self._rows = RowLimit(f"scorer {name!r}")
+        self._rows = RowLimit(f"scorer {name!r}", remedy="A lower scoring.batch_size")
         self._judge: torch.nn.Module | None = None
 
     def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:

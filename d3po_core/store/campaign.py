@@ -107,25 +107,34 @@ def open_campaign(config: CampaignConfig) -> None:
     """
     path = config.folder / CAMPAIGN_FILE
     if path.exists():
-        saved = _saved_config(path)
-        # A server may move. Other weights would change what the held-out scores mean.
-        models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
-        changed = [
-            c for c in changed_fields(saved, config)
-            if c[0].startswith(FIXED_FIELDS) or (c[0] in models and not _moved_server(c))
-        ]  # fmt: skip
-        scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
-        if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
-            changed.append(("judge.scorers, which also evaluate,", *scorers))
-        if changed:
-            raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
-                            "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
+        check_fits(config)
         return
     if (config.folder / "stages").exists():
         raise D3POError(f"{path}: is gone, and the campaign has begun; {CAMPAIGN_REMEDY} (--campaign NAME)")
     identity = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json")}
     with atomic_path(path) as temporary:
         temporary.write_text(sealed(identity))
+
+
+def check_fits(config: CampaignConfig) -> None:
+    """Check that a configuration still fits the campaign that was started in its folder.
+
+    Raises:
+        D3POError: a fixed field changed; the message names each such field with its old and new value.
+    """
+    saved = _saved_config(config.folder / CAMPAIGN_FILE)
+    # A server may move. Other weights would change what the held-out scores mean.
+    models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
+    changed = [
+        c for c in changed_fields(saved, config)
+        if c[0].startswith(FIXED_FIELDS) or (c[0] in models and not _moved_server(c))
+    ]  # fmt: skip
+    scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
+    if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
+        changed.append(("judge.scorers, which also evaluate,", *scorers))
+    if changed:
+        raise D3POError(f"campaign {config.campaign!r} was started with {_differences(changed)}; "
+                        "set it back, or start another campaign (--campaign NAME)")  # fmt: skip
 
 
 def begin_round(config: CampaignConfig, round_number: int) -> None:

@@ -20,15 +20,29 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
         rounds: how many rounds the run was asked for, at least 1.
         run_id: id of the run; a retry keeps it.
     """
-    done = last_finished_round(campaign)
     goals = _goals(campaign)
+    goal = goals.get(run_id) or _next_goal(campaign, goals, rounds)
+    _write_goals(campaign, goals | {run_id: goal})
+    return _rounds_up_to(campaign, goal)
+
+
+def rounds_ahead(campaign: Path, rounds: int) -> list[int]:
+    """Return the rounds that a new run would finish, as ``rounds_to_do``; nothing is written."""
+    return _rounds_up_to(campaign, _next_goal(campaign, _goals(campaign), rounds))
+
+
+def _next_goal(campaign: Path, goals: dict[str, dict[str, int]], rounds: int) -> dict[str, int]:
+    """Return a new run's goal: that of an interrupted run that was asked for as many rounds, else its own."""
+    done = last_finished_round(campaign)
     # The newest run stays open even if it reached its goal: it may have been killed after its last round.
     newest = next(reversed(goals), None)
     open_goals = [g for run, g in goals.items() if not g.get("over") and (g["last"] > done or run == newest)]
     before = next((g for g in reversed(open_goals) if g["rounds"] == rounds), None)
-    goal = goals.get(run_id) or before or {"last": max(done, 0) + rounds, "rounds": rounds}
-    _write_goals(campaign, goals | {run_id: goal})
-    return list(range(done + 1, goal["last"] + 1))
+    return before or {"last": max(done, 0) + rounds, "rounds": rounds}
+
+
+def _rounds_up_to(campaign: Path, goal: dict[str, int]) -> list[int]:
+    return list(range(last_finished_round(campaign) + 1, goal["last"] + 1))
 
 
 def end_run(campaign: Path, run_id: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from scipy.spatial.distance import pdist
 
 from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
@@ -106,6 +105,8 @@ def diversity(images: np.ndarray) -> float:
         0 (all alike) to 1 (black and white); NaN for fewer than two images. It measures colour and place, not meaning,
         so compare it between checkpoints on the same prompts and seeds, not between prompts.
     """
+    from scipy.spatial.distance import pdist  # takes half a second to import, and most commands need none
+
     if len(images) < 2:
         return float("nan")
     flat = images.reshape(len(images), -1) / 255.0

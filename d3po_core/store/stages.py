@@ -143,7 +143,9 @@ def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
 
 def finished_rounds(campaign: Path) -> list[RoundRecord]:
     """Return all finished rounds of a campaign, in order."""
-    return [
-        round_record(n, read_rows(partition(campaign, "rounds", n) / "part.parquet")[0])
-        for n in finished_numbers(campaign)
-    ]
+    return [finished_round(campaign, number) for number in finished_numbers(campaign)]
+
+
+def finished_round(campaign: Path, number: int) -> RoundRecord:
+    """Return one finished round of a campaign."""
+    return round_record(number, read_rows(partition(campaign, "rounds", number) / "part.parquet")[0])

@@ -72,7 +72,8 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
     learned = measure_round(policy, data, config, round_number)
     if first:
         _write_updates(config, round_number, updates)
-        record = {"round": round_number, "config_sha256": config.sha256(), **computed_on(policy)}
+        memory = policy.memory_used()
+        record = {"round": round_number, "config_sha256": config.sha256(), "memory": memory, **computed_on(policy)}
         save_checkpoint(checkpoint, policy, optimizer, record)
         _drop_progress(checkpoint)
         digest = json.loads((checkpoint / RECORD_FILE).read_text())["lora_sha256"]

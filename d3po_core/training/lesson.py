@@ -71,7 +71,7 @@ class Lesson:
         if policy.config.precision != "no":
             self.start_N = equal_starts(data.groups, data.latents_NTCHW)
         # Latents are small beside the activations, so only the memory-saving modes keep them on the CPU.
-        keep_on = policy.device if policy.config.memory == "fast" else torch.device("cpu")
+        keep_on = policy.device if policy.plan.stays else torch.device("cpu")
         self.latents_NTCHW = data.latents_NTCHW.to(keep_on)
         self.steps = trainable_steps(schedule)
         elements = self.latents_NTCHW[0, 0].numel() if config.log_prob == "sum" and data.groups else 1

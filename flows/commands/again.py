@@ -128,7 +128,7 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
     if wanted:
         torch.set_num_threads(wanted)
     config = round_config(folder, round_number)
-    return load_policy(config.model, config.seed)
+    return load_policy(config.model, config.seed, folder)
 
 
 def _conditions(made_on: dict[str, Any] | None, now: dict[str, Any]) -> str:

@@ -15,11 +15,14 @@ from rich.table import Table
 
 from d3po.flows.commands.again import prune, regenerate, replay
 from d3po.flows.commands.ask import check, query, show
+from d3po.flows.commands.browse import browse
+from d3po.flows.commands.doctor import doctor
 from d3po.flows.commands.export import export_lora, export_preferences
 from d3po.flows.commands.init import init
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
 from d3po.flows.commands.parts import CampaignOption, console, loading, short
+from d3po.flows.commands.plan import plan
 from d3po.flows.commands.raters import raters
 from d3po.flows.commands.report import compare, report
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
@@ -31,8 +34,9 @@ from d3po_core.paths import data_folder
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Before a run": (plan, doctor),
     "People judge": (label, import_judgements, export_sheet, raters),
-    "Look": (query, show, compare, report, check),
+    "Look": (query, show, browse, compare, report, check),
     "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
 }
 for panel, commands in PANELS.items():
@@ -94,7 +98,10 @@ def run(
     ] = None,
 ) -> None:
     """Run rounds of a campaign in this terminal; needs no server."""
+    from d3po.flows.planning import announce
+
     config = deployment_config(deployment, campaign, setting or [])
+    announce(config, rounds)
     with ctrl_c_ends_it():
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with loading("torch, diffusers and prefect"), _starting_server():

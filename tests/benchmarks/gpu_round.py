@@ -1,12 +1,12 @@
 """Whole rounds on one GPU, through Prefect, DuckDB and MLflow: seconds by stage, the GPU's busy share, rates.
 
-    python tests/benchmarks/gpu_round.py                                    the deployment sd15: 256 images a round
+    python tests/benchmarks/gpu_round.py                                    deployment sd15-smoke: 256 images a round
     python tests/benchmarks/gpu_round.py --groups 500 --group-size 2        1,000 images and 500 pairs a round
     python tests/benchmarks/gpu_round.py --warm-start                       and the start of a second process
     python tests/benchmarks/gpu_round.py --embedded                         32 rounds of the embedded model
     python tests/benchmarks/gpu_round.py --device cpu --smoke               only that it works, embedded model
 
-``d3po run sd15`` as anybody types it, JPEG score, with Stable Diffusion 1.5's architecture and random weights unless
+``d3po run sd15-smoke`` as anybody types it, with Stable Diffusion 1.5's architecture and random weights unless
 ``--model`` is a folder that has some. All rounds are one process's; the first pays for the compilation. With ``--data``
 the campaign stays and goes on; ``--rounds 0`` then only reports. All times are from the campaign's own files: a stage's
 record says when it was finished and how long it took.
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def preset(arguments: argparse.Namespace, data: Path, temporary: Path) -> Results:
-    """Rounds of the deployment ``sd15``, and the start of a second process if asked for."""
+    """Rounds of the deployment ``sd15-smoke``, and the start of a second process if asked for."""
     settings: Settings = {"model.device": arguments.device} | _model_settings(arguments, temporary)
     settings |= TINY if arguments.smoke else {}
     sizes = {"sample.groups_per_round": arguments.groups, "sample.group_size": arguments.group_size}
@@ -92,7 +92,7 @@ def preset(arguments: argparse.Namespace, data: Path, temporary: Path) -> Result
     results: Results = {"compiled_before": cache.exists() and any(cache.iterdir()), "starts": {}}
     campaign = data / "runs" / "gpu-round"
     if arguments.rounds:
-        run(arguments, data, environment, "sd15", campaign.name, arguments.rounds, settings)
+        run(arguments, data, environment, "sd15-smoke", campaign.name, arguments.rounds, settings)
     results["rounds"] = all_round_times(data, campaign)
     report_rounds(results["rounds"])
     if last_finished_round(campaign) >= 1:
@@ -100,7 +100,7 @@ def preset(arguments: argparse.Namespace, data: Path, temporary: Path) -> Result
     if arguments.warm_start:
         second = data / "runs" / "gpu-round-warm"
         if last_finished_round(second) < 1:
-            run(arguments, data, environment, "sd15", second.name, 1, settings)
+            run(arguments, data, environment, "sd15-smoke", second.name, 1, settings)
         results["starts"]["second process"] = start_times(data, second)
     if results["starts"]:
         report_starts(results["starts"], results["compiled_before"])

@@ -95,7 +95,7 @@ def small_config(preset: str, arguments: argparse.Namespace, folder: Path) -> Ca
         "group_size": size, "groups_per_round": round(arguments.images / size), "num_steps": arguments.steps,
         "guidance_scale": arguments.guidance, "batch_size": BATCH // size * size,
     }  # fmt: skip
-    judge = {"labeller": values["judge"].get("labeller", "proxy"), "scorers": values["judge"]["scorers"]}
+    judge = {"labeller": values["judge"].get("labeller", "proxy"), "scorers": ["jpeg_incompressibility"]}
     return load_config(merge({"train": train}, {"model": model, "sample": sample, "judge": judge}), preset)
 
 

@@ -6,6 +6,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -39,14 +42,22 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }  # fmt: skip
+# Stable Diffusion 3 medium; its third text encoder is optional and left out.
+SD3: dict[str, Any] = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
 
 
 def random_pipeline(name: str, dtype: torch.dtype, device: str) -> Any:
-    """A pipeline of the architecture ``sd15`` or ``sdxl``, on a device, its weights as the layers initialise them."""
+    """A pipeline of ``sd15``, ``sdxl`` or ``sd3``, on a device, its weights as the layers initialise them."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(resolve_path(TOKENIZER), model_max_length=PROMPT_TOKENS)
     # A short vocabulary's ids are valid in the long one; only the end mark must be where the pooled state is taken.
     marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if name == "sd3":
+        return _sd3(tokenizer, marks, dtype, device)
     with torch.device(device):
         parts: dict[str, Any] = {
             "unet": UNet2DConditionModel(**UNETS[name]),
@@ -66,4 +77,23 @@ def random_pipeline(name: str, dtype: torch.dtype, device: str) -> Any:
     return StableDiffusionPipeline(
         **parts, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _sd3(tokenizer: Any, marks: dict[str, int], dtype: torch.dtype, device: str) -> StableDiffusion3Pipeline:
+    with torch.device(device):
+        parts: dict[str, Any] = {
+            "transformer": SD3Transformer2DModel(**SD3),
+            "vae": AutoencoderKL(
+                **VAE | {"latent_channels": 16}, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
+                use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L, **marks)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G, **marks)),
+        }  # fmt: skip
+    for part in parts.values():
+        part.to(dtype)
+    return StableDiffusion3Pipeline(
+        **parts, tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip

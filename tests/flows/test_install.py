@@ -61,7 +61,7 @@ def foreign(folder: Path) -> Path:
 
 def test_a_wheel_holds_all_code_and_a_project_under_two_names_of_its_own(installed: Path) -> None:
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    code = {f"d3po/{name}" for name in tracked("flows", "tasks")} | {*tracked("d3po_core")}
+    code = {f"d3po/{name}" for name in tracked("flows", "tasks")} | {*tracked("d3po_core", "d3po/*.py")}
     data = {f"d3po/project/{name}" for name in tracked("prefect.yaml", "data") if not name.endswith(".py")}
     assert names >= code | data
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"d3po", "d3po_core"}

@@ -26,6 +26,22 @@ def test_only_deployments_of_rounds_are_run(name: str) -> None:
         deployment_config(name, None, [])
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_models_that_people_want_learn_what_people_prefer_on_the_card_that_there_is(name: str) -> None:
+    config = deployment_config(name, None, [])
+    assert config.judge.scorers == config.evaluation_scorers == ("pickscore",)
+    assert {config.sample.prompts, config.evaluate.prompts} == {
+        "data/prompts/everyday_train.txt", "data/prompts/everyday_eval.txt",
+    }  # fmt: skip
+    assert config.model.memory == "auto"
+
+
+def test_the_smoke_test_is_the_preset_without_a_scorers_weights() -> None:
+    smoke, real = (deployment_config(name, None, []) for name in ("sd15-smoke", "sd15"))
+    changed = {field: now for field, _, now in changed_fields(real, smoke)}
+    assert changed == {"campaign": "sd15-smoke", "judge.scorers": ["jpeg_incompressibility"]}
+
+
 def meant(command: str) -> CampaignConfig:
     """The configuration that a printed command stands for."""
     words = shlex.split(command)
@@ -44,7 +60,7 @@ def meant(command: str) -> CampaignConfig:
         {"model": {"path": "123", "compile": True, "lora_alpha": 2.0}, "sample": {"prompts": "null"}, "seed": 4},
     ],
 )
-@pytest.mark.parametrize("name", ["round", "published", "sd15"])
+@pytest.mark.parametrize("name", ["round", "published", "sd15", "sd15-smoke"])
 def test_printed_command_goes_on_with_the_same_configuration(name: str, changes: dict[str, Any]) -> None:
     config = deployment_config(name, None, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
     assert meant(command_that_goes_on(config)) == config

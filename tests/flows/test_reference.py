@@ -33,17 +33,19 @@ def test_no_description_is_of_a_column_that_is_gone() -> None:
 
 
 def test_pages_say_what_the_code_says() -> None:
-    configuration, commands, tables = (page() for page in reference.PAGES.values())
+    configuration, commands, tables, python = (page() for page in reference.PAGES.values())
     assert "| `train.beta` | `float` | `300.0` |" in configuration
     assert "| `runs_dir` | `str or None` |" in configuration
     assert "## d3po discard-round" in commands
-    for page in (configuration, commands, tables):
+    for page in (configuration, commands, tables, python):
         assert not re.search(r"`[^`\n]*\\\|[^`\n]*`", page), "a backslash shows"
     assert (
         "| `--with-judgements, --no-with-judgements` | `False` | Even if people have judged the round already |"
         in commands
     )
     assert "| `winner_scores` | `map(varchar, double)` |" in tables
+    assert "## Campaign.load(round='champion', pipeline=None)" in python
+    assert "## Campaign.champion\n" in python
 
 
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="the extra docs is not installed")
@@ -62,7 +64,7 @@ def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_
 def texts_of_the_code() -> list[str]:
     """Every text in the sources, with … for what is filled in."""
     found = []
-    for folder in ("flows", "tasks", "d3po_core"):
+    for folder in ("flows", "tasks", "d3po_core", "d3po"):
         for file in (PROJECT_ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):

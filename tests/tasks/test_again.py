@@ -163,6 +163,9 @@ def test_process_that_had_other_threads_computes_as_one_that_always_had_these(
 def test_checkpoint_says_on_what_it_was_computed(config: CampaignConfig) -> None:
     record = json.loads((config.folder / "checkpoints/round=1/checkpoint.json").read_text())
     assert (record["device"], record["threads"], record["torch"]) == ("cpu", 1, torch.__version__)
+    assert record["memory"] == {
+        "stays": True, "recomputes": False, "trained": None, "sampled": None, "decoded": 16, "needs": 0,
+    }  # fmt: skip
 
 
 def test_lines_of_the_model_card_load_the_lora(

@@ -235,7 +235,7 @@ def test_images_of_a_latent_are_the_vaes(name: str, policy_of: Loader, folders: 
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
-@pytest.mark.parametrize("memory", ["balanced", "small"])
+@pytest.mark.parametrize("memory", ["balanced", "medium", "small"])
 def test_saving_memory_changes_no_image_and_no_gradient(name: str, memory: str, policy_of: Loader) -> None:
     fast, other = policy_of(name), policy_of(name, memory=memory)
     config = SampleConfig(num_steps=STEPS, guidance_scale=GUIDANCE, batch_size=4)

@@ -113,7 +113,7 @@ def test_a_hub_model_whose_snapshot_changed_is_an_error_or_recorded(
     def cached(name: str, file: str, revision: str | None) -> str | None:
         return str(snapshot / file) if name == "some/model" else None
 
-    monkeypatch.setattr("d3po_core.models.model_files.try_to_load_from_cache", cached)
+    monkeypatch.setattr("d3po_core.models.places.try_to_load_from_cache", cached)
     config = config_of(tmp_path, model={"path": "some/model"}, judge={"scorers": ["brightness"]})
     freeze(config, PROMPTS)
     snapshot = Path(shutil.copytree(snapshot, tmp_path / "snapshots" / "1"))

@@ -336,7 +336,7 @@ def test_learned_scorers_leave_the_gpu_when_idle_unless_memory_is_fast(
     read = models._read
     monkeypatch.setattr(models, "_read", lambda *given, **more: judges.append(read(*given, **more)) or judges[-1])  # type: ignore
     moves, scores = Moves(monkeypatch), []
-    for memory in ("fast", "balanced", "small"):
+    for memory in ("fast", "balanced", "medium", "small", "auto"):
         score = load_scorer(name, ScoringConfig(models={name: str(folders(name))}), "cuda", memory)
         scores.append([score(IMAGES, PROMPTS).tolist() for _ in range(2)])
         assert moves.while_scoring[-2:] == ["cuda", "cuda"]

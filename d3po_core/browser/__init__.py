@@ -1,0 +1,1 @@
+"""Browse the images of all campaigns on a local web page."""

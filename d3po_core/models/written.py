@@ -1,0 +1,47 @@
+"""How many bytes a round writes, from its configuration and the model's size alone, and whether the disk has them."""
+
+import shutil
+
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
+
+# For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
+UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
+
+
+def require_space(config: CampaignConfig, needed: int) -> None:
+    """Check that the campaign's disk has this many free bytes.
+
+    Raises:
+        D3POError: it has fewer.
+    """
+    free = free_bytes(config)
+    if free < needed:
+        raise D3POError(
+            f"a round needs about {needed / 1e6:.0f} MB in {config.folder} and {free / 1e6:.0f} MB are free; "
+            "free some space, set runs_dir to another disk, or lower sample.groups_per_round"
+        )
+
+
+def free_bytes(config: CampaignConfig) -> int:
+    """Return the free bytes of the disk that the campaign lies on, or will."""
+    existing = next(path for path in (config.folder, *config.folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def written_bytes(config: CampaignConfig, latent: tuple[int, int, int], per_side: int, trained: int) -> int:
+    """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights.
+
+    Args:
+        config: the campaign's configuration.
+        latent: channels, height and width of a latent.
+        per_side: the pixel width of one latent element.
+        trained: number of weights in a checkpoint; 0 for a LoRA, which is small.
+    """
+    channels, height, width = latent
+    trajectory = (config.sample.num_steps + 1) * channels * height * width
+    trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
+    pixels = 3 * (height * per_side) * (width * per_side)
+    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
+    # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
+    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained

@@ -1,0 +1,1 @@
+"""What a run will do, need and take, told before anything is loaded; no file here imports torch."""

@@ -1,0 +1,99 @@
+"""What a model's files say of its size, read without importing torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.errors import D3POError
+from d3po_core.models.places import INDEX, model_folder
+from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, written_bytes
+from d3po_core.paths import resolve_path
+
+WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's size; None for what its files do not tell, or if they are not on this machine.
+
+    Attributes:
+        family: the class of its diffusers pipeline.
+        latent: channels, height and width of a latent.
+        per_side: the pixel width of one latent element.
+        network_bytes: size of the trained network's files.
+    """
+
+    family: str | None = None
+    latent: tuple[int, int, int] | None = None
+    per_side: int | None = None
+    network_bytes: int | None = None
+
+    @property
+    def pixels(self) -> int | None:
+        """Return the width of an image in pixels."""
+        return self.latent[2] * self.per_side if self.latent and self.per_side else None
+
+
+# The presets' models, for a plan made before they are downloaded.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelFacts("StableDiffusionPipeline", (4, 64, 64), 8),
+    "stabilityai/stable-diffusion-xl-base-1.0": ModelFacts("StableDiffusionXLPipeline", (4, 128, 128), 8),
+}
+
+
+def facts_of(config: ModelConfig) -> ModelFacts:
+    """Return what a model's files say of its size.
+
+    Raises:
+        D3POError: a file is damaged.
+    """
+    described_by = config.single_file_config or config.path
+    folder = model_folder(config)
+    if folder is None or folder.is_file():
+        return PUBLISHED.get(described_by, ModelFacts())
+    if not resolve_path(described_by).exists() and not (folder / "vae" / "config.json").exists():
+        return PUBLISHED.get(described_by, ModelFacts())  # its download was cut off
+    index = read_json(config, folder / INDEX)
+    part = "transformer" if "transformer" in index else "unet"
+    network, vae = (read_json(config, folder / name / "config.json") for name in (part, "vae"))
+    files = list((folder / part).glob(WEIGHTS))
+    variant = [file for file in files if config.variant and f".{config.variant}" in file.stem]
+    return ModelFacts(
+        family=index.get("_class_name"),
+        latent=_latent(network, part),
+        per_side=2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 1,
+        network_bytes=sum(file.stat().st_size for file in variant or files if file.exists()) or None,
+    )
+
+
+def _latent(network: dict[str, Any], part: str) -> tuple[int, int, int] | None:
+    """Return a network's latent shape; diffusers' own defaults stand for fields that its file omits."""
+    channels, side = (16, 128) if part == "transformer" else (4, None)
+    size = network.get("sample_size", side)
+    sides = (size, size) if isinstance(size, int) else size
+    return (network.get("in_channels", channels), *sides) if sides and len(sides) == 2 else None
+
+
+def read_json(config: ModelConfig, path: Path) -> dict[str, Any]:
+    """Return a mapping from one of the model's JSON files; D3POError if it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        name = path.name if path.name == INDEX else f"{path.parent.name}/{path.name}"
+        said = "is missing" if isinstance(error, FileNotFoundError) else f"is not JSON ({error})"
+        raise D3POError(
+            f"model.path {config.path!r}: {name} {said}; expected a diffusers pipeline folder, written by "
+            "pipe.save_pretrained"
+        ) from None
+    return found if isinstance(found, dict) else {}
+
+
+def disk_bytes(config: CampaignConfig, facts: ModelFacts) -> int:
+    """Estimate the bytes that a round writes; an unknown model counts as Stable Diffusion 1.5."""
+    trained = 0
+    if config.model.train == "full":
+        width = 2 if config.model.variant == "fp16" else 4
+        trained = facts.network_bytes // width if facts.network_bytes else UNKNOWN_WEIGHTS
+    return written_bytes(config, facts.latent or UNKNOWN_LATENT, facts.per_side or UNKNOWN_PIXELS, trained)
