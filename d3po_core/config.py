@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from d3po_core.paths import data_folder, resolve_path
 from d3po_core.urls import schema_pattern
@@ -21,6 +21,12 @@ def _expect_names(field: str, names: Iterable[str], expected: Iterable[str], wha
         raise ValueError(f"{field} names {', '.join(map(repr, unknown))}; expected one of {what}: {expected}")
 
 
+def _listed(value: Any) -> Any:
+    """Names typed as one text, separated by commas, as a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -48,7 +54,7 @@ class ModelConfig(_Section):
     )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the LoRA")
     lora_alpha: float | None = Field(None, gt=0, le=65536, description="LoRA scale numerator; the rank by default")
-    lora_targets: tuple[str, ...] = Field(
+    lora_targets: Names = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="Layers of the network that get a LoRA"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device that the model runs on")
@@ -96,7 +102,13 @@ class PeopleConfig(_Section):
         "mark_bad", description="What a rater does: compare two images, mark the bad, pick the best or rank a group"
     )
     guideline: str = Field(
-        "Which images show what the prompt says?", max_length=2000, description="What raters should look for"
+        "Which images show what the prompt says?",
+        max_length=8000,
+        description="What raters should look for, in Markdown; an image is ![text](r1-g0-m2) or a file of the "
+        "campaign's folder. If unset, each mode asks its own question",
+    )
+    blur_reported: bool = Field(
+        True, description="Blur images that another rater reported as unsafe or broken until they are clicked"
     )
     combine: Literal["majority", "dawid_skene", "bradley_terry"] = Field(
         "majority", description="How votes of several raters on a pair become one weighted preference"
@@ -125,7 +137,7 @@ class JudgeConfig(_Section):
     labeller: Literal["proxy", "human", "mixed"] = Field(
         "proxy", description="Proxy scorers, people, or both: people judge the groups that proxies are least sure of"
     )
-    scorers: tuple[str, ...] = Field(
+    scorers: Names = Field(
         ("prompt_alignment",), min_length=1, description="Scorer names (docs/scorers.md), or package.module:function"
     )
     combine: Literal["pareto", "majority", "weighted"] = Field(
@@ -250,8 +262,8 @@ class EvaluateConfig(_Section):
     prompt_column: str = Field("prompt", description="Column that holds the prompts of a CSV or Parquet file")
     images_per_prompt: int = Field(8, ge=1, le=10_000, description="Fixed seeds per prompt")
     max_prompts: int = Field(64, ge=1, le=1_000_000, description="Held-out prompts to use, from the start of the file")
-    scorers: tuple[str, ...] = Field((), description="Scorers for evaluation; the judge's by default")
-    unseen: tuple[str, ...] = Field((), description="Scorers that training never sees; they show what the judge misses")
+    scorers: Names = Field((), description="Scorers for evaluation; the judge's by default")
+    unseen: Names = Field((), description="Scorers that training never sees; they show what the judge misses")
     drift_images: int = Field(
         32, ge=0, le=1_000_000, description="Held-out images used to measure the drift from the base"
     )
@@ -327,6 +339,9 @@ FIXED_FIELDS = (
     "model.zero_terminal_snr", "model.train", "model.lora", "evaluate", "sample.num_steps", "sample.guidance_scale",
     "sample.eta",
 )  # fmt: skip
+
+# Fields whose relative values start at the project's folder; so do those of scoring.models.
+PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
 
 # Fields that may change even within a round, since they change no number.
 FREE_FIELDS = (

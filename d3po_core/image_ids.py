@@ -28,3 +28,8 @@ def held_out_id(round_number: int, index: int) -> str:
 def group_of(sample: str) -> str:
     """Return the group of a member; empty if the id is not a member's."""
     return sample.rpartition("-m")[0]
+
+
+def round_of(image: str) -> int:
+    """Return the number of the round that drew an image, a member's or a held-out one."""
+    return int(image.partition("-")[0].removeprefix("r"))

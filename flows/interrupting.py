@@ -12,7 +12,9 @@ from uuid import UUID
 
 from rich.console import Console
 
-TELL_PREFECT_SECONDS = 2.0
+from d3po.tasks.live_line import take_away
+
+TELL_PREFECT_SECONDS, DRAW_SECONDS = 2.0, 0.5
 INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
 
 _flow_runs: list[UUID] = []
@@ -63,8 +65,11 @@ def end_here(said: str, status: int) -> NoReturn:
         teller = threading.Thread(target=_tell_prefect, args=(flow_run, said), daemon=True)
         teller.start()
         teller.join(TELL_PREFECT_SECONDS)
-    Console(stderr=True).show_cursor()  # a spinner hides it
-    print(f"\nd3po: {said}; to go on where it stopped, type again: {this_command()}", file=sys.stderr, flush=True)
+    remover = threading.Thread(target=take_away, daemon=True)  # the main thread may be drawing
+    remover.start()
+    remover.join(DRAW_SECONDS)
+    Console(stderr=True).show_cursor()  # the live line hides it
+    print(f"\nd3po: {said}; to go on where it stopped, type again: {this_command()}", file=sys.__stderr__, flush=True)
     os._exit(status)
 
 

@@ -1,5 +1,6 @@
 """Plans of deployments: where each setting comes from, and what ``d3po run`` says before it starts."""
 
+from pathlib import Path
 from typing import Any
 
 from d3po.flows.presets import deployment_config
@@ -23,17 +24,19 @@ def announce(config: CampaignConfig, rounds: int) -> None:
     print("\n".join(three_lines(plan)), flush=True)
 
 
-def settings(deployment: str, config: CampaignConfig) -> list[tuple[str, Any, str]]:
+def settings(deployment: str, config: CampaignConfig, file: Path | None = None) -> list[tuple[str, Any, str]]:
     """The fields that differ from the defaults, each with its value and where that was set."""
-    typed = {name for name, *_ in changed_fields(deployment_config(deployment, None, []), config)}
-    changed = changed_fields(CampaignConfig(), config)
-    return [(name, _public(value), _source(name, deployment, typed)) for name, _, value in changed]
+    of_deployment = deployment_config(deployment, None, [])
+    of_file = deployment_config(deployment, None, [], file)
+    typed = {name for name, *_ in changed_fields(of_file, config)}
+    filed = {name for name, *_ in changed_fields(of_deployment, of_file)}
 
+    def source(name: str) -> str:
+        if name in typed:
+            return "--campaign" if name == "campaign" else "--set"
+        return f"--config {file}" if name in filed else f"deployment {deployment}"
 
-def _source(name: str, deployment: str, typed: set[str]) -> str:
-    if name not in typed:
-        return f"deployment {deployment}"
-    return "--campaign" if name == "campaign" else "--set"
+    return [(name, _public(value), source(name)) for name, _, value in changed_fields(CampaignConfig(), config)]
 
 
 def _public(value: Any) -> Any:

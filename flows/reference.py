@@ -41,7 +41,7 @@ def fields() -> list[Entry]:
 def parameters() -> list[Entry]:
     """Every parameter of every command with its default and help; the command itself has an empty name."""
     found = []
-    for command, parsed in typer.main.get_group(app).commands.items():
+    for command, parsed in _commands(typer.main.get_group(app)):
         found.append(Entry(command, "", (), parsed.help or ""))
         for option in parsed.params:
             is_argument = option.param_type_name == "argument"
@@ -49,6 +49,14 @@ def parameters() -> list[Entry]:
             default = "required" if option.required else _plain(option.default)
             found.append(Entry(command, name, (default,), getattr(option, "help", None) or ""))
     return found
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its full name, also those of a command that has some of its own."""
+    for name, parsed in group.commands.items():
+        yield f"{before}{name}", parsed
+        if hasattr(parsed, "commands"):
+            yield from _commands(parsed, f"{before}{name} ")
 
 
 def columns() -> list[Entry]:

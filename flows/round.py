@@ -11,6 +11,7 @@ from d3po.tasks.guarding import guard_round, require_trust
 from d3po.tasks.judging import derive_pairs, judge_images
 from d3po.tasks.nights import later_night
 from d3po.tasks.publishing import check_campaign, plan_rounds, publish_round
+from d3po.tasks.round_line import campaign_line, round_line
 from d3po.tasks.sampling import sample_images
 from d3po.tasks.training import train_policy
 from d3po.tasks.waiting import require_deployment, wait_for_people
@@ -55,12 +56,9 @@ def d3po(config: CampaignConfig = CampaignConfig(), rounds: int = 1) -> State:  
                 evaluate_checkpoint(config, number)
                 guard_round(config, number)
                 finished = publish_round(config, number)
-                logger.info(
-                    "round %d: held-out %s %s, %d pairs, %d ties",
-                    number, finished.eval_scorer, finished.score, finished.num_pairs, finished.num_ties,
-                )  # fmt: skip
+                logger.info("%s", round_line(config, finished))
             end_run(config.folder, run_id=str(flow_run.id))
     except D3POError as error:
         # The user can fix it: one line, no traceback.
         return Failed(message=str(error))
-    return Completed(message=f"campaign {config.campaign}: rounds {numbers or 'none'} finished")
+    return Completed(message=campaign_line(config, numbers))

@@ -80,6 +80,8 @@ def server_environment(name: str, ports: Ports, login: str) -> dict[str, str]:
     if name == "prefect":
         return environment | {
             SERVER_LOGIN: login, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(own_addresses(ports["prefect"])),
+            # Else `--watch` shows events alone, and neither rounds nor scores.
+            "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true", "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         }  # fmt: skip
     if name == "mlflow":
         del environment[LOGIN]

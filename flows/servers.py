@@ -35,12 +35,13 @@ from d3po.flows.server_files import (
 )
 from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
 from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
+from d3po.tasks.tracking.views import TRAINING, saved_view
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.store.databases import is_whole
 from d3po_core.store.files import disk_errors
 
-__all__ = ["down", "end_orphans", "find_prefect", "prefect_url", "status", "up"]
+__all__ = ["down", "end_orphans", "find_prefect", "mlflow_page", "prefect_url", "status", "up"]
 
 PATIENCE = 5.0  # seconds to wait for Prefect's server when we can do without an answer
 
@@ -107,8 +108,13 @@ def prefect_url() -> str | None:
 
 
 def find_prefect() -> bool:
-    """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set."""
+    """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set.
+
+    Links to MLflow then name the MLflow server of ``d3po up``, if it runs.
+    """
     os.environ.update(without_proxy(os.environ))
+    if leader("mlflow"):
+        os.environ.setdefault("D3PO_MLFLOW_URL", server_url(known_ports(), "mlflow"))
     if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
         os.environ[LOGIN] = known
     return "PREFECT_API_URL" in os.environ
@@ -117,7 +123,7 @@ def find_prefect() -> bool:
 def _where_to_go(ports: Ports) -> list[str]:
     lines = [
         f"Prefect: {server_url(ports, 'prefect')}",
-        f"MLflow: {server_url(ports, 'mlflow')}",
+        _mlflow_line(server_url(ports, "mlflow")),
         f"Labelling page: {server_url(ports, 'label')} (d3po label --rater NAME prints a person's link)",
         *_how_to_log_in(),
     ]
@@ -126,6 +132,24 @@ def _where_to_go(ports: Ports) -> list[str]:
         names = without_proxy(shell)["NO_PROXY"]
         lines.append(f"this shell has a proxy; plain `prefect` needs: export NO_PROXY={names}")
     return [*lines, "type next: prefect deployment run d3po/round -p rounds=2 --watch"]
+
+
+def mlflow_page(key: str) -> str | None:
+    """Address of a campaign's table of rounds on the MLflow server of ``up``; None if it does not run or has none.
+
+    Args:
+        key: the campaign's id.
+    """
+    view = saved_view(data_folder() / "mlflow" / "mlflow.db", key) if leader("mlflow") else None
+    return server_url(known_ports(), "mlflow") + view[1] if view else None
+
+
+def _mlflow_line(page: str) -> str:
+    """MLflow's address: the newest campaign's table of rounds, or its list of experiments."""
+    if view := saved_view(data_folder() / "mlflow" / "mlflow.db"):
+        name, path = view
+        return f"MLflow, {name}: {page}{path}"
+    return f"MLflow: {page}/#/experiments{TRAINING}"
 
 
 def _how_to_log_in() -> list[str]:

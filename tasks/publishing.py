@@ -133,7 +133,7 @@ def note_published(campaign: Path, round_number: int) -> None:
 def _report(config: CampaignConfig) -> None:
     """Rewrite the campaign's report; a failure never fails the round."""
     try:
-        write_report(config)
+        write_report(config, mlflow=delivery.pages(config).get(delivery.ROUNDS))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         get_run_logger().warning("the report was not written (%s); to try again: d3po report", reason)

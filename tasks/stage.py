@@ -6,17 +6,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prefect.concurrency.sync import concurrency
+from prefect.runtime import flow_run
 from tqdm import tqdm
 
+from d3po.tasks.live_line import is_shown, say
+from d3po.tasks.logs import flow_logger
 from d3po.tasks.showing import StageProgress
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
 from d3po_core.scorers.finding import use_device
+from d3po_core.store.goals import last_round_of
 from d3po_core.store.stages import note_seconds, seconds_spent
 
 GPU_LIMIT = "gpu"
 GPU_LEASE_SECONDS = 60
+# Lines in the log of a long stage.
+LOG_FIRST_SECONDS, LOG_EVERY_SECONDS = 20.0, 60.0
 
 # Prefect caches nothing: a stage's record on disk says that it is finished, also to another run.
 STAGE_OPTIONS: dict[str, Any] = {
@@ -64,14 +70,11 @@ def scoring_turn(config: CampaignConfig, names: Iterable[str]) -> Iterator[None]
         yield
 
 
-# tqdm's monitor thread outlives the interpreter's shutdown; duckdb then complains of leaks.
-tqdm.monitor_interval = 0
-
-
 class Bar:
-    """A stage's progress: a bar with rate and time left on terminals, and on Prefect's page.
+    """A stage's progress, with rate and time left: on the terminal's live line and on Prefect's page.
 
-    It also notes on disk how long the stage has taken, for the run that continues after a kill.
+    Without a live line, it goes to the run's log at times. It also notes on disk how long the stage has taken, for the
+    run that continues after a kill.
 
     Args:
         config: the campaign's.
@@ -85,35 +88,49 @@ class Bar:
     def __init__(self, config: CampaignConfig, round_number: int, stage: str, total: int, unit: str, done: int) -> None:
         self._stage = (config.folder, round_number, stage)
         self._earlier = seconds_spent(*self._stage)
-        self._label, self._total, self._unit, self._done, self._first = (
-            f"round {round_number} {stage}", total, unit, done, done,
-        )  # fmt: skip
-        self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, disable=None)
+        last = last_round_of(config.folder, str(flow_run.id))
+        label = f"round {round_number} of {last} {stage}" if last else f"round {round_number} {stage}"
+        self._label, self._total, self._unit, self._done, self._first = label, total, unit, done, done
         self._shown, self._began = StageProgress(config.campaign, stage), time.monotonic()
+        self._due = self._began + LOG_FIRST_SECONDS
+        say(self._line)
 
     def update(self, count: int = 1) -> None:
         """Count this many more as done."""
-        self._bar.update(count)
         self._done += count
+        say(self._line)
         self._shown.tell(self._done / self._total, self._text)
+        self._log()
         self._note()
 
     def close(self, whole: bool) -> None:
         """End the bar; ``whole`` says whether the stage did all its work."""
-        self._bar.close()
         self._note()
         if whole:
             self._shown.end(self._text)
 
+    def _log(self) -> None:
+        now = time.monotonic()
+        if now >= self._due and not is_shown():
+            self._due = now + LOG_EVERY_SECONDS
+            flow_logger().info("%s", self._text())
+
     def _note(self) -> None:
         note_seconds(*self._stage, self._earlier + time.monotonic() - self._began)
 
+    def _line(self) -> str:
+        finished = self._done >= self._total
+        return f"{self._label}: all {self._total} {self._unit}s done, finishing" if finished else self._text()
+
     def _text(self) -> str:
-        seconds = time.monotonic() - self._began
-        return tqdm.format_meter(
-            self._done, self._total, seconds, prefix=self._label, unit=f" {self._unit}s", initial=self._first,
-            bar_format="{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left",
+        told = "{desc}: {n_fmt} of {total_fmt}{unit}"
+        if self._done > self._first:
+            told += ", {rate_noinv_fmt}, {remaining} left"
+        text = tqdm.format_meter(
+            self._done, self._total, time.monotonic() - self._began, prefix=self._label, unit=f" {self._unit}s",
+            initial=self._first, bar_format=told,
         )  # fmt: skip
+        return " ".join(text.split())
 
 
 @contextlib.contextmanager

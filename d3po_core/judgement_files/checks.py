@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d3po_core.judgement_files.formats import JudgementFile
-from d3po_core.judgement_files.rules import Scope, checks_of, macros, skipped_sql, value_sql
+from d3po_core.judgement_files.rules import Scope, both_bad_sql, checks_of, macros, skipped_sql, value_sql
 from d3po_core.store.tables import SCHEMAS
 
 CHUNK = 1 << 17  # rows per pass, which bounds the memory
@@ -51,7 +51,10 @@ def check_judgements(file: JudgementFile, scope: Scope, source: str) -> Checked:
                 rows = rows.append_column(name, column)
             connection.register("file", rows)
             connection.execute(
-                _SAID.format(value=value_sql(file.kind, scope.scale), skipped=skipped_sql()), {"rater": scope.rater}
+                _SAID.format(
+                    value=value_sql(file.kind, scope.scale), skipped=skipped_sql(), both_bad=both_bad_sql(file.kind)
+                ),
+                {"rater": scope.rater},
             )
             # Good rows take one pass; messages are made only for failed checks.
             found = connection.sql(
@@ -111,12 +114,14 @@ def _judgements(good: pa.Table, kind: str, scope: Scope, source: str) -> pa.Tabl
 _SAID = """
 CREATE OR REPLACE TEMP TABLE said AS
     SELECT * EXCLUDE (rater), coalesce(rater, $rater) AS rater,
-           {value}::DOUBLE AS value, {skipped} AS skipped, utc(judged_at) AS moment
+           {value}::DOUBLE AS value, {skipped} AS skipped, {both_bad} AS both_bad,
+           utc(judged_at) AS moment
     FROM file WHERE said IS NOT NULL;
 """
 
 _GOOD = """
-SELECT row, rater, sample_id, other_id, value, moment, number(seconds) AS seconds, number(position)::BIGINT AS position,
+SELECT row, rater, sample_id, other_id, value, both_bad, moment, number(seconds) AS seconds,
+       number(position)::BIGINT AS position,
        hash(rater, least(sample_id, coalesce(other_id, sample_id)), greatest(sample_id, coalesce(other_id, sample_id)),
             moment) AS thing, said
 FROM said ANTI JOIN problems USING (row) ORDER BY row
@@ -127,11 +132,11 @@ _REPEATS = """
 CREATE TEMP TABLE things AS
     SELECT place, row, rater, least(sample_id, coalesce(other_id, sample_id)) AS low,
            greatest(sample_id, coalesce(other_id, sample_id)) AS high, moment, said,
-           if(other_id < sample_id, -value, value) AS value
+           if(other_id < sample_id, -value, value) AS value, coalesce(both_bad, false) AS both_bad
     FROM candidates;
 CREATE TEMP TABLE repeats AS
     SELECT rater, low, high, moment, min(row) AS first_row, max(row) AS last_row, min(place) AS first_place,
-           count(DISTINCT value) + (count(*) > count(value))::INTEGER > 1 AS differ
+           count(DISTINCT value) + (count(*) > count(value))::INTEGER + count(DISTINCT both_bad) > 2 AS differ
     FROM things GROUP BY rater, low, high, moment HAVING count(*) > 1;
 CREATE TEMP TABLE dropped AS
     SELECT place, NOT differ AS same

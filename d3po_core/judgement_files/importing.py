@@ -221,7 +221,8 @@ def _not_on_record(folder: Path, number: int, rows: pa.Table, file: JudgementFil
             """SELECT place FROM read_rows n WHERE NOT EXISTS (
                    FROM judgements j WHERE j.round = $round AND j.rater = n.rater AND j.sample_id = n.sample_id
                    AND j.other_id IS NOT DISTINCT FROM n.other_id AND j.judged_at = n.judged_at
-                   AND j.value IS NOT DISTINCT FROM n.value AND j.kind = n.kind) ORDER BY place""",
+                   AND j.value IS NOT DISTINCT FROM n.value AND j.kind = n.kind
+                   AND coalesce(j.both_bad, false) = coalesce(n.both_bad, false)) ORDER BY place""",
             params={"round": number},
         ).to_arrow_table()["place"]
     return rows.take(fresh.combine_chunks()), len(rows) - len(fresh)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from d3po_core.errors import D3POError
 from d3po_core.image_ids import GROUP, MEMBER
 from d3po_core.judgement_files.formats import JudgementFile
-from d3po_core.judgement_files.words import BAD, BETWEEN, CHOICES, GOOD, SKIPS
+from d3po_core.judgement_files.words import BAD, BETWEEN, BOTH_BAD, CHOICES, GOOD, SKIPS
 from d3po_core.people.rater_names import name_problem, other_spellings
 
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
@@ -97,6 +97,14 @@ def value_sql(kind: str, scale: Sequence[str]) -> str:
 def skipped_sql() -> str:
     """SQL for whether a cell says that the rater has no opinion."""
     return f"lower(said) IN ({', '.join(map(_quoted, SKIPS))})"
+
+
+def both_bad_sql(kind: str) -> str:
+    """SQL for whether a cell calls both images of a choice bad; null for other kinds and without a choice."""
+    if kind != "choice":
+        return "NULL::BOOLEAN"
+    words = ", ".join(map(_quoted, BOTH_BAD))
+    return f"if({skipped_sql()}, NULL, lower(said) IN ({words}))"
 
 
 def _quoted(text: str) -> str:
@@ -192,7 +200,7 @@ def _sample_checks(column: str, group: str, scope: Scope) -> Iterator[tuple[str,
 def _said_checks(file: JudgementFile, scope: Scope) -> Iterator[tuple[str, str, str]]:
     kind = file.kind
     if kind == "choice":
-        yield "said", "value IS NULL AND NOT skipped", "'is no choice; expected first, second, tie or skip'"
+        yield "said", "value IS NULL AND NOT skipped", "'is no choice; expected first, second, tie, both bad or skip'"
     elif kind == "rank":
         yield (
             "said", "NOT skipped AND NOT coalesce(value BETWEEN 1 AND group_size AND value = floor(value), "

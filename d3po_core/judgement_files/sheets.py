@@ -7,15 +7,18 @@ import random
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import MANIFEST, read_samples, sampled_rounds
+from d3po_core.people.guideline import guideline_text, render_guideline
 from d3po_core.spreadsheets import neutralise
 from d3po_core.store.campaign import campaign_id, rules_of
 from d3po_core.store.files import new_folder
@@ -39,9 +42,10 @@ h2 { font-size: 1.05rem; margin: 0 0 0.5rem } h2 small { color: #595959; font-we
 .row { display: flex; flex-wrap: wrap; gap: 0.75rem }
 figure { margin: 0 } img { width: 16rem; height: 16rem; object-fit: contain; background: #eee; display: block }
 figcaption { font: 0.85rem ui-monospace, monospace }
+p img, li img { display: inline-block; width: 8rem; height: 8rem; vertical-align: middle }
 </style>
 <h1>{{ campaign }}, round {{ round }}</h1>
-<p>{{ guideline }}</p>
+{{ guideline | safe }}
 <p>{{ how }} The file to fill in is {{ csv }}; a row that you leave empty counts as not judged yet.</p>
 {% for part in parts %}
 <section>
@@ -108,17 +112,23 @@ def export_sheet(
     fixed = {"rater": rater or "", "judged_at": "", "campaign": config.campaign, "round": number,
              "campaign_id": campaign_id(config.folder)}  # fmt: skip
     lines = [{**fixed, **row} for row in rows]
+    examples: dict[str, Path] = {}
+    guideline = render_guideline(
+        guideline_text(people, mode), config.folder, partial(_example, config.folder, examples)
+    )
     page = _PAGE.render(
-        campaign=config.campaign, round=number, guideline=people.guideline, how=WAYS[mode].sheet, csv=CSV_FILE,
-        parts=parts,
+        campaign=config.campaign, round=number, guideline=guideline.whole or guideline.short, how=WAYS[mode].sheet,
+        csv=CSV_FILE, parts=parts,
     )  # fmt: skip
     manifest = {
         "campaign": config.campaign, "campaign_id": campaign_id(config.folder), "round": number, "mode": mode,
         "rater": rater, "order": [[s["sample_id"] for s in group] for group in chosen],
     }  # fmt: skip
-    images = [config.folder / sample["image_path"] for group in chosen for sample in group]
+    images = {
+        Path(sample["image_path"]).name: config.folder / sample["image_path"] for group in chosen for sample in group
+    }
     require_files(config.folder, [sample["image_path"] for group in chosen for sample in group])
-    _write(folder, csv_text((*WAYS[mode].columns, *COMMON), lines), page, manifest, images)
+    _write(folder, csv_text((*WAYS[mode].columns, *COMMON), lines), page, manifest, images | examples)
     return SheetReport(folder, number, mode, len(lines), len(images))
 
 
@@ -175,12 +185,19 @@ def _groups(groups: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], l
     return rows, parts
 
 
-def _write(folder: Path, table: str, page: str, manifest: dict[str, Any], images: list[Path]) -> None:
+def _example(campaign: Path, examples: dict[str, Path], path: Path) -> str:
+    """Note that the sheet needs an example image of the guideline; return where its page finds it."""
+    name = "-".join(("example", *path.relative_to(campaign).parts))
+    examples[name] = path
+    return f"{IMAGES}/{quote(name)}"
+
+
+def _write(folder: Path, table: str, page: str, manifest: dict[str, Any], images: dict[str, Path]) -> None:
     with new_folder(folder) as temporary:
         (temporary / IMAGES).mkdir()
-        for image in images:
+        for name, image in images.items():
             try:
-                shutil.copyfile(image, temporary / IMAGES / image.name)
+                shutil.copyfile(image, temporary / IMAGES / name)
             except FileNotFoundError:
                 raise D3POError(f"{image} is missing; restore it, or sample the round again") from None
         # Without a byte order mark, spreadsheets read a CSV in their country's old encoding.

@@ -1,10 +1,12 @@
 """The words that every format of judgements knows, in lower case, and their meaning."""
 
+# A tie that says more. "neither" is not among them: it may mean that neither is better.
+BOTH_BAD = ("both bad", "both are bad", "bothbad", "both_bad", "tie (bothbad)", "neither is good", "none is good")
 CHOICES = {
     **dict.fromkeys(("first", "left"), 1),
     **dict.fromkeys(("second", "right"), -1),
     **dict.fromkeys(
-        ("tie", "equal", "draw", "same", "neither", "both", "both bad", "both good", "both are equal", "tie (bothbad)"),
+        ("tie", "equal", "draw", "same", "neither", "both", "both good", "both are equal", *BOTH_BAD),
         0,
     ),
 }

@@ -2,8 +2,9 @@
 
 /                 campaigns and blind comparisons that wait for people
 /enter?key=TOKEN  turns the token of a link into a cookie
-/c/NAME           the labelling page of a campaign, or as /c/CAMPAIGN~ID of a blind comparison; /next, /judge and /undo
-                  below it answer with the middle of the page
+/waiting          the list of the first page, anew
+/c/NAME           the labelling page of a campaign, or as /c/CAMPAIGN~ID of a blind comparison; /next, /judge, /undo
+                  and /report below it answer with the middle of the page
 /i/TOKEN          an image, under a name that reveals nothing and differs for every rater
 """
 
@@ -13,23 +14,25 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import jinja2
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_core.errors import D3POError
 from d3po_core.page.access import AccessError, Raters
 from d3po_core.page.comparing import ComparisonDesk
 from d3po_core.page.completion import OnComplete
-from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError, View
+from d3po_core.page.desk import Desk, GoneError, Priority, UnfitError
 from d3po_core.page.desks import Desks, MakeDesk
 from d3po_core.page.gate import LOCAL_HOSTS, Guard, Pace
+from d3po_core.page.messages import Judged, Reported, Undone
+from d3po_core.page.view import View, ended
+from d3po_core.people.guideline import Guideline, guideline_text, render_guideline
 from d3po_core.people.journal import ConflictError
 from d3po_core.people.tally import Deck
 from d3po_core.ways import WAYS
@@ -37,34 +40,9 @@ from d3po_core.ways import WAYS
 COOKIE = "d3po_label"
 COOKIE_SECONDS = 60 * 60 * 24 * 90
 WATCH_SECONDS = 2.0
-# A longer time means that the rater was away; the page then sends null.
-MAX_SECONDS = 60 * 60 * 24
 MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png",
          ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
 HERE = Path(__file__).resolve().parent
-
-Submission = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-class Judged(BaseModel):
-    """The page's message when a rater has judged or skipped."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-    ticket: Annotated[str, Field(max_length=400)]
-    submission: Submission
-    action: Literal["answer", "skip"]
-    values: Annotated[list[float], Field(max_length=64)] = []
-    seconds: Annotated[float | None, Field(ge=0, le=MAX_SECONDS)] = None
-
-
-class Undone(BaseModel):
-    """The page's message when a rater takes back an entry."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    submission: Submission
-    entry: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Page:
@@ -105,7 +83,31 @@ class _Page:
                     self._named.add((rater, deck.sampling))
                     for sample_id in deck.image_paths:
                         self.image_url(rater, deck, sample_id)
+                    self.guideline(rater, deck)
         return self._images.get(token)
+
+    def guideline(self, rater: str, deck: Deck) -> Guideline:
+        """The deck's guideline as HTML; its images get names as those of the questions do."""
+
+        def url(path: Path) -> str:
+            token = self.raters.opaque(rater, deck.campaign.name, "guideline", str(path))
+            self._images[token] = path
+            return f"/i/{token}"
+
+        return render_guideline(guideline_text(deck.config.judge.people, deck.mode), deck.campaign, url)
+
+    def entries(self, rater: str) -> tuple[str, int]:
+        """The list of the first page, and how many entries wait for the rater; those come first."""
+        entries = []
+        for one in self.desks.listed():
+            view = one.desk.view(rater) if one.desk else View("waiting", problem=one.problem)
+            over = one.desk is not None and not one.desk.blind and ended(view, one.desk.campaign)
+            if not (one.desk and one.desk.blind and view.state == "done"):
+                entries.append((one, view, over))
+        entries.sort(key=lambda entry: (entry[1].state != "question", entry[2]))
+        waiting = sum(view.state == "question" for _, view, _ in entries)
+        template = self._templates.get_template("entries.html")
+        return template.render(entries=entries, problem=self.desks.problem), waiting
 
     def middle(self, rater: str, desk: Desk) -> str:
         """The page's middle for the rater's current view."""
@@ -114,8 +116,17 @@ class _Page:
             [self.image_url(rater, view.deck, sample_id) for sample_id in ids] if view.deck else []
             for ids in (view.shown, view.ahead)
         )
+        guideline = self.guideline(rater, view.deck) if view.deck else None
         template = self._templates.get_template("middle.html")
-        return template.render(view=view, images=images, ahead=ahead, rater=rater, desk=desk)
+        return template.render(
+            view=view,
+            images=images,
+            ahead=ahead,
+            rater=rater,
+            desk=desk,
+            guideline=guideline,
+            over=not desk.blind and ended(view, desk.campaign),
+        )
 
 
 def create_app(
@@ -127,6 +138,7 @@ def create_app(
     per_second: float = 20.0,
     retry_seconds: float = 10.0,
     on_compared: OnComplete = lambda *_: None,
+    grace_seconds: float = 0.0,
 ) -> Guard:
     """The labelling page over the campaigns of a data folder, as an ASGI application.
 
@@ -139,12 +151,13 @@ def create_app(
         hosts: names by which the page may be reached.
         per_second: judgements per second that a rater may send; bursts may be three times as large.
         retry_seconds: pause after ``on_complete`` or ``on_compared`` raised.
+        grace_seconds: how long ``on_complete`` waits after a round's last answer, which can be taken back until then.
         on_compared: called likewise when people have judged a blind comparison of a round; it wakes no run.
     """
 
     def make_desk(folder: Path, comparison: str | None) -> Desk:
         if comparison is None:
-            return Desk(folder, on_complete, priority, mode, retry_seconds)
+            return Desk(folder, on_complete, priority, mode, retry_seconds, grace_seconds)
         return ComparisonDesk(folder, comparison, on_compared, retry_seconds)
 
     page = _Page(data, make_desk, per_second)
@@ -202,12 +215,13 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
     @app.get("/")
     def start(request: Request) -> Response:
         rater = _signed_in(page, request)
-        entries = []
-        for one in page.desks.listed():
-            view = one.desk.view(rater) if one.desk else View("waiting", problem=one.problem)
-            if not (one.desk and one.desk.blind and view.state == "done"):
-                entries.append((one, view))
-        return page.html("start.html", rater=rater, entries=entries, problem=page.desks.problem)
+        entries, waiting = page.entries(rater)
+        return page.html("start.html", rater=rater, entries=entries, waiting=waiting)
+
+    @app.get("/waiting")
+    def waiting(request: Request) -> Response:
+        entries, count = page.entries(_signed_in(page, request))
+        return JSONResponse({"html": entries, "waiting": count}, headers={"cache-control": "no-store"})
 
     @app.get("/c/{name}")
     def label(request: Request, name: str) -> Response:
@@ -258,10 +272,15 @@ def _add_actions(app: FastAPI, page: _Page) -> None:
         desk = page.desks.desk(name)
         return reply(rater, desk, desk.undo(rater, undone.entry, undone.submission))
 
+    @app.post("/c/{name}/report")
+    def report(name: str, said: Reported, rater: Annotated[str, Depends(acting)]) -> Response:
+        desk = page.desks.desk(name)
+        return reply(rater, desk, desk.report(rater, said.ticket, said.submission, said.image, said.reason))
+
 
 def _add_errors(app: FastAPI, page: _Page) -> None:
     def answer(request: Request, status: int, text: str) -> Response:
-        if request.method == "POST" or request.url.path.endswith("/next"):
+        if request.method == "POST" or request.url.path.endswith(("/next", "/waiting")):
             return JSONResponse({"error": text}, status, headers={"cache-control": "no-store"})
         return page.html("message.html", status, text=text)
 

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.page.completion import Completion, OnComplete
 from d3po_core.page.queue import Queue, shown_order
+from d3po_core.page.view import View
 from d3po_core.people.journal import FILE_PREFIX, Journal, Submission, sampling_of
 from d3po_core.people.questions import load_deck, waiting_round
-from d3po_core.people.tally import SKIPPED, Deck, Progress, Question, Tally, answer_problem
+from d3po_core.people.reports import ImageReports, Reason
+from d3po_core.people.tally import SKIPPED, Deck, Question, Tally, answer_problem
 from d3po_core.store.campaign import round_config
 from d3po_core.store.tables import partition
 from d3po_core.ways import WAYS
@@ -39,50 +41,6 @@ class UnfitError(D3POError):
     """An answer does not fit its question; sending it again does not help."""
 
 
-@dataclass(frozen=True)
-class View:
-    """A rater's view.
-
-    Attributes:
-        state: ``question``, ``idle`` (nothing left for this rater), ``done`` (the deck has enough) or ``waiting``
-            (no deck to judge).
-        deck: all questions, None if there are none.
-        question: the current question.
-        shown: its sample ids in page order.
-        ahead: sample ids of the questions that probably come next.
-        ticket: identifies question and attempt in the answer.
-        again: whether the rater skipped this question before.
-        undo: number of the rater's last entry, which may be taken back.
-        progress: of the round.
-        given, asked: answers as this rater's page counts them; see ``Tally.steps``.
-        own: answers of this rater in the round.
-        rate: this rater's recent answers per minute, None if there are too few.
-        problem: a failure in the background, for people to see.
-    """
-
-    state: str
-    deck: Deck | None = None
-    question: Question | None = None
-    shown: tuple[str, ...] = ()
-    ahead: tuple[str, ...] = ()
-    ticket: str = ""
-    again: bool = False
-    undo: int | None = None
-    progress: Progress | None = None
-    given: int = 0
-    asked: int = 0
-    own: int = 0
-    rate: float | None = None
-    problem: str | None = None
-
-    @property
-    def unit(self) -> str:
-        """The unit of the page's counts."""
-        if self.deck is None or self.deck.mode == "pair":
-            return "pairs"
-        return "groups" if self.deck.config.judge.people.raters_per_group == 1 else "answers"
-
-
 class Desk:
     """A campaign's journal and the round that waits for people; threads may share it.
 
@@ -95,17 +53,19 @@ class Desk:
             numbers; questions with high ones come first. Without it the order is random.
         mode: how people judge, in place of the configuration's.
         retry_seconds: pause after ``on_complete`` raised.
+        grace_seconds: how long after its last answer a complete round is used, so that it can be taken back.
     """
 
     blind, title = False, ""
-    # If true, a complete deck is used at once, and nothing can be taken back any more.
+    # If true, a complete deck is used, and then nothing can be taken back any more.
     final = True
 
     def __init__(
         self, campaign: Path, on_complete: OnComplete, priority: Priority | None = None, mode: str | None = None,
-        retry_seconds: float = 10.0,
+        retry_seconds: float = 10.0, grace_seconds: float = 0.0,
     ) -> None:  # fmt: skip
-        self.campaign = campaign
+        self.campaign, self._grace = campaign, grace_seconds
+        self._reports = ImageReports(campaign)
         self._priority, self._mode = priority, mode
         self._completion = Completion(campaign, on_complete, retry_seconds)
         self._lock = threading.RLock()
@@ -115,6 +75,8 @@ class Desk:
         self._looked = 0.0
         self._problem: str | None = None
         self._prioritised: tuple[float, int] = (0.0, -1)
+        self._complete_since: float | None = None
+        self._told = False
 
     def close(self) -> None:
         """Stop the background work and close the journal."""
@@ -134,10 +96,7 @@ class Desk:
                 return None
             assert self._journal is not None
             self._tally.add(self._journal.entries(self._deck.sampling, after=self._tally.last_seq))
-            if self._tally.progress().complete:
-                self._tell(self._deck)
-            else:
-                self._prioritise()
+            self._settle(self._deck)
             return self._deck
 
     def view(self, rater: str) -> View:
@@ -152,26 +111,15 @@ class Desk:
             standing, progress = self._tally.standing(rater), self._tally.progress()
             times = [entry.judged_at for entry in standing if entry.action == "answer"]
             problem = self._completion.error if progress.complete else self._problem
-            undo = standing[-1].seq if standing and not (progress.complete and self.final) else None
+            undo = standing[-1].seq if standing and not self._closed else None
             state = "done" if progress.complete else "idle"
             given, asked = self._tally.steps(rater)
             view = View(
                 state, deck, undo=undo, progress=progress, given=given, asked=asked, own=len(times), rate=_rate(times),
                 problem=problem,
             )  # fmt: skip
-            if progress.complete:
-                return view
-            indices = self._queue.next(rater)
-            if not indices:
-                return view
-            question, *later = (deck.questions[index] for index in indices)
-            attempt = self._tally.attempt(rater, question.question_id)
-            return replace(
-                view, state="question", question=question, shown=shown_order(deck, rater, question),
-                ahead=tuple(sample for following in later for sample in shown_order(deck, rater, following)),
-                ticket=f"{deck.round_number}.{deck.sampling}.{attempt}.{question.question_id}",
-                again=bool(self._tally.status(rater)[indices[0]] == SKIPPED),
-            )  # fmt: skip
+            indices = [] if progress.complete else self._queue.next(rater)
+            return self._asking(view, deck, rater, indices) if indices else view
 
     def judge(
         self, rater: str, ticket: str, submission: str, answer: Sequence[float] | None, seconds: float | None
@@ -221,7 +169,7 @@ class Desk:
                 entry = next((e for e in self._tally.standing(rater) if e.seq == number), None) if deck else None
                 if deck is None or entry is None:
                     return "That was taken back already."
-                if self._tally.progress().complete and self.final:
+                if self._closed:
                     return "The round is done, so this stays."
                 attempt = self._tally.attempt(rater, entry.question_id)
                 said = Submission(
@@ -240,6 +188,80 @@ class Desk:
             if index is not None:
                 self._queue.put_first(rater, index)
         return "Taken back."
+
+    def report(self, rater: str, ticket: str, submission: str, image: int, reason: Reason) -> str:
+        """Store the rater's report of an image, or its withdrawal; return once it is on disk.
+
+        Args:
+            rater: who reports.
+            ticket: of the question that shows the image.
+            submission: the page's id for this message.
+            image: the image's place on the page, from 0.
+            reason: why, or ``withdrawn``.
+
+        Returns:
+            A note for the rater.
+
+        Raises:
+            GoneError: the question is not asked any more.
+            UnfitError: the question has no such image.
+            D3POError: it could not be written.
+        """
+        deck, question, _ = self._asked(ticket)
+        shown = shown_order(deck, rater, question)
+        if image >= len(shown):
+            raise UnfitError(f"there is no image {image + 1} here, only {len(shown)}; reload the page")
+        self._reports.add(rater, shown[image], deck.image_paths[shown[image]], reason, f"page-{submission}")
+        return "Report taken back." if reason == "withdrawn" else f"Image {image + 1} is reported as {reason}."
+
+    def _asking(self, view: View, deck: Deck, rater: str, indices: Sequence[int]) -> View:
+        """The view with the first of these questions; the others probably come next."""
+        question, *later = (deck.questions[index] for index in indices)
+        attempt = self._tally.attempt(rater, question.question_id)
+        shown = shown_order(deck, rater, question)
+        return replace(
+            view, state="question", question=question, shown=shown, before=self._before(rater, question, shown),
+            flags=self._flags(deck, rater, shown),
+            ahead=tuple(sample for following in later for sample in shown_order(deck, rater, following)),
+            ticket=f"{deck.round_number}.{deck.sampling}.{attempt}.{question.question_id}",
+            again=bool(self._tally.status(rater)[indices[0]] == SKIPPED),
+        )  # fmt: skip
+
+    def _before(self, rater: str, question: Question, shown: tuple[str, ...]) -> tuple[float, ...]:
+        entry = self._tally.withdrawn(rater, question.question_id)
+        if entry is None or entry.answer is None:
+            return ()
+        values = dict(zip(entry.shown, entry.answer, strict=True))
+        return tuple(values[sample] for sample in shown)
+
+    def _flags(self, deck: Deck, rater: str, shown: tuple[str, ...]) -> tuple[str, ...]:
+        others = "hidden" if deck.config.judge.people.blur_reported else ""
+        try:
+            standing = self._reports.standing()
+        except D3POError:  # a damaged file of reports stops nobody's judging; d3po raters tells of it
+            standing = {}
+        reports = [standing.get(sample, {}) for sample in shown]
+        return tuple("mine" if rater in reported else others if reported else "" for reported in reports)
+
+    @property
+    def _closed(self) -> bool:
+        """Whether the deck is complete and in use, so that its answers stay."""
+        return self.final and self._told and self._tally.progress().complete
+
+    def _settle(self, deck: Deck) -> None:
+        """Report a complete deck once its last answer is old enough; else order its questions."""
+        if not self._tally.progress().complete:
+            self._complete_since, self._told = None, False
+            self._prioritise()
+            return
+        if self._complete_since is None:
+            last = self._tally.last_at
+            age = (datetime.now(UTC).replace(tzinfo=None) - last).total_seconds() if last else self._grace
+            # A clock that was set back must not make the round wait for hours.
+            self._complete_since = time.monotonic() - min(max(age, 0.0), self._grace)
+        if time.monotonic() - self._complete_since >= self._grace:
+            self._told = True
+            self._tell(deck)
 
     def _look(self) -> None:
         """Follow the campaign on disk: another round, imported judgements."""
@@ -287,6 +309,7 @@ class Desk:
         self._tally = Tally(deck, self._journal.entries(deck.sampling))
         self._queue = Queue(self._tally)
         self._prioritised = (0.0, -1)
+        self._complete_since, self._told = None, False
 
     def _prioritise(self) -> None:
         """Compute priorities in the background if there are new judgements."""

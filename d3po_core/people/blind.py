@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d3po_core.errors import D3POError
-from d3po_core.people.journal import Entry, export_entries, read_entries
+from d3po_core.people.journal import Entry, export_entries, read_entries, without_both_bad
 from d3po_core.people.tally import Deck, Progress, Question, Tally
 from d3po_core.store.campaign import round_config
 from d3po_core.store.files import atomic_path, exclusive
@@ -185,13 +185,14 @@ def _rows(comparison: BlindComparison, entry: Entry) -> list[dict[str, Any]]:
     """An entry as a row of ``comparisons``; a skip or undo gives a row without a value."""
     pair = comparison.pairs[int(entry.question_id.removeprefix(f"{MODE}:"))]
     position = entry.shown.index(pair.sample_id)
+    answer, both_bad = without_both_bad(entry.answer)
     return [
         {
             "comparison": comparison.id, "against": comparison.against, "rater": entry.rater,
             "sample_id": pair.sample_id, "against_id": pair.against_id,
-            "value": None if entry.answer is None else entry.answer[position],
+            "value": None if answer is None else answer[position],
             "judged_at": entry.judged_at, "seconds": None if entry.answer is None else entry.seconds,
-            "position": position,
+            "position": position, "both_bad": both_bad,
         }
     ]  # fmt: skip
 

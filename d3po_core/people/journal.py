@@ -34,6 +34,8 @@ from d3po_core.ways import WAYS
 
 JOURNAL_FILE = "labels.sqlite"
 SOURCE = "page"
+# The answer to a pair of which neither image is good.
+BOTH_BAD = (-1.0, -1.0)
 # Prefix of files that this module writes; all other files of judgements come from elsewhere.
 FILE_PREFIX = "page-"
 
@@ -78,8 +80,8 @@ class Submission:
         action: ``answer``, ``skip`` or ``undo``.
         mode: pair, mark_bad, best or rank.
         shown: sample ids in the order on the page.
-        answer: one number per image of ``shown``; pair: (1, -1), (-1, 1) or (0, 0); mark_bad: 0 bad, 1 good; best and
-            rank: 1 is best. None unless the action is ``answer``.
+        answer: one number per image of ``shown``; pair: (1, -1), (-1, 1), (0, 0) for a tie or (-1, -1) for both bad;
+            mark_bad: 0 bad, 1 good; best and rank: 1 is best. None unless the action is ``answer``.
         seconds: how long it took, None if unknown.
         undoes: ``seq`` of the entry that an undo takes back.
     """
@@ -293,6 +295,7 @@ def active(entries: Iterable[Entry]) -> list[Entry]:
 def judgement_rows(entry: Entry) -> list[dict[str, Any]]:
     """An entry as rows of the ``judgements`` schema; skips and undos give rows without a value."""
     values = entry.answer if entry.action == "answer" else None
+    values, both_bad = without_both_bad(values)
     first, *others = sorted(entry.shown)
     pair = WAYS[entry.mode].kind == "choice"
     rows = []
@@ -303,11 +306,19 @@ def judgement_rows(entry: Entry) -> list[dict[str, Any]]:
             {
                 "rater": entry.rater, "rater_kind": "human", "kind": WAYS[entry.mode].kind, "sample_id": sample_id,
                 "other_id": others[0] if pair else None, "value": None if values is None else float(values[position]),
+                "both_bad": both_bad if pair else None,
                 "judged_at": entry.judged_at, "source": SOURCE,
                 "seconds": None if values is None else entry.seconds, "position": position,
             }
         )  # fmt: skip
     return rows
+
+
+def without_both_bad(answer: tuple[float, ...] | None) -> tuple[tuple[float, ...] | None, bool | None]:
+    """Return a pair's answer with a tie in place of "both bad", and whether it was that; None without an answer."""
+    if answer != BOTH_BAD:
+        return answer, None if answer is None else False
+    return (0.0, 0.0), True
 
 
 def export_judgements(campaign: Path, round_number: int) -> list[Path]:

@@ -33,6 +33,7 @@ _COUNTS = f"""
 {questions("rater_kind = 'human' AND round BETWEEN $first AND $last")}, rows AS (
     SELECT rater, count(DISTINCT group_key) FILTER (is_last AND value IS NOT NULL) AS groups,
            median(seconds) FILTER (is_last AND value IS NOT NULL) AS seconds,
+           count(*) FILTER (is_last AND both_bad) AS both_bad,
            count(*) FILTER (placed) AS placed, count(*) FILTER (placed AND (value > 0) = (position = 0)) AS chose_first
     FROM (
         SELECT *, kind = 'choice' AND value IS NOT NULL AND value != 0 AND position IS NOT NULL AS placed FROM said
@@ -40,7 +41,7 @@ _COUNTS = f"""
     GROUP BY rater
 )
 SELECT rater, count(*) FILTER (judged), count(*) FILTER (skipped), sum(taken_back)::BIGINT, any_value(groups),
-       any_value(seconds), any_value(placed), any_value(chose_first)
+       any_value(seconds), any_value(placed), any_value(chose_first), any_value(both_bad)
 FROM questions JOIN rows USING (rater) GROUP BY rater ORDER BY rater
 """
 LAST_ROUND = 2**31
@@ -67,6 +68,7 @@ class RaterSummary:
         placed: choices of one of two images whose places are known.
         first_share, first_low, first_high: share of them that chose the image in the first place.
         first_p: probability that a rater without a bias for a place is this far from one half (binomial test).
+        both_bad: pairs of which the rater called both images bad. As votes they are ties.
     """
 
     rater: str
@@ -87,6 +89,7 @@ class RaterSummary:
     first_low: float | None
     first_high: float | None
     first_p: float | None
+    both_bad: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,9 @@ def rater_report(
         RaterSummary(
             name, judgements, skips, taken_back, groups, seconds, *_gold(gold.get(name, GoldScore())), name in out,
             true_share.get(name), _share(equal.get(name, 0), compared.get(name, 0)),
-            placed, *_first_place(chose_first, placed),
+            placed, *_first_place(chose_first, placed), both_bad,
         )
-        for name, judgements, skips, taken_back, groups, seconds, placed, chose_first in rows
+        for name, judgements, skips, taken_back, groups, seconds, placed, chose_first, both_bad in rows
     ]  # fmt: skip
     voters_P = table_RP.notna().sum(axis=0).to_numpy() if table_RP.size else np.zeros(0, dtype=int)
     return RaterReport(

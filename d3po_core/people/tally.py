@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,12 @@ class Tally:
         deck: the questions.
         counts: [Q] raters who are done with each question.
         last_seq: number of the last entry that was added.
+        last_at: its time, naive UTC; None if there is none.
     """
 
     def __init__(self, deck: Deck, entries: Iterable[Entry] = ()) -> None:
         self.deck, self.last_seq = deck, 0
+        self.last_at: datetime | None = None
         self._needed = deck.config.judge.people.raters_per_group
         self._sizes = np.bincount(deck.group_of, minlength=deck.num_groups)[: deck.num_groups]
         self._done_by: list[set[str]] = [set(raters) for raters in deck.elsewhere]
@@ -120,6 +123,7 @@ class Tally:
         self._attempts: dict[tuple[str, str], int] = defaultdict(int)
         self._status: dict[str, np.ndarray] = {}
         self._standing: dict[str, dict[int, Entry]] = defaultdict(dict)  # by rater and number, in order
+        self._withdrawn: dict[tuple[str, str], Entry] = {}
         self._answers: Counter[str] = Counter()
         self._answers_elsewhere = sum(map(len, deck.elsewhere))
         self._raters_elsewhere = frozenset[str]().union(*deck.elsewhere)
@@ -128,14 +132,17 @@ class Tally:
     def add(self, entries: Iterable[Entry]) -> None:
         """Add entries in journal order; entries on questions outside this deck change no count."""
         for entry in entries:
-            self.last_seq = max(self.last_seq, entry.seq)
+            self.last_seq, self.last_at = max(self.last_seq, entry.seq), entry.judged_at
             key = entry.rater, entry.question_id
             self._attempts[key] = max(self._attempts[key], next_attempt([entry]))
             standing = self._standing[entry.rater]
+            self._withdrawn.pop(key, None)
             if entry.action == "undo":
                 assert entry.undoes is not None
                 gone = standing.pop(entry.undoes, None)
                 self._answers[entry.rater] -= gone is not None and gone.action == "answer"
+                if gone is not None:
+                    self._withdrawn[key] = gone
             else:
                 standing[entry.seq] = entry
                 self._answers[entry.rater] += entry.action == "answer"
@@ -155,6 +162,10 @@ class Tally:
     def standing(self, rater: str) -> list[Entry]:
         """The rater's answers and skips that were not taken back, in order."""
         return list(self._standing[rater].values())
+
+    def withdrawn(self, rater: str, question_id: str) -> Entry | None:
+        """The rater's entry on a question, if the last thing that the rater did there was to take it back."""
+        return self._withdrawn.get((rater, question_id))
 
     def open_questions(self) -> np.ndarray:
         """[Q] questions of groups for people that need another rater."""

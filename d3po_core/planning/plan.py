@@ -75,7 +75,9 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
     facts, folder = _facts(config), config.folder
     work = round_work(config, len(held_out))
     ahead = rounds_ahead(folder, rounds)
-    gpu, rate = _gpu(config), measured_rate(config, facts)
+    gpu = _gpu(config)
+    gpu_bytes = gpu.total_bytes if gpu else None
+    rate = measured_rate(config, facts, gpu_bytes)
     return Plan(
         campaign=config.campaign,
         folder=str(folder),
@@ -85,7 +87,7 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
         held_out_prompts=len(held_out),
         scorers=list(config.judge.scorers) if config.judge.labeller != "human" else [],
         work=work,
-        timing=estimate(config, work, facts),
+        timing=estimate(config, work, facts, gpu_bytes),
         gpu=gpu,
         cores=os.cpu_count() or 1,
         peak_gb=rate.peak_gb if rate else None,

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import CampaignConfig
+from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.planning.model_facts import ModelFacts
 from d3po_core.planning.work import Work
 
@@ -30,15 +30,23 @@ class Rate:
     compile_seconds: int
     section: str
     also: str
+    card: str = "NVIDIA H200"
+    card_gb: int | None = None
 
-    def fits(self, config: CampaignConfig, facts: ModelFacts) -> bool:
+    def fits(self, config: CampaignConfig, facts: ModelFacts, gpu_bytes: int | None) -> bool:
         """Return whether this was measured on such a model in such a mode, with a LoRA on one GPU."""
         model = config.model
         if self.half and model.device == "cpu":
             return False
-        return (self.family, self.pixels, self.memory, self.compile, self.half) == (
-            facts.family, facts.pixels, model.memory, model.compile, model.precision != "no",
-        ) and (model.train, model.processes) == ("lora", 1)  # fmt: skip
+        return (self.family, self.pixels, self.half, "lora", 1) == (
+            facts.family, facts.pixels, model.precision != "no", model.train, model.processes,
+        ) and self._has_mode(model, gpu_bytes)  # fmt: skip
+
+    def _has_mode(self, model: ModelConfig, gpu_bytes: int | None) -> bool:
+        if self.card_gb is None:
+            return (self.memory, self.compile) == (model.memory, model.compile)
+        # `auto` uses what there is, so it is at least as fast as on a smaller card; compiling only adds to that.
+        return model.memory == "auto" and gpu_bytes is not None and self.card_gb * 1e9 <= gpu_bytes
 
     def seconds(self, config: CampaignConfig, work: Work) -> dict[str, float]:
         """Return the seconds of each measured stage; a pass takes as long at other steps and with other guidance."""
@@ -59,8 +67,7 @@ class Rate:
     @property
     def source(self) -> str:
         """Return where and on what this was measured, in words."""
-        content = _content()
-        return f"as measured on an {content['card']}{self.also} ({content['source']}, {self.section!r})"
+        return f"as measured on an {self.card}{self.also} ({_content()['source']}, {self.section!r})"
 
 
 @cache
@@ -69,7 +76,14 @@ def _content() -> dict[str, Any]:
     return found
 
 
-def measured_rate(config: CampaignConfig, facts: ModelFacts) -> Rate | None:
-    """Return the rate that was measured on such a model in such a mode; None if there is none."""
+def measured_rate(config: CampaignConfig, facts: ModelFacts, gpu_bytes: int | None = None) -> Rate | None:
+    """Return the rate that was measured on such a model in such a mode, on the nearest card; None if there is none.
+
+    Args:
+        config: the campaign's configuration.
+        facts: what is known of its model.
+        gpu_bytes: memory of the GPU; None if there is none.
+    """
     rates = [Rate(**rate) for rate in _content()["rates"]]
-    return next((rate for rate in rates if rate.fits(config, facts)), None)
+    fitting = [rate for rate in rates if rate.fits(config, facts, gpu_bytes)]
+    return max(fitting, key=lambda rate: rate.card_gb or 0, default=None)

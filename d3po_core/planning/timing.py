@@ -37,10 +37,10 @@ class Timing:
         return self.stages.get("evaluate")
 
 
-def estimate(config: CampaignConfig, work: Work, facts: ModelFacts) -> Timing:
+def estimate(config: CampaignConfig, work: Work, facts: ModelFacts, gpu_bytes: int | None = None) -> Timing:
     """Return how long a round will take, without the time that people need."""
     own = _own_rounds(config, work)
-    rate = None if "train" in own.stages else measured_rate(config, facts)
+    rate = None if "train" in own.stages else measured_rate(config, facts, gpu_bytes)
     if rate is None:
         return own
     return Timing(rate.seconds(config, work), rate.source, rate.compile_seconds)

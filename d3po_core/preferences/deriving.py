@@ -8,7 +8,7 @@ the training pairs are chosen. Judgements never change, so preferences can be de
     weighted  the first wins if the weighted sum of its scores is higher; each scorer's scores are standardised over the
               round (mean 0, standard deviation 1), so that weights do not depend on units; a scorer that gives all
               images the same score adds nothing
-    ties      pairs that nobody wins; they never reach training
+    ties      pairs that nobody wins; they never reach training. "Both bad" is a tie here, and is kept apart in `votes`
 
 People alone decide the groups that people judged, by a rule that the caller passes; proxies decide the others.
 """
@@ -44,21 +44,22 @@ WITH last_word AS (
 VOTES = f"""
 {_MARKS}, said AS (
     SELECT a.round, a.rater, a.rater_kind, a.group_id, a.sample_id AS first_id, b.sample_id AS second_id,
-           a.member AS first_member, b.member AS second_member, sign(a.mark - b.mark) AS vote
+           a.member AS first_member, b.member AS second_member, sign(a.mark - b.mark) AS vote, false AS both_bad
     FROM marks a JOIN marks b USING (round, group_id, rater, rater_kind, kind)
     WHERE a.member < b.member
     UNION ALL
     -- A choice's value is 1 for sample_id, -1 for other_id, 0 for a tie.
     SELECT j.round, j.rater, j.rater_kind, a.group_id, if(a.member < b.member, a.sample_id, b.sample_id),
            if(a.member < b.member, b.sample_id, a.sample_id), least(a.member, b.member), greatest(a.member, b.member),
-           if(a.member < b.member, sign(j.value), -sign(j.value))
+           if(a.member < b.member, sign(j.value), -sign(j.value)), coalesce(j.both_bad, false)
     FROM last_word j
     JOIN samples a ON a.sample_id = j.sample_id AND a.round = j.round
     JOIN samples b ON b.sample_id = j.other_id AND b.round = j.round AND b.group_id = a.group_id
     WHERE j.kind = 'choice' AND j.value IS NOT NULL
 )
 -- A rater who judged in two ways has one vote.
-SELECT round, group_id, first_id, second_id, first_member, second_member, rater, rater_kind, sign(sum(vote)) AS vote
+SELECT round, group_id, first_id, second_id, first_member, second_member, rater, rater_kind, sign(sum(vote)) AS vote,
+       bool_or(both_bad) AS both_bad
 FROM said GROUP BY ALL
 """
 
@@ -209,7 +210,7 @@ def collect_votes(connection: duckdb.DuckDBPyConnection, round_number: int) -> N
     """Create the temporary table ``votes``: every rater's vote on every pair of a group that the rater judged.
 
     Columns: group_id, first_id, second_id, first_member, second_member (the first is the lower member), rater,
-    rater_kind, vote (1: for the first, -1: for the second, 0: a tie).
+    rater_kind, vote (1: for the first, -1: for the second, 0: a tie), both_bad (the rater chose that both are bad).
     """
     votes = VOTES.format(rounds="round = $round")
     connection.execute(

@@ -63,6 +63,7 @@ _RATERS = f"""
     ) GROUP BY ALL
 ), voted AS (
     SELECT v.round, v.rater, v.rater_kind, count(*) AS num_votes, count(*) FILTER (v.vote = 0) AS num_ties,
+           count(*) FILTER (v.vote = 0 AND v.both_bad) AS num_both_bad,
            count(*) FILTER ((p.winner_id = v.first_id AND v.vote > 0) OR (p.winner_id = v.second_id AND v.vote < 0))
                AS votes_kept,
            count(*) FILTER ((p.winner_id = v.first_id AND v.vote < 0) OR (p.winner_id = v.second_id AND v.vote > 0))
@@ -73,7 +74,8 @@ _RATERS = f"""
     GROUP BY ALL
 )
 SELECT round, rater, rater_kind, num_judgements, num_skipped, num_taken_back, num_groups,
-       coalesce(num_votes, 0) AS num_votes, coalesce(num_ties, 0) AS num_ties, coalesce(votes_kept, 0) AS votes_kept,
+       coalesce(num_votes, 0) AS num_votes, coalesce(num_ties, 0) AS num_ties,
+       coalesce(num_both_bad, 0) AS num_both_bad, coalesce(votes_kept, 0) AS votes_kept,
        coalesce(votes_lost, 0) AS votes_lost, seconds, median_seconds, first_at, last_at
 FROM counted JOIN grouped USING (round, rater, rater_kind) JOIN timed USING (round, rater, rater_kind)
 LEFT JOIN voted USING (round, rater, rater_kind)
@@ -87,6 +89,7 @@ FROM rounds r LEFT JOIN (
     SELECT round, map_from_entries(list((scorer, score) ORDER BY scorer)) AS scores
     FROM (SELECT round, scorer, avg(score) AS score FROM evaluations GROUP BY ALL) GROUP BY round
 ) e USING (round)
+ORDER BY r.round
 """
 
 # Each rater's last answer on a pair of held-out images; no row if that was skipped or taken back.
@@ -98,11 +101,22 @@ WITH last_word AS (
     SELECT DISTINCT round, sample_id, prompt, seed, image_path FROM evaluations
 )
 SELECT c.round, c.against, c.rater, mine.prompt, mine.seed, c.sample_id, c.against_id, mine.image_path AS image,
-       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote, c.position, c.seconds, c.judged_at
+       other.image_path AS against_image, CAST(sign(c.value) AS INT) AS vote,
+       coalesce(c.both_bad, false) AS both_bad, c.position, c.seconds, c.judged_at
 FROM last_word c
 JOIN images mine ON mine.round = c.round AND mine.sample_id = c.sample_id
 JOIN images other ON other.round = c.against AND other.sample_id = c.against_id
 WHERE c.value IS NOT NULL
+"""
+
+_REPORTED_IMAGES = """
+WITH images AS (
+    SELECT round, sample_id, prompt, image_path FROM samples
+    UNION SELECT round, sample_id, prompt, image_path FROM evaluations
+)
+SELECT round, sample_id, prompt, image_path, rater, reason, reported_at
+FROM image_reports LEFT JOIN images USING (round, sample_id)
+QUALIFY row_number() OVER (PARTITION BY round, sample_id, rater ORDER BY reported_at DESC) = 1 AND reason != 'withdrawn'
 """
 
 VIEWS = {
@@ -111,6 +125,7 @@ VIEWS = {
     "raters": _RATERS,
     "checkpoints": _CHECKPOINTS,
     "human_comparisons": _HUMAN_COMPARISONS,
+    "reported_images": _REPORTED_IMAGES,
 }
 
 
@@ -120,7 +135,7 @@ def connect_views(campaign: Path) -> duckdb.DuckDBPyConnection:
     Each row of ``votes`` is a rater's final vote on two images of a group. Each row of ``pairs`` is a preference with
     both images, their scores, and the votes. Each row of ``raters`` is a rater in a round, and each row of
     ``checkpoints`` a finished round. Each row of ``human_comparisons`` is a rater's final, blind vote on a round's
-    held-out image and a reference's.
+    held-out image and a reference's. Each row of ``reported_images`` is a rater's standing report of an image.
     """
     connection = connect(campaign)
     for name, sql in VIEWS.items():

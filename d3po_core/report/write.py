@@ -25,12 +25,13 @@ from d3po_core.urls import masked
 REPORT_FILE = "report.html"
 
 
-def write_report(campaign: CampaignConfig | Path, output: Path | None = None) -> Path:
+def write_report(campaign: CampaignConfig | Path, output: Path | None = None, mlflow: str | None = None) -> Path:
     """Write the report of a campaign's finished rounds, whole or not at all; call it after every round.
 
     Args:
         campaign: the campaign's configuration or its folder.
         output: the file; ``report.html`` in the campaign's folder when not given.
+        mlflow: address of the campaign's rounds in MLflow, if it has one.
 
     Returns:
         The file's path.
@@ -42,19 +43,20 @@ def write_report(campaign: CampaignConfig | Path, output: Path | None = None) ->
     path = output or folder / REPORT_FILE
     collect_comparisons(folder)
     facts = gather(folder)
-    page = render(facts, _raters(facts) if facts.raters else None)
+    page = render(facts, _raters(facts) if facts.raters else None, mlflow)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def render(facts: Facts, raters: Mapping[str, Any] | None = None) -> str:
+def render(facts: Facts, raters: Mapping[str, Any] | None = None, mlflow: str | None = None) -> str:
     """Return a campaign's report as HTML.
 
     Args:
         facts: the facts to report.
         raters: ``summary`` maps a measure's name to a number or a text; ``table`` has one row per rater, which maps a
             column's name to a number, a text or None.
+        mlflow: address of the campaign's rounds in MLflow, if it has one.
     """
     pictures = [
         round_pictures(facts.folder, row["round"], [facts.campaign_id, row["lora_sha256"]], facts.held_out, position)
@@ -92,6 +94,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None) -> str:
         sheets=_sheets(facts, pictures, scorers[0]),
         sheet_rows=choose(facts.held_out),
         raters=raters or {},
+        mlflow=mlflow,
         config=masked(yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True)),
         lineage={what: _spans(facts.rounds, what) for what in ("git_commit", "config_sha256")},
         files=[row | {"path": path_in_project(Path(row["path"]))} for row in facts.files],

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d3po_core.config import FIXED_FIELDS, FREE_FIELDS, CampaignConfig, is_url
+from d3po_core.config import FIXED_FIELDS, FREE_FIELDS, PATH_FIELDS, CampaignConfig, is_url
 from d3po_core.config_values import changed_fields, load_config
 from d3po_core.errors import CampaignBusyError, D3POError
-from d3po_core.paths import absolute, data_folder
+from d3po_core.paths import absolute, data_folder, resolve_path
 from d3po_core.store.files import atomic_path, disk_errors, exclusive
 from d3po_core.store.integrity import record_files, require_record
 from d3po_core.store.sealed import read_sealed, sealed
@@ -37,14 +37,18 @@ def campaign_named(name: str) -> CampaignConfig:
         problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
     else:
         folder = load_config({"campaign": name}, "--campaign").folder
-        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CAMPAIGN_FILE}"))
         problem = (
-            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(known) or 'none'}; "
+            f"campaign {name!r} is not in {folder.parent}; there are {', '.join(campaign_names()) or 'none'}; "
             "of one that lies elsewhere give the folder"
         )
     if not (folder / CAMPAIGN_FILE).exists() and not (folder / "stages").exists():
         raise D3POError(problem)
     return _lying_in(_saved_config(folder / CAMPAIGN_FILE), folder)
+
+
+def campaign_names() -> list[str]:
+    """Return the names of the campaigns in the data folder, in order."""
+    return sorted(path.parent.name for path in (data_folder() / "runs").glob(f"*/{CAMPAIGN_FILE}"))
 
 
 def _saved_config(path: Path) -> CampaignConfig:
@@ -127,7 +131,7 @@ def check_fits(config: CampaignConfig) -> None:
     models = {f"scoring.models.{name}" for name in config.evaluation_scorers}
     changed = [
         c for c in changed_fields(saved, config)
-        if c[0].startswith(FIXED_FIELDS) or (c[0] in models and not _moved_server(c))
+        if (c[0].startswith(FIXED_FIELDS) and not _same_place(c)) or (c[0] in models and not _moved_server(c))
     ]  # fmt: skip
     scorers = (list(saved.evaluation_scorers), list(config.evaluation_scorers))
     if scorers[0] != scorers[1] and not any(name == "evaluate.scorers" for name, *_ in changed):
@@ -146,7 +150,10 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
     path = stage_path(config.folder, round_number, "config")
     if path.exists():
         saved = round_config(config.folder, round_number)
-        changed = [c for c in changed_fields(saved, config) if c[0] not in FREE_FIELDS and not _moved_server(c)]
+        changed = [
+            c for c in changed_fields(saved, config)
+            if c[0] not in FREE_FIELDS and not _moved_server(c) and not _same_place(c)
+        ]  # fmt: skip
         if changed:
             raise D3POError(
                 f"round {round_number} of campaign {config.campaign!r} was begun with {_differences(changed)}; "
@@ -158,6 +165,15 @@ def begin_round(config: CampaignConfig, round_number: int) -> None:
         record_files(config.folder, round_number, "config", lambda: text)
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def _same_place(change: tuple[str, Any, Any]) -> bool:
+    """Return whether two paths, typed in different folders, lead to the same place."""
+    name, *places = change
+    if name not in PATH_FIELDS:
+        return False
+    old, new = (resolve_path(place) if place and not is_url(place) else place for place in places)
+    return old == new
 
 
 def _moved_server(change: tuple[str, Any, Any]) -> bool:

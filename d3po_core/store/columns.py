@@ -44,6 +44,7 @@ SHARED = {
     "mlflow_run_id": "id of the round's MLflow run",
     "config_sha256": "digest of the configuration",
     "git_commit": "commit of the code; null outside a git clone",
+    "both_bad": "whether the rater called both images of the choice bad, a tie; null where that was not asked",
     "against": "round compared against; 0 is the base",
     "against_id": "id of the reference's image of the same prompt and seed",
 }
@@ -82,6 +83,11 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "comparison": "comparison that asked the question",
         "value": "above 0 for the round's image, below 0 for the reference's, 0 for a tie; null for a skip",
         "seconds": "seconds the answer took; null if unknown",
+    }),
+    "image_reports": ("a rater's report of an image; the last one of a rater counts", {
+        "reason": "unsafe, broken, or withdrawn if the rater took the report back",
+        "image_sha256": "digest of the image file that was reported",
+        "reported_at": "time of the report, UTC",
     }),
     "rounds": ("a finished round", {
         "checkpoint_in": "checkpoint that sampled the round; null for the base",
@@ -138,6 +144,7 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "first_member": "place of the first image in the group",
         "second_member": "place of the second image in the group",
         "vote": "1 for the first image, -1 for the second, 0 for a tie",
+        "both_bad": "whether the rater chose that both images are bad",
     }),
     "raters": ("a rater in a round", {
         "num_judgements": "number of questions answered",
@@ -146,12 +153,17 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "num_groups": "number of groups judged",
         "num_votes": "number of votes on pairs",
         "num_ties": "number of votes that are ties",
+        "num_both_bad": "number of those that call both images bad",
         "votes_kept": "number of votes that a preference followed",
         "votes_lost": "number of votes that a preference went against",
         "seconds": "total seconds spent",
         "median_seconds": "median seconds per answer",
         "first_at": "time of the first answer, UTC",
         "last_at": "time of the last answer, UTC",
+    }),
+    "reported_images": ("an image and a rater who reports it, withdrawn reports left out", {
+        "reason": "unsafe or broken",
+        "reported_at": "time of the report, UTC",
     }),
     "checkpoints": ("a finished round's checkpoint", {
         "sha256": "digest of the trained weights' file",

@@ -56,9 +56,21 @@ def end_run(campaign: Path, run_id: str) -> None:
     _write_goals(campaign, {run: g | {"over": 1} if g["last"] <= done else g for run, g in others.items()})
 
 
+def nothing_more_to_do(campaign: Path) -> bool:
+    """Return whether the campaign has finished a round and no run wants another one."""
+    done = last_finished_round(campaign)
+    return done > 0 and not any(goal["last"] > done for goal in _goals(campaign).values() if not goal.get("over"))
+
+
 def has_goal(campaign: Path, run_id: str) -> bool:
     """Return whether a run has a goal and has not ended."""
     return run_id in _goals(campaign)
+
+
+def last_round_of(campaign: Path, run_id: str) -> int | None:
+    """Return a run's target round, None if it has none."""
+    goal = _goals(campaign).get(run_id)
+    return goal["last"] if goal else None
 
 
 def _goals(campaign: Path) -> dict[str, dict[str, int]]:

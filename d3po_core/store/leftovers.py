@@ -1,17 +1,28 @@
-"""Remove what killed runs and commands left: half-written files and unwanted unfinished rounds."""
+"""Remove files: what killed runs and commands left, an unwanted unfinished round, a whole campaign."""
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import psutil
 
+from d3po_core.errors import D3POError
+from d3po_core.store.campaign import CAMPAIGN_FILE
+from d3po_core.store.files import disk_errors
 from d3po_core.store.goals import TARGET_FILE
 from d3po_core.store.stages import last_finished_round
 from d3po_core.store.tables import SCHEMAS, partition
 
 # Imports, reports, pictures and comparisons of any round are written without the lock.
-_UNLOCKED = (".*.tmp", "report/.*.tmp", "judgements/*/.*.tmp", "comparisons/.*.tmp", "comparisons/*/.*.tmp")
+_UNLOCKED = (
+    ".*.tmp",
+    "report/.*.tmp",
+    "judgements/*/.*.tmp",
+    "image_reports/*/.*.tmp",
+    "comparisons/.*.tmp",
+    "comparisons/*/.*.tmp",
+)
 
 
 def sweep_leftovers(campaign: Path, round_number: int) -> None:
@@ -33,6 +44,23 @@ def _in_hands(path: Path) -> bool:
     """Return whether another living process, whose id ends the file's name, is writing a temporary file."""
     pid = path.name.removesuffix(".tmp").rpartition(".")[2]
     return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+
+
+def delete_campaign(campaign: Path) -> None:
+    """Delete a campaign's folder and nothing else; half of it never stays behind as a campaign.
+
+    The caller holds the campaign's lock.
+
+    Raises:
+        D3POError: the folder is a link, or cannot be deleted.
+    """
+    if campaign.is_symlink():
+        raise D3POError(f"{campaign} is a link, so its campaign lies elsewhere; remove the link by hand")
+    leaving = campaign.with_name(f".deleted-{campaign.name}-{uuid.uuid4().hex[:8]}")
+    with disk_errors(campaign):
+        campaign.rename(leaving)
+        (leaving / CAMPAIGN_FILE).unlink(missing_ok=True)  # now nothing takes it for a campaign
+        shutil.rmtree(leaving)
 
 
 def discard_round(campaign: Path) -> int | None:

@@ -17,7 +17,8 @@ from d3po_core.store.integrity import noted_names, require_files, require_whole
 # 3: added the table comparisons, and intervals of the win rates in `rounds`.
 # 4: columns measured before an update end in `_before`; `kl`, which was no KL, became `kl_before`; `rounds` gained the
 # `_after` columns.
-SCHEMA_VERSION = 4
+# 5: judgements and comparisons gained `both_bad`; added the table image_reports.
+SCHEMA_VERSION = 5
 
 
 def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
@@ -26,7 +27,7 @@ def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
 
 
 # Times are UTC without a zone: to read zoned times, DuckDB would have to download an extension.
-_text, _int, _real, _time = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us")
+_text, _int, _real, _time, _yes = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us"), pa.bool_()
 SCHEMAS: dict[str, pa.Schema] = {
     "samples": _schema(
         sample_id=_text, group_id=_text, member=_int, prompt=_text, split=_text, seed=_int, image_path=_text,
@@ -35,7 +36,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "groups": _schema(group_id=_text, dissimilarity=_real),
     "judgements": _schema(
         rater=_text, rater_kind=_text, kind=_text, sample_id=_text, other_id=(_text, True), value=(_real, True),
-        judged_at=_time, source=_text, seconds=(_real, True), position=(_int, True),
+        judged_at=_time, source=_text, seconds=(_real, True), position=(_int, True), both_bad=(_yes, True),
     ),
     "preferences": _schema(
         pair_id=_text, group_id=_text, winner_id=_text, loser_id=_text, weight=_real, num_raters=_int, agreement=_real,
@@ -54,8 +55,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     # Kept apart from judgements, which become preferences: these are about held-out images.
     "comparisons": _schema(
         comparison=_text, against=_int, rater=_text, sample_id=_text, against_id=_text, value=(_real, True),
-        judged_at=_time, seconds=(_real, True), position=_int,
+        judged_at=_time, seconds=(_real, True), position=_int, both_bad=(_yes, True),
     ),
+    "image_reports": _schema(sample_id=_text, rater=_text, reason=_text, image_sha256=_text, reported_at=_time),
     "rounds": _schema(
         checkpoint_in=(_text, True), checkpoint_out=(_text, True), lora_sha256=(_text, True), num_samples=_int,
         num_pairs=_int, num_ties=_int, eval_scorer=_text, eval_score_mean=_real, eval_score_low=(_real, True),
@@ -79,11 +81,15 @@ FORMER: dict[str, dict[str, str | None]] = {
     "rounds": {"pair_accuracy": "pair_accuracy_before"},
 }
 
+# Columns that a row may leave out; they are null then.
+OPTIONAL = {"judgements": ("both_bad",), "comparisons": ("both_bad",)}
+
 # Closed sets and ranges that a schema cannot express.
 ALLOWED = {
     ("samples", "split"): ("train", "eval"),
     ("judgements", "rater_kind"): ("proxy", "human", "gold"),
     ("judgements", "kind"): ("score", "rating", "choice", "rank"),
+    ("image_reports", "reason"): ("unsafe", "broken", "withdrawn"),
 }
 RANGES = {("preferences", "weight"): (0.0, 1.0), ("preferences", "agreement"): (0.0, 1.0)}
 
@@ -95,6 +101,7 @@ def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
         D3POError: a row lacks a column, has an unknown one, or has a value of the wrong type.
     """
     schema = SCHEMAS[table]
+    rows = [dict.fromkeys(OPTIONAL.get(table, ())) | row for row in rows]
     for index, row in enumerate(rows):
         if row.keys() != set(schema.names):
             missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from d3po_core.page.completion import OnComplete
     from d3po_core.page.desk import Priority
 
+# Enough to notice a slip and press U; the run sleeps for hours anyway.
+GRACE_SECONDS = 8.0
 BLIND = "Compare checkpoints, blind"
 
 
@@ -102,6 +104,7 @@ def _compared(campaign: str, round_number: int) -> None:
 def serve_page(
     on_complete: "OnComplete", priority: "Priority | None", rater: list[str] | None, mode: str | None, host: str,
     port: int, allow_host: list[str] | None, on_compared: "OnComplete" = lambda *_: None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> None:  # fmt: skip
     """Print the raters' links and serve the page until the process is stopped.
 
@@ -117,6 +120,7 @@ def serve_page(
         port: port to listen on.
         allow_host: further names that reach the page.
         on_compared: see ``d3po_core.page.app.create_app``.
+        grace_seconds: the same.
 
     Raises:
         D3POError: another program uses the port, or the data folder cannot be written.
@@ -142,7 +146,9 @@ def serve_page(
     from d3po_core.page.serving import serve
 
     hosts = {*LOCAL_HOSTS, *(allow_host or ()), *({host} - {"0.0.0.0", "::"})}
-    app = create_app(data, on_complete, priority, mode=mode, hosts=hosts, on_compared=on_compared)
+    app = create_app(
+        data, on_complete, priority, mode=mode, hosts=hosts, on_compared=on_compared, grace_seconds=grace_seconds
+    )
     print("Ctrl-C ends the page; what was judged is kept", flush=True)
     serve(app, host, port)
 

@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
 
+from d3po.flows.commands import campaigns
 from d3po.flows.commands.again import prune, regenerate, replay
 from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.browse import browse
@@ -21,18 +23,29 @@ from d3po.flows.commands.export import export_lora, export_preferences
 from d3po.flows.commands.init import init
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
-from d3po.flows.commands.parts import CampaignOption, console, loading, short
+from d3po.flows.commands.parts import (
+    CampaignOption,
+    ConfigOption,
+    DeploymentArgument,
+    NameOption,
+    RoundsOption,
+    SettingOption,
+    console,
+    short,
+)
 from d3po.flows.commands.plan import plan
 from d3po.flows.commands.raters import raters
 from d3po.flows.commands.report import compare, report
+from d3po.flows.commands.submit import require_no_wait, submit
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
 from d3po.flows.loopback import without_proxy
 from d3po.flows.presets import command_that_goes_on, deployment_config
+from d3po.tasks.live_line import live_line
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, doctor),
     "People judge": (label, import_judgements, export_sheet, raters),
@@ -44,6 +57,22 @@ for panel, commands in PANELS.items():
         name = "import" if command is import_judgements else None
         app.command(name, rich_help_panel=panel)(command)
 app.command()(init)
+app.add_typer(campaigns.app, name="campaigns", rich_help_panel="Look")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"d3po {version('d3po')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Run rounds, look at the results, query the tables, start and stop the servers."""
 
 
 def main() -> None:
@@ -71,7 +100,8 @@ def _prefect_refuses(error: Exception) -> str:
         raise error
     url, code = error.request.url, error.response.status_code
     wants = "; it wants its login in PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)" if code in (401, 403) else ""
-    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}"
+    said = f" ({' '.join(error.response.text.split())[:300]})" if code in (409, 422) else ""
+    return f"the Prefect server answers {url.copy_with(userinfo=b'', query=None)} with {code}{wants}{said}"
 
 
 def _leave(status: int) -> NoReturn:
@@ -90,21 +120,21 @@ def _leave(status: int) -> NoReturn:
 
 @app.command()
 def run(
-    deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds to add")] = 1,
-    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's by default")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a field: train.learning_rate=1e-3; may be repeated")
-    ] = None,
+    deployment: DeploymentArgument = "round",
+    rounds: RoundsOption = 1,
+    campaign: NameOption = None,
+    file: ConfigOption = None,
+    setting: SettingOption = None,
 ) -> None:
     """Run rounds of a campaign in this terminal; needs no server."""
     from d3po.flows.planning import announce
 
-    config = deployment_config(deployment, campaign, setting or [])
+    config = deployment_config(deployment, campaign, setting or [], file)
+    require_no_wait(config, rounds)
     announce(config, rounds)
-    with ctrl_c_ends_it():
+    with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
-        with loading("torch, diffusers and prefect"), _starting_server():
+        with _starting_server():
             from d3po.flows.round import d3po
             from d3po.tasks.publishing import check_campaign
             from d3po_core.models.model_files import with_model_defaults
@@ -118,6 +148,9 @@ def run(
             if not state.is_completed():
                 raise D3POError(state.message or f"the run ended as {state.name}")
     show_campaign(config)
+
+
+app.command()(submit)
 
 
 @app.command()
@@ -189,7 +222,8 @@ def show_campaign(config: CampaignConfig) -> None:
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; type: {command_that_goes_on(config)}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate")
-    for column in ("round", "held-out [95 %]", "pairs", "ties", *(f"{stage} s" for stage in stages)):
+    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
         score, seconds = record.score, record.stage_seconds
@@ -216,7 +250,7 @@ def show_campaign(config: CampaignConfig) -> None:
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",
         f"  d3po query --campaign {shlex.quote(name)} "
         '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
-        "  d3po up     # Prefect, a worker and MLflow; then: prefect deployment run d3po/round",
+        "  d3po up     # Prefect, a worker and MLflow; then: d3po submit round",
     )
     print("\n".join(lines))
 

@@ -4,15 +4,41 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from d3po.flows.commands import completing
 from d3po_core.errors import D3POError
 
-CampaignOption = Annotated[str, typer.Option(help="Name of the campaign, or its folder if that is elsewhere")]
+CampaignOption = Annotated[
+    str,
+    typer.Option(help="Name of the campaign, or its folder if that is elsewhere", autocompletion=completing.campaigns),
+]
+# What is to run.
+DeploymentArgument = Annotated[
+    str,
+    typer.Argument(help="Name of a deployment in prefect.yaml, such as round", autocompletion=completing.deployments),
+]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Number of rounds to add")]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--campaign", help="Name of the campaign; the deployment's by default", autocompletion=completing.campaigns
+    ),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of fields, over the deployment's; --set goes over it")
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Set a field: train.learning_rate=1e-3; may be repeated", autocompletion=completing.settings
+    ),
+]
 
 
 def console(stream: Any = None) -> Console:
@@ -24,13 +50,32 @@ def console(stream: Any = None) -> Console:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], stream: Any = None) -> None:
-    """Print rows as a table; null is an empty cell."""
+    """Print rows as a table, or one below the other if the terminal is too narrow; null is an empty cell."""
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(*map(shown, columns))
-    for row in rows:
-        table.add_row(*("" if value is None else shown(value) for value in row))
-    console(stream).print(table)
+    cells = [["" if value is None else shown(_rounded(value)) for value in row] for row in rows]
+    table, target = Table(*map(shown, columns)), console(stream)
+    for row in cells:
+        table.add_row(*row)
+    if Measurement.get(target, target.options.update(max_width=10_000), table).minimum <= target.width:
+        target.print(table)
+        return
+    width = max(len(shown(column)) for column in columns)
+    for row in cells:
+        lines = (f"{shown(column):{width}}  {cell}" for column, cell in zip(columns, row, strict=True))
+        target.print("\n".join(lines) + "\n", soft_wrap=True)
+
+
+def _rounded(value: Any) -> Any:
+    """A value for a reader: numbers with the digits that matter, times to the second."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, datetime):
+        return value.replace(microsecond=0)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_rounded(inner)}" for key, inner in value.items())
+    return value
 
 
 def shown(value: Any) -> str:

@@ -7,16 +7,22 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from d3po.flows.commands.parts import console
+from d3po.flows.commands.parts import (
+    ConfigOption,
+    DeploymentArgument,
+    NameOption,
+    RoundsOption,
+    SettingOption,
+    console,
+)
 
 
 def plan(
-    deployment: Annotated[str, typer.Argument(help="Name of a deployment in prefect.yaml, such as round")] = "round",
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds to add")] = 1,
-    campaign: Annotated[str | None, typer.Option(help="Name of the campaign; the deployment's by default")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a field: train.learning_rate=1e-3; may be repeated")
-    ] = None,
+    deployment: DeploymentArgument = "round",
+    rounds: RoundsOption = 1,
+    campaign: NameOption = None,
+    file: ConfigOption = None,
+    setting: SettingOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON")] = False,
 ) -> None:
     """Tell what `d3po run` would do, how long it takes and what it needs; nothing is loaded or written."""
@@ -25,8 +31,8 @@ def plan(
     from d3po_core.planning.plan import make_plan
     from d3po_core.planning.told import sections
 
-    config = deployment_config(deployment, campaign, setting or [])
-    made, changed = make_plan(config, rounds), settings(deployment, config)
+    config = deployment_config(deployment, campaign, setting or [], file)
+    made, changed = make_plan(config, rounds), settings(deployment, config, file)
     if as_json:
         fields = [{"field": name, "value": value, "from": source} for name, value, source in changed]
         print(json.dumps(asdict(made) | {"seconds": made.seconds, "settings": fields}, indent=2))

@@ -27,6 +27,7 @@ def raters(
     """Print the raters: judgements, speed, right gold answers, bias and agreement."""
     from d3po_core.errors import D3POError
     from d3po_core.people.raters import connect_with_journal, rater_report
+    from d3po_core.people.reports import ImageReports
     from d3po_core.store.campaign import campaign_named, rules_of
 
     folder = campaign_named(campaign).folder
@@ -45,6 +46,7 @@ def raters(
             _write_csv(report, stream)
         else:
             _print_table(report, people.accuracy_floor, stream)
+            stream.writelines(f"{line}\n" for line in ImageReports(folder).lines(round_number))
 
 
 def _write_csv(report: "RaterReport", stream: Any) -> None:
@@ -62,8 +64,8 @@ def _print_table(report: "RaterReport", accuracy_floor: float, stream: Any) -> N
     from rich.table import Table
 
     table = Table()
-    for column in ("rater", "judged", "skipped", "taken back", "groups", "seconds", "gold right [95 %]", "reliability",
-                   "agreement", "first place [95 %]", ""):  # fmt: skip
+    for column in ("rater", "judged", "skipped", "taken back", "both bad", "groups", "seconds", "gold right [95 %]",
+                   "reliability", "agreement", "first place [95 %]", ""):  # fmt: skip
         table.add_column(column, justify="left" if column in ("rater", "") else "right", no_wrap=bool(column))
     for rater in report.raters:
         table.add_row(*_cells(rater))
@@ -86,8 +88,9 @@ def _cells(rater: "RaterSummary") -> list[str]:
     if rater.first_p is not None and rater.first_share is not None and rater.first_p < BIAS_P:
         notes.append(f"prefers the {'first' if rater.first_share > 0.5 else 'second'} place")
     return [
-        rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.groups),
-        _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place, ", ".join(notes),
+        rater.rater, str(rater.judgements), str(rater.skips), str(rater.taken_back), str(rater.both_bad),
+        str(rater.groups), _number(rater.seconds, 1), gold, _number(rater.reliability), _number(rater.agreement), place,
+        ", ".join(notes),
     ]  # fmt: skip
 
 

@@ -62,10 +62,12 @@ def report(
     output: Annotated[Path | None, typer.Option(help="File to write; by default the campaign's report.html")] = None,
 ) -> None:
     """Write the report, one HTML file: is it better, is it sane, which one to ship, why did it change."""
+    from d3po.flows.servers import mlflow_page
     from d3po_core.report.write import write_report
-    from d3po_core.store.campaign import campaign_named
+    from d3po_core.store.campaign import campaign_id, campaign_named
 
-    path = write_report(campaign_named(campaign), output)
+    config = campaign_named(campaign)
+    path = write_report(config, output, mlflow_page(campaign_id(config.folder)))
     print(f"{short(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
 
 

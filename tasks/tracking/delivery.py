@@ -15,6 +15,8 @@ from d3po.tasks.logs import run_logger
 from d3po.tasks.tracking.marks import has_old_marks, is_marked, mark, mark_path, name_old_marks, note_told, told
 from d3po.tasks.tracking.stages import LOGGERS, log_human_win_rate
 from d3po.tasks.tracking.store import (
+    Client,
+    campaign_page,
     campaign_run_id,
     existing_campaign_run,
     forget_runs,
@@ -23,15 +25,17 @@ from d3po.tasks.tracking.store import (
     run_page,
     tracking_uri,
 )
+from d3po.tasks.tracking.texts import tell_texts
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
 from d3po_core.store.campaign import round_config
-from d3po_core.store.stages import stage_path
+from d3po_core.store.stages import finished_numbers, stage_path
 from d3po_core.urls import masked
 
 STAGES = tuple(LOGGERS)
+ROUNDS = "rounds in MLflow"
 
 # After a failure, back off for PAUSE times as long as the failed call took. So a store that does not answer costs a run
 # a tenth of its time at most.
@@ -42,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 def deliver(config: CampaignConfig) -> None:
-    """Send MLflow every finished stage and every blind comparison that it does not have yet."""
+    """Send MLflow every finished stage and every blind comparison that it does not have yet; update names and texts."""
     _deliver_stages(config)
     deliver_comparisons(config)
 
 
 def deliver_comparisons(config: CampaignConfig) -> None:
-    """Send MLflow how often people prefer a round, seen blind, unless it has been told already.
+    """Send MLflow how often people prefer a round, seen blind, and texts that changed, unless it has been told already.
 
     It covers only rounds that are otherwise delivered. It may run while another process advances the campaign, and only
     one of the two may create the round's run.
@@ -58,20 +62,26 @@ def deliver_comparisons(config: CampaignConfig) -> None:
     except D3POError as error:
         logger.warning("blind comparisons of campaign %r: %s", config.campaign, error)
         return
-    if not rates or _is_left_alone():
+    if _is_left_alone() or not finished_numbers(config.folder):
         return
     try:
         with _patience():
             client, campaign_run = mlflow_client(), _existing_run(config)
-            for rate in rates if campaign_run else ():
-                path, what = _told_path(config.folder, rate), rate.model_dump_json()
-                published = is_marked(mark_path(config.folder, rate.round, "publish"), str(campaign_run))
-                if published and told(path, str(campaign_run)) != what:
-                    config_then = _config_of(config, rate.round)
-                    log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
-                    note_told(path, str(campaign_run), what)
+            if campaign_run:
+                for rate in rates:
+                    _deliver_rate(client, config, campaign_run, rate)
+                tell_texts(client, config, campaign_run, rates)
     except Exception as error:
-        _warn(f"{len(rates)} blind comparisons", error)
+        _warn(f"names, descriptions and {len(rates)} blind comparisons", error)
+
+
+def _deliver_rate(client: Client, config: CampaignConfig, campaign_run: str, rate: HumanWinRate) -> None:
+    path, what = _told_path(config.folder, rate), rate.model_dump_json()
+    published = is_marked(mark_path(config.folder, rate.round, "publish"), campaign_run)
+    if published and told(path, campaign_run) != what:
+        config_then = _config_of(config, rate.round)
+        log_human_win_rate(client, config_then, rate, round_run_id(config_then, rate.round))
+        note_told(path, campaign_run, what)
 
 
 def _rates(campaign: Path) -> list[HumanWinRate]:
@@ -154,9 +164,11 @@ def known_run_id(config: CampaignConfig, round_number: int) -> str | None:
 
 
 def pages(config: CampaignConfig) -> dict[str, str]:
-    """Addresses of the campaign's report and curves in MLflow; none if MLflow has no page."""
-    parts = {"report": "artifacts/report.html", "curves in MLflow": "model-metrics"}
-    return {name: page for name, part in parts.items() if (page := _asked(partial(run_page, config, part)))}
+    """Addresses of the campaign's rounds, curves and report in MLflow; none if MLflow has no page."""
+    parts = {"curves in MLflow": "model-metrics", "report": "artifacts/report.html"}
+    asked = {ROUNDS: partial(campaign_page, config)}
+    asked |= {name: partial(run_page, config, part) for name, part in parts.items()}
+    return {name: page for name, question in asked.items() if (page := _asked(question))}
 
 
 def _asked(question: Callable[[], str | None]) -> str | None:

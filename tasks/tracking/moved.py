@@ -15,7 +15,10 @@ PLACES = (
     ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"), ("model_versions", "source"),
 )  # fmt: skip
-TEXTS = (("tags", "value"), ("datasets", "dataset_source"), ("model_versions", "description"))
+TEXTS = (
+    ("tags", "value"), ("datasets", "dataset_source"), ("model_versions", "description"),
+    ("logged_model_tags", "tag_value"),
+)  # fmt: skip
 
 
 def follow_folder(database: Path, experiment: str) -> Path | None:

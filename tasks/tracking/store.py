@@ -1,32 +1,36 @@
-"""MLflow's store: one parent run per campaign, one child run per round, one model per checkpoint.
+"""MLflow's store: one parent run per campaign, one child run per round.
 
-Only this module imports mlflow. Every function is safe to call again: repeating a call changes nothing.
+Only this module and ``registry`` import mlflow. Every function is safe to call again: repeating a call changes nothing.
 """
 
-import hashlib
 import json
 import logging
 import os
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po.tasks.logs import run_logger
 from d3po.tasks.tracking.moved import follow_folder
+from d3po.tasks.tracking.views import EXPERIMENT, TRAINING, VIEW, experiment_page, view_page
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import leaves
 from d3po_core.paths import data_folder
+from d3po_core.records import EvaluateRecord, SampleRecord
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.databases import make_database, sqlite_url
+from d3po_core.store.stages import read_record, stage_path
 from d3po_core.store.tables import partition
 from d3po_core.urls import masked, without_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
 
 Client: TypeAlias = "MlflowClient"
-EXPERIMENT = "d3po"
+NOTE = "mlflow.note.content"
+# Beside the held-out curves: MLflow groups charts by the part before the last slash, and sorts groups by name.
+SLIDER = "held_out/same seeds"
 BATCH = 1000
 REPORT_BYTES = 5_000_000
 
@@ -39,7 +43,7 @@ _run_ids: dict[tuple[str, str, int | None], str] = {}
 
 
 def tracking_uri() -> str:
-    """``MLFLOW_TRACKING_URI``, or the data folder's sqlite database, which ``make up`` serves."""
+    """``MLFLOW_TRACKING_URI``, or the data folder's sqlite database, which ``d3po up`` serves."""
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(local_database())
 
 
@@ -73,8 +77,15 @@ def run_page(config: CampaignConfig, part: str) -> str | None:
     """Address of a part of the campaign run's page, None if MLflow has no page."""
     if not (page := page_url()):
         return None
-    run = f"experiments/{experiment(mlflow_client())}/runs/{campaign_run_id(config)}"
-    return f"{page.rstrip('/')}/#/{run}/{part}?workflowType=machine_learning"  # else the page opens in its other mode
+    runs = experiment_page(experiment(mlflow_client()))
+    return f"{page.rstrip('/')}{runs}/{campaign_run_id(config)}/{part}{TRAINING}"
+
+
+def campaign_page(config: CampaignConfig) -> str | None:
+    """Address of MLflow's table of exactly this campaign's rounds, None if MLflow has no page."""
+    if not (page := page_url()):
+        return None
+    return page.rstrip("/") + view_page(experiment(mlflow_client()), campaign_id(config.folder))
 
 
 def log_report(client: Client, config: CampaignConfig, report: Path) -> None:
@@ -87,14 +98,27 @@ def log_report(client: Client, config: CampaignConfig, report: Path) -> None:
 
 def round_run_id(config: CampaignConfig, round_number: int) -> str:
     """The child run of a round, created if missing; a resumed round continues in its run."""
-    parent = campaign_run_id(config)
-    name = f"{config.campaign} round {round_number:03d}" if round_number else f"{config.campaign} base"
-    return _find_or_create(config, round_number, name, {"mlflow.parentRunId": parent})
+    key = (tracking_uri(), campaign_id(config.folder), round_number)
+    if key not in _run_ids:
+        client, parent = mlflow_client(), campaign_run_id(config)
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`d3po.round` = '{round_number}'"
+        _run_ids[key] = _find(client, wanted) or _create_round(client, config, round_number, parent)
+    return _run_ids[key]
 
 
 def campaign_run_id(config: CampaignConfig) -> str:
     """The parent run of a campaign, created if missing."""
-    return _find_or_create(config, None, f"campaign {config.campaign}", {})
+    key = (tracking_uri(), campaign_id(config.folder), None)
+    if key not in _run_ids:
+        client = mlflow_client()
+        _run_ids[key] = _find(client, _own(config)) or _create_campaign(client, config)
+    return _run_ids[key]
+
+
+def campaign_label(client: Client, config: CampaignConfig) -> str:
+    """The campaign's name as MLflow shows it: with a number if the store knew another campaign of that name."""
+    tags = client.get_run(campaign_run_id(config)).data.tags
+    return str(tags.get("d3po.label", config.campaign))
 
 
 def mlflow_client() -> Client:
@@ -147,7 +171,7 @@ def experiment(client: Client) -> str:
 
 def existing_campaign_run(config: CampaignConfig) -> str | None:
     """The parent run of a campaign, None if the store has none."""
-    return _find(mlflow_client(), config, None)
+    return _find(mlflow_client(), _own(config))
 
 
 def forget_runs() -> None:
@@ -155,21 +179,14 @@ def forget_runs() -> None:
     _run_ids.clear()
 
 
-def _find_or_create(config: CampaignConfig, round_number: int | None, name: str, tags: dict[str, str]) -> str:
-    key = (tracking_uri(), campaign_id(config.folder), round_number)
-    if key not in _run_ids:
-        client = mlflow_client()
-        _run_ids[key] = _find(client, config, round_number) or _create(client, config, round_number, name, tags)
-    return _run_ids[key]
+def _own(config: CampaignConfig) -> str:
+    return f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}' and tags.`d3po.round` = 'campaign'"
 
 
-def _find(client: Client, config: CampaignConfig, round_number: int | None) -> str | None:
+def _find(client: Client, wanted: str) -> str | None:
     """The run of a campaign or round; a deleted run is restored, because its data is not sent again."""
     from mlflow.entities import ViewType
 
-    wanted = (
-        f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}' and tags.`d3po.round` = '{_level(round_number)}'"
-    )
     found = client.search_runs([experiment(client)], wanted, ViewType.ALL, max_results=1)
     if not found:
         return None
@@ -180,16 +197,37 @@ def _find(client: Client, config: CampaignConfig, round_number: int | None) -> s
     return str(run.run_id)
 
 
-def _create(client: Client, config: CampaignConfig, round_number: int | None, name: str, tags: dict[str, str]) -> str:
-    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": _level(round_number)}
-    tags = {**_who_runs(), **tags, "d3po.campaign": config.campaign, **identity}
-    run = client.create_run(experiment(client), run_name=name, tags=tags)
+def _create_campaign(client: Client, config: CampaignConfig) -> str:
+    """Create a campaign's run. It has no parameters: they would fill the card of its images, and rounds have them."""
+    from mlflow.entities import ViewType
+
+    name = config.campaign
+    same = f"tags.`d3po.campaign` = '{name}' and tags.`d3po.round` = 'campaign'"
+    others = len(client.search_runs([experiment(client)], same, ViewType.ALL))
+    label = f"{name} ({others + 1})" if others else name
+    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": "campaign", "d3po.campaign": name}
+    tags = {**_who_runs(), **identity, **({"d3po.label": label} if others else {})}
+    run_name = f"{label}: no round finished"
+    return str(client.create_run(experiment(client), _began(config, 0), tags, run_name).info.run_id)
+
+
+def _create_round(client: Client, config: CampaignConfig, round_number: int, parent: str) -> str:
+    name = f"round {round_number}" if round_number else "base"
+    own = {"mlflow.parentRunId": parent, "d3po.campaign": config.campaign, "d3po.round": str(round_number)}
+    run_name = f"{name}: not finished · {campaign_label(client, config)}"
+    run = client.create_run(experiment(client), _began(config, round_number), {**_who_runs(), **own}, run_name)
     _log_params(client, run.info.run_id, config)
     return str(run.info.run_id)
 
 
-def _level(round_number: int | None) -> str:
-    return "campaign" if round_number is None else str(round_number)
+def _began(config: CampaignConfig, round_number: int) -> int | None:
+    """When a round's first stage began, in ms, because it may be delivered days later; None if none is finished."""
+    for stage, kind in (("sample", SampleRecord), ("evaluate", EvaluateRecord)):
+        if stage_path(config.folder, round_number, stage).exists():
+            record = read_record(config.folder, round_number, stage, kind)
+            assert record.finished_at is not None
+            return milliseconds(record.finished_at - timedelta(seconds=record.seconds))
+    return None
 
 
 def _who_runs() -> dict[str, str]:
@@ -199,9 +237,24 @@ def _who_runs() -> dict[str, str]:
     return dict(resolve_tags())
 
 
-def describe(client: Client, run_id: str, markdown: str) -> None:
-    """Set a run's description."""
-    client.set_tag(run_id, "mlflow.note.content", markdown)
+def describe(client: Client, run_id: str, name: str, markdown: str) -> None:
+    """Set a run's name and description."""
+    client.update_run(run_id, name=name)
+    client.set_tag(run_id, NOTE, markdown)
+
+
+def describe_experiment(client: Client, markdown: str, key: str, view: str) -> None:
+    """Set the experiment's description unless it has one, and save a view of its runs under a key."""
+    tags = client.get_experiment(experiment(client)).tags
+    if NOTE not in tags:
+        client.set_experiment_tag(experiment(client), NOTE, markdown)
+    if tags.get(f"{VIEW}{key}") != view:
+        client.set_experiment_tag(experiment(client), f"{VIEW}{key}", view)
+
+
+def log_digests(client: Client, run_id: str, digests: dict[str, Any]) -> None:
+    """Keep digests in a file of the run: as tags they would fill the pages where people look for scores."""
+    client.log_dict(run_id, digests, "digests.json")
 
 
 def _log_params(client: Client, run_id: str, config: CampaignConfig) -> None:
@@ -215,12 +268,13 @@ def log_metrics(client: Client, run_id: str, rows: list[tuple[str, float | None,
     """Log (name, value, step, time) in batches; with the stage's time, a repeated call adds no new point."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(n, _rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
+    metrics = [Metric(n, rounded(v), milliseconds(t), step) for n, v, step, t in rows if v is not None]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """A number with as many digits as MLflow's tables should show."""
     return float(f"{value:.{DIGITS}g}")
 
 
@@ -231,160 +285,53 @@ def milliseconds(when: datetime) -> int:
 
 def log_both(
     client: Client, config: CampaignConfig, round_number: int, run_id: str, when: datetime | None,
-    values: dict[str, float | None],
+    curves: Mapping[str, float | None], own: Mapping[str, float | None] | None = None,
 ) -> None:  # fmt: skip
-    """Log a round's summary in its run, and in the campaign's with the round as step: a curve over rounds."""
+    """Log a round's summary.
+
+    Args:
+        client: of the store.
+        config: of the campaign.
+        round_number: the step.
+        run_id: the round's run.
+        when: time of the metrics.
+        curves: logged in the round's run and in the campaign's, which shows each as a curve over rounds.
+        own: logged in the round's run only: ends of intervals, and values that hardly ever change.
+    """
     assert when is not None
-    rows = [(name, value, round_number, when) for name, value in values.items()]
-    log_metrics(client, run_id, rows)
+    rows = [(name, value, round_number, when) for name, value in curves.items()]
+    log_metrics(client, run_id, rows + [(name, value, round_number, when) for name, value in (own or {}).items()])
     log_metrics(client, campaign_run_id(config), rows)
 
 
 def log_lineage(client: Client, config: CampaignConfig, round_number: int, run_id: str, table: str) -> None:
-    """Link the Parquet files that the run wrote or read, by path and digest."""
+    """Link the Parquet files that the run wrote or read, by path; MLflow's tables show the name in place of a digest.
+
+    ``digests.json`` has the files' digests.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
+    shown = f"round {round_number}, {campaign_id(config.folder)[:8]}"  # one for each file in MLflow, at most 36 letters
     for file in sorted(partition(config.folder, table, round_number).glob("*.parquet")):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
         source = json.dumps({"uri": str(file)})
-        dataset = Dataset(name=f"{table}/{file.stem}", digest=digest, source_type="local", source=source)
+        dataset = Dataset(name=f"{table}/{file.stem}", digest=shown, source_type="local", source=source)
         inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", table)]))
     client.log_inputs(run_id, inputs)
 
 
 def log_grid_once(client: Client, config: CampaignConfig, round_number: int, grid: Path) -> None:
     """Add the held-out grid to the campaign run's image slider, with the round as step, unless it is there."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     parent = campaign_run_id(config)
     present = [artifact.path for artifact in client.list_artifacts(parent, "images")]
     # Some stores write 'key%step%N%timestamp...', others 'key+step+N+timestamp...'.
-    if any(Path(path).name.replace("+", "%").startswith(f"held_out%step%{round_number}%") for path in present):
+    start = f"{SLIDER.replace('/', '~')}%step%{round_number}%"
+    if any(Path(path).name.replace("+", "%").replace("#", "~").startswith(start) for path in present):
         return
     with Image.open(grid) as image:
-        client.log_image(parent, image, key="held_out", step=round_number, synchronous=True)
-
-
-def log_checkpoint(
-    client: Client, config: CampaignConfig, round_number: int, run_id: str, folder: Path, tags: dict[str, str],
-    metrics: dict[str, float | None], when: datetime,
-) -> "LoggedModel":  # fmt: skip
-    """Log a checkpoint as a model of its run, with its held-out metrics, unless it is there.
-
-    Args:
-        client: of the store.
-        config: of the campaign.
-        round_number: the checkpoint's round.
-        run_id: the round's run.
-        folder: holds the weights, and nothing else, since all of it is shipped.
-        tags: of the model.
-        metrics: of the model; MLflow sorts models by them.
-        when: time of the metrics.
-    """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(round_number)}
-    model = _logged_model(client, identity)
-    if model is None or model.status != LoggedModelStatus.READY:
-        model = client.create_logged_model(
-            experiment(client), name=f"{config.campaign}-round-{round_number:03d}", source_run_id=run_id,
-            tags={**identity, **tags}, model_type=config.model.train,
-        )  # fmt: skip
-        client.log_model_artifacts(model.model_id, str(folder))
-        _log_model_metrics(client, model, round_number, run_id, metrics, when)
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, round_number)])
-        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model
-
-
-def log_to_model(
-    client: Client, config: CampaignConfig, round_number: int, run_id: str, metrics: dict[str, float | None],
-    when: datetime,
-) -> None:  # fmt: skip
-    """Add metrics to the model of a round's checkpoint, if it was logged."""
-    identity = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(round_number)}
-    if (model := _logged_model(client, identity)) is not None:
-        _log_model_metrics(client, model, round_number, run_id, metrics, when)
-
-
-def _logged_model(client: Client, tags: dict[str, str]) -> "LoggedModel | None":
-    wanted = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    return next(iter(client.search_logged_models([experiment(client)], wanted)), None)
-
-
-def _log_model_metrics(
-    client: Client, model: "LoggedModel", round_number: int, run_id: str, metrics: dict[str, float | None],
-    when: datetime,
-) -> None:  # fmt: skip
-    from mlflow.entities import Metric
-
-    values = [
-        Metric(name, _rounded(value), milliseconds(when), round_number, model_id=model.model_id)
-        for name, value in metrics.items() if value is not None
-    ]  # fmt: skip
-    client.log_batch(run_id, metrics=values)
-
-
-def register_version(
-    client: Client, config: CampaignConfig, model: "LoggedModel", run_id: str, tags: dict[str, str]
-) -> str:  # fmt: skip
-    """The version of the campaign's registered model for this checkpoint; created if missing."""
-    from mlflow.exceptions import MlflowException
-
-    name = registered_name(config)
-    try:
-        client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        client.create_registered_model(name, description=f"Checkpoints of the D3PO campaign {config.campaign}.")
-        for earlier in _earlier_models(client, config, model):  # somebody deleted the registered model
-            _register(client, name, earlier, str(earlier.source_run_id), {**earlier.tags})
-    present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return str(present[0].version) if present else _register(client, name, model, run_id, tags)
-
-
-def _register(client: Client, name: str, model: "LoggedModel", run_id: str, tags: dict[str, str]) -> str:
-    own = {key: value for key, value in tags.items() if key.startswith("d3po.")}
-    made = client.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=run_id, tags=own, model_id=model.model_id
-    )
-    return str(made.version)
-
-
-def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel") -> list["LoggedModel"]:
-    """The campaign's other checkpoints in MLflow, in order of rounds."""
-    wanted, found, token = f"tags.`d3po.campaign_id` = '{campaign_id(config.folder)}'", [], None
-    while True:
-        page = client.search_logged_models([experiment(client)], wanted, page_token=token)
-        found += [other for other in page if other.model_id != model.model_id]
-        if not (token := page.token):
-            return sorted(found, key=lambda other: int(other.tags["d3po.round"]))
-
-
-def describe_version(client: Client, config: CampaignConfig, model: "LoggedModel", version: str, text: str) -> None:
-    """Set a version's description, and link the version on the model's page."""
-    name = registered_name(config)
-    client.update_model_version(name, version, description=text)
-    client.set_logged_model_tags(
-        model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])}
-    )
-
-
-def set_aliases(client: Client, config: CampaignConfig, rounds: dict[str, int]) -> None:
-    """Point the registered model's aliases to these rounds' versions; remove aliases of rounds without one."""
-    name, identity = registered_name(config), campaign_id(config.folder)
-    versions = client.search_model_versions(f"name = '{name}'")
-    own = [version for version in versions if version.tags.get("d3po.campaign_id") == identity]
-    version_of = {version.tags.get("d3po.round"): str(version.version) for version in own}
-    for alias, number in rounds.items():
-        if version := version_of.get(str(number)):
-            client.set_registered_model_alias(name, alias, version)
-        elif versions:
-            client.delete_registered_model_alias(name, alias)
-
-
-def registered_name(config: CampaignConfig) -> str:
-    """Name of the campaign's registered model."""
-    return f"d3po-{config.campaign}"
+        side = max(image.size)
+        # MLflow's frame is a square whose lower part its card cuts off, so the images come first.
+        square = ImageOps.pad(image.convert("RGBA"), (side, side), color=(0, 0, 0, 0), centering=(0.5, 0))
+        client.log_image(parent, square, key=SLIDER, step=round_number, synchronous=True)

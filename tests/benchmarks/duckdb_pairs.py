@@ -99,6 +99,7 @@ def _make(arguments: argparse.Namespace) -> dict[str, Any]:
         "rater": same("rater"), "rater_kind": same("proxy"), "kind": same("score"), "sample_id": sample_id,
         "other_id": pa.nulls(count, pa.string()), "value": values, "judged_at": pa.repeat(now, count),
         "source": same("proxy"), "seconds": pa.nulls(count, pa.float64()), "position": pa.nulls(count, pa.int64()),
+        "both_bad": pa.nulls(count, pa.bool_()),
     }  # fmt: skip
     write_table(folder, "samples", ROUND, pa.table(samples, schema=SCHEMAS["samples"]))
     write_table(folder, "judgements", ROUND, pa.table(judgements, schema=SCHEMAS["judgements"]).take(order))

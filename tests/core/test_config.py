@@ -30,16 +30,34 @@ def explain(values: Any) -> str:
     ("values", "name", "nearest"),
     [
         ({"campain": "x"}, "campain", "campaign"),
-        ({"train": {"learning_rat": 1e-3}}, "train.learning_rat", "learning_rate"),
-        ({"sample": {"guidence_scale": 3}}, "sample.guidence_scale", "guidance_scale"),
-        ({"judge": {"scorer": ["brightness"]}}, "judge.scorer", "scorers"),
+        ({"train": {"learning_rat": 1e-3}}, "train.learning_rat", "train.learning_rate"),
+        ({"sample": {"guidence_scale": 3}}, "sample.guidence_scale", "sample.guidance_scale"),
+        ({"judge": {"scorer": ["brightness"]}}, "judge.scorer", "judge.scorers"),
         ({"trian": {}}, "trian", "train"),
+        ({"learning_rate": 1e-3}, "learning_rate", "train.learning_rate"),
+        ({"lerning_rate": 1e-3}, "lerning_rate", "train.learning_rate"),
+        ({"judge": {"mode": "pair"}}, "judge.mode", "judge.people.mode"),
     ],
 )
 def test_unknown_field_is_named_with_the_nearest(values: dict[str, Any], name: str, nearest: str) -> None:
     message = explain(values)
     assert message.startswith(f"my.yaml: {name} is not a field")
     assert f"did you mean '{nearest}'?" in message
+
+
+def test_a_name_that_several_sections_have_suggests_all_of_them() -> None:
+    assert explain({"prompts": "a.txt"}).endswith("did you mean 'sample.prompts' or 'evaluate.prompts'?")
+
+
+def test_names_may_be_one_text() -> None:
+    config = load_config(
+        {"judge": {"scorers": "brightness, jpeg_compressibility"}, "model": {"lora_targets": "q"}}, "a"
+    )
+    assert config == load_config(
+        {"judge": {"scorers": ["brightness", "jpeg_compressibility"]}, "model": {"lora_targets": ["q"]}}, "b"
+    )
+    assert explain({"judge": {"scorers": ""}}) == "my.yaml: judge.scorers is []: give at least one"
+    assert explain({"judge": {"scorers": 3}}) == "my.yaml: judge.scorers is 3: write a list, such as [a, b]"
 
 
 def test_unknown_field_without_a_neighbour_lists_the_fields() -> None:
@@ -184,7 +202,7 @@ def test_evaluation_uses_the_judges_scorers_unless_told() -> None:
         ),
         (
             {"judge": {"combine": "weighted", "scorer_weights": {"prompt_alignment": 0}}},
-            "judge.scorer_weights.prompt_alignment is 0: Input should be greater than 0",
+            "judge.scorer_weights.prompt_alignment is 0: it must be greater than 0",
         ),
         (
             {"scoring": {"models": {"pikscore": "a/b"}}, "judge": {"scorers": ["pickscore", "brightness"]}},

@@ -57,13 +57,19 @@ def meant(command: str) -> CampaignConfig:
         {},
         {"campaign": "bright", "judge": {"scorers": ["brightness", "jpeg_compressibility"]}},
         {"campaign": "b", "runs_dir": "/a disk/of 'mine'", "train": {"learning_rate": 1e-5, "max_grad_norm": 0.5}},
+        {"sample": {"prompts": "data/prompts/shapes_eval.txt"}, "runs_dir": "elsewhere/runs"},
         {"model": {"path": "123", "compile": True, "lora_alpha": 2.0}, "sample": {"prompts": "null"}, "seed": 4},
     ],
 )
 @pytest.mark.parametrize("name", ["round", "published", "sd15", "sd15-smoke"])
-def test_printed_command_goes_on_with_the_same_configuration(name: str, changes: dict[str, Any]) -> None:
+def test_printed_command_goes_on_with_the_same_configuration_from_any_folder(
+    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT_ROOT)
     config = deployment_config(name, None, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
-    assert meant(command_that_goes_on(config)) == config
+    command = command_that_goes_on(config)
+    monkeypatch.chdir(tmp_path)
+    assert meant(command) == config
 
 
 def test_campaign_that_follows_a_preset_is_named_by_it_alone() -> None:
@@ -73,23 +79,9 @@ def test_campaign_that_follows_a_preset_is_named_by_it_alone() -> None:
 
 def test_campaign_that_people_judge_goes_on_by_its_deployment() -> None:
     human = deployment_config("human", None, [])
-    assert command_that_goes_on(human) == "prefect deployment run d3po/human -p rounds=3"
+    assert command_that_goes_on(human) == "d3po submit human --rounds 3"
     other = load_config({**human.model_dump(), "campaign": "hands"}, "test")
-    *words, parameter = shlex.split(command_that_goes_on(other))
-    assert words == ["prefect", "deployment", "run", "d3po/human", "-p", "rounds=3", "-p"]
-    assert json.loads(parameter.removeprefix("config=")) == {"campaign": "hands"}
-
-
-def test_a_relative_path_means_the_folder_in_which_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.txt").write_text("a red circle on a gray background")
-    monkeypatch.chdir(tmp_path)
-    typed = deployment_config("round", None, ["sample.prompts=mine.txt", "train.learning_rate=1e-3"])
-    assert typed.sample.prompts == str(tmp_path / "mine.txt")
-    # What is not here is the project's, as in prefect.yaml; there it stays as it was typed.
-    shipped = "sample.prompts=data/prompts/shapes_train.txt"
-    assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
-    monkeypatch.chdir(PROJECT_ROOT)
-    assert deployment_config("round", None, [shipped]).sample.prompts == "data/prompts/shapes_train.txt"
+    assert command_that_goes_on(other) == "d3po submit human --campaign hands --rounds 3"
 
 
 def test_what_a_run_is_given_is_merged_over_its_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +100,3 @@ def test_what_a_run_is_given_is_merged_over_its_deployment(monkeypatch: pytest.M
     assert changed == {"sample.group_size": 3, "judge.people.mode": "pair"}
     assert merged.judge.labeller == "human"
     assert over_deployment(CampaignConfig()) == deployment_config("human", None, [])
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[" * 5000, "is not YAML"),
-        ("[&a [x, x], &b [*a, *a], &c [*b, *b]]", "has a YAML alias"),
-        ("2001-99-99", "is not YAML"),
-    ],
-)
-def test_yaml_that_is_too_deep_or_multiplies_is_one_line(text: str, said: str) -> None:
-    with pytest.raises(D3POError, match=said):
-        deployment_config("round", None, [f"judge.scorers={text}"])

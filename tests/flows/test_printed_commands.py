@@ -76,7 +76,7 @@ def parsed(line: str) -> None:
     assert chosen is not None, f"no command {name}"
     if arguments:  # a name alone speaks of the command
         chosen.make_context(name, [*arguments])  # which takes words off the list
-    if name == "run" and arguments and not arguments[0].startswith(("-", "X")):
+    if name in ("run", "submit") and arguments and not arguments[0].startswith(("-", "X")):
         assert arguments[0] in presets()
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from d3po.flows.presets import deployment_config, presets
 from d3po.flows.project import deployments, make_project
 from d3po.flows.server_programs import server_environment
-from d3po_core.config_values import load_config, merge
 from d3po_core.errors import D3POError
 from d3po_core.paths import PROJECT_ROOT, find_project
 from d3po_core.sampling.prompts import load_prompts
@@ -61,8 +59,7 @@ def test_servers_find_the_project_from_anywhere(project: Path, monkeypatch: pyte
 
 
 def test_the_example_configuration_fits_its_deployment(project: Path) -> None:
-    values = merge(presets()["round"], yaml.safe_load((project / "my.yaml").read_text()))
-    config = load_config(values, "my.yaml")
+    config = deployment_config("round", None, [], project / "my.yaml")
     assert config.campaign == "mine"
     assert config.judge.scorer_weights.keys() == set(config.judge.scorers)
 

@@ -25,6 +25,7 @@ from d3po_core.store.tables import connect
 from tests.flows.test_kill import SMALL
 
 NAME = "small"
+TRAIN = PROJECT_ROOT / "data/prompts/shapes_train.txt"
 D3PO = str(Path(sys.executable).with_name("d3po"))
 
 
@@ -48,7 +49,7 @@ def mlflow_runs(campaign: Path, data: Path) -> list[Any]:
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")
     runs = client.search_runs([experiment.experiment_id], f"tags.`d3po.campaign` = '{NAME}'")
-    return sorted(runs, key=lambda run: run.info.run_name)
+    return sorted(runs, key=lambda run: int(run.data.tags["d3po.round"].replace("campaign", "-1")))
 
 
 def test_second_run_continues_from_the_last_finished_round(campaign: Path) -> None:
@@ -92,8 +93,10 @@ def test_held_out_prompts_are_never_trained_on(campaign: Path) -> None:
 
 def test_mlflow_has_a_parent_run_and_a_finished_child_a_round(mlflow_runs: list[Any]) -> None:
     parent, *children = mlflow_runs
-    assert parent.info.run_name == f"campaign {NAME}"
-    assert [child.info.run_name for child in children] == [f"{NAME} base", f"{NAME} round 001", f"{NAME} round 002"]
+    assert parent.info.run_name.startswith(f"{NAME}: 0.")
+    assert parent.data.params == {}
+    names = [child.info.run_name.removeprefix("★ ") for child in children]
+    assert [name.partition(":")[0] for name in names] == ["base", "round 1", "round 2"]
     for child in children:
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.info.status == "FINISHED"
@@ -108,7 +111,7 @@ def test_mlflow_holds_metrics_artifacts_and_lineage_of_a_round(
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
     child = mlflow_runs[-1]
     names = {artifact.path for artifact in client.list_artifacts(child.info.run_id)}
-    assert names >= {"pytorch_lora_weights.safetensors", "contact_sheet.png", "grid.png", "config.json"}
+    assert names >= {"pytorch_lora_weights.safetensors", "contact_sheet.png", "grid.png", "config.json", "digests.json"}
     with connect(campaign) as connection:
         updates = connection.sql('SELECT "update", loss FROM updates WHERE round = 2 ORDER BY 1').fetchall()
     history = client.get_metric_history(child.info.run_id, "update/loss")
@@ -132,7 +135,7 @@ def test_mlflow_shows_training_over_the_timesteps_of_a_round(
     campaign: Path, data: Path, mlflow_runs: list[Any]
 ) -> None:
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
-    history = client.get_metric_history(mlflow_runs[-1].info.run_id, "by_timestep/margin_before")
+    history = client.get_metric_history(mlflow_runs[-1].info.run_id, "timestep/margin_before")
     with connect(campaign) as connection:
         expected = connection.sql(
             "SELECT timestep, avg(margin_before) FROM update_steps WHERE round = 2 GROUP BY timestep ORDER BY timestep"
@@ -154,11 +157,11 @@ def test_descriptions_say_what_a_run_and_a_version_are_and_how_to_load_it(
 ) -> None:
     uri = f"sqlite:///{data}/mlflow/mlflow.db"
     client, (parent, *_, child) = MlflowClient(uri), mlflow_runs
-    assert parent.data.tags["mlflow.note.content"].startswith(f"D3PO campaign `{NAME}`, 2 rounds, judged by proxy")
+    assert f"Campaign `{NAME}` aligns" in parent.data.tags["mlflow.note.content"]
     versions = client.search_model_versions(f"name = 'd3po-{NAME}' and run_id = '{child.info.run_id}'")
     (version,) = versions
     assert version.description == child.data.tags["mlflow.note.content"]
-    assert f"Round 2 of campaign `{NAME}`: held-out prompt_alignment" in version.description
+    assert f"prompt_alignment, round 2 of campaign `{NAME}`" in version.description.splitlines()[0]
     (line,) = [line for line in version.description.splitlines() if "download_artifacts" in line]
     address = line.split('"')[1]
     assert address == f"models:/d3po-{NAME}/{version.version}"
@@ -240,22 +243,25 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")
     runs = client.search_runs([experiment.experiment_id], "tags.`d3po.campaign` = 'unheard'")
-    assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(
-        ("campaign unheard", "unheard base", "unheard round 001", "unheard round 002"), "FINISHED"
-    )
+    assert sorted(run.data.tags["d3po.round"] for run in runs) == ["0", "1", "2", "campaign"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
     assert all("held_out/prompt_alignment" in run.data.metrics for run in runs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'learning_rate'?"),
-        (("--set", "train.beta=-1"), "train.beta is -1: Input should be greater than 0"),
-        (("--set", "sample.prompts=missing.txt"), "sample.prompts 'missing.txt': no such file"),
-        (("--set", "model.path=data/prompts"), "model_index.json is missing; expected a diffusers pipeline folder"),
+        (("--set", "train.learning_rat=1"), "train.learning_rat is not a field; did you mean 'train.learning_rate'?"),
+        (("--set", "train.beta=-1"), "train.beta is -1: it must be greater than 0"),
+        (("--set", "sample.prompts=missing.txt"), "missing.txt': no such file"),
+        (
+            ("--set", f"model.path={PROJECT_ROOT}/data/prompts"),
+            "model_index.json is missing; expected a diffusers pipeline folder",
+        ),
         (("--set", "judge.scorers=[beauty]"), "scorer 'beauty' is not known; expected one of jpeg_compressibility"),
         (("--set", "sample.groups_per_round=1000000"), "free some space, set runs_dir to another disk"),
-        (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), "54 prompts are in sample.prompts and in"),
+        (("--set", f"evaluate.prompts={TRAIN}"), "54 prompts are in sample.prompts and in"),
+        (("--set", "evaluate.prompts=data/prompts/shapes_train.txt"), f"if you mean the project's, write {TRAIN}"),
         (("--campaign", NAME, "--set", "model.lora_rank=4"), "was started with model.lora_rank = 16 (now 4)"),
     ],
 )

@@ -16,6 +16,7 @@ from urllib.request import proxy_bypass_environment
 import httpx
 import psutil
 import pytest
+from prefect.settings.models.server.logs import ServerLogsSettings
 
 from d3po.flows import prefect_api, server_processes, servers
 from d3po.flows.commands import line as command_line
@@ -303,3 +304,13 @@ def test_worker_ends_before_a_run_that_outlived_the_worker_before(sleepers: None
         assert server_processes.living_flow_runs(ports) == {"some run"}
         assert servers.down() == [f"worker: ended (pid {worker.pid})"]
         assert not psutil.pid_exists(process.pid)
+
+
+def test_prefects_server_streams_logs_else_watch_shows_no_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ServerLogsSettings()
+    for name, value in server_environment("prefect", {"prefect": 1, "mlflow": 2, "label": 3}, "d3po:secret").items():
+        monkeypatch.setenv(name, value)
+    streamed = ServerLogsSettings()
+    assert not before.stream_out_enabled
+    assert streamed.stream_out_enabled
+    assert streamed.stream_publishing_enabled

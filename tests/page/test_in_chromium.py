@@ -30,15 +30,18 @@ SERVER = """
 import sys
 from d3po.flows.commands.label import serve_page
 told = open(sys.argv[1], "a", buffering=1)
-serve_page(lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None)
+serve_page(
+    lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None,
+    grace_seconds=float(sys.argv[3]),
+)
 """
 
 
 class Served:
     """A labelling page in a process of its own, which may be killed and started again on the same port."""
 
-    def __init__(self, data: Path) -> None:
-        self.data, self.told = data, data / "told.txt"
+    def __init__(self, data: Path, grace_seconds: float = 0.0) -> None:
+        self.data, self.told, self.grace_seconds = data, data / "told.txt", grace_seconds
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -47,7 +50,7 @@ class Served:
 
     def start(self) -> None:
         environment = os.environ | {"D3PO_DATA": str(self.data), "PYTHONPATH": str(PROJECT_ROOT)}
-        command = [sys.executable, "-c", SERVER, str(self.told), str(self.port)]
+        command = [sys.executable, "-c", SERVER, str(self.told), str(self.port), str(self.grace_seconds)]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         until = time.monotonic() + 60
         while True:
@@ -127,6 +130,7 @@ def test_a_round_is_marked_by_keys_with_a_reload_an_undo_and_a_finish(browser: A
     assert ticket(page) == here
     key(page, "u")
     assert len(said(config)) == 1
+    page.keyboard.press("2")  # its mark is there again
     key(page, "Enter")  # none is bad
     assert said(config)[1].answer == (1, 1, 1, 1)
     key(page, "s")
@@ -249,6 +253,7 @@ def test_the_next_round_shows_without_a_touch(browser: Any, served: Served) -> N
     page.get_by_role("heading", name="Waiting for the next round").wait_for()
     waiting_campaign(served.data, groups=1, size=2, mode="pair", round_number=2)
     page.get_by_text("round 2").wait_for()
+    assert page.title().startswith("Round 2"), "the window says so, even if another is in front"
     assert page.locator("button.image").count() == 2
 
 
@@ -291,7 +296,7 @@ def test_pixels_are_shown_sharp_and_large_and_left_by_key(browser: Any, served: 
     config = waiting_campaign(served.data, groups=1, size=3, pixels=16)
     page = enter(browser, served)
     page.keyboard.press("z")
-    picture = page.locator("dialog img")
+    picture = page.locator("#zoom img")
     picture.wait_for()
     assert picture.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
     size = picture.bounding_box()

@@ -104,3 +104,13 @@ def model(config: CampaignConfig) -> Policy:
     """The model on one thread, as the campaign was made."""
     assert torch.get_num_threads() == 1
     return loaded_policy(config)
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as MLflow makes it, which takes it a second."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file

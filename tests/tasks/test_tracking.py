@@ -83,8 +83,10 @@ def test_a_store_that_answers_again_gets_what_it_missed(
     delivery.deliver(own)  # another address is no victim of the first
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")
-    names = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
-    assert names == dict.fromkeys(("campaign tiny", "tiny base", "tiny round 001", "tiny round 002"), "FINISHED")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.tags["d3po.round"] for run in runs) == ["0", "1", "2", "campaign"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(run.info.start_time < run.info.end_time for run in runs)
 
 
 def test_what_people_prefer_is_told_once_and_again_when_it_changed(
@@ -99,22 +101,22 @@ def test_what_people_prefer_is_told_once_and_again_when_it_changed(
     assert not (campaign / "comparisons" / "2-0.delivered").exists()
     delivery.deliver(own)
     client = MlflowClient(uri)
-    name = "held_out/human_win_rate_base"
+    name = "held_out/human_win_rate/base"
 
-    def told(run_name: str) -> list[tuple[float, int]]:
+    def told(which: str) -> list[tuple[float, int]]:
         experiment = client.get_experiment_by_name("d3po")
-        (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{run_name}'")
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`d3po.round` = '{which}'")
         return [(metric.value, metric.step) for metric in client.get_metric_history(run.info.run_id, name)]
 
-    assert told("tiny round 002") == told("campaign tiny") == [(1.0, 2)]
-    assert told("tiny round 001") == []
+    assert told("2") == told("campaign") == [(1.0, 2)]
+    assert told("1") == []
     delivery.deliver(own)
     delivery.deliver_comparisons(own)
-    assert told("tiny round 002") == [(1.0, 2)]
+    assert told("2") == [(1.0, 2)]
     say(campaign, found, 0, -1, rater="bob")
     delivery.deliver_comparisons(own)
-    assert [step for _, step in told("tiny round 002")] == [2, 2]
-    assert 0.9 < told("tiny round 002")[1][0] < 1
+    assert [step for _, step in told("2")] == [2, 2]
+    assert 0.9 < told("2")[1][0] < 1
 
 
 def test_mlflow_s_own_patience_is_the_user_s_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,28 +16,15 @@ from mlflow.entities import Run
 from mlflow.tracking._tracking_service import utils
 
 from d3po.tasks.tracking import delivery
-from d3po.tasks.tracking.store import (
-    campaign_run_id,
-    experiment,
-    forget_runs,
+from d3po.tasks.tracking.registry import (
+    describe_version,
     log_checkpoint,
-    mlflow_client,
-    page_url,
     register_version,
     registered_name,
-    round_run_id,
     set_aliases,
 )
+from d3po.tasks.tracking.store import campaign_run_id, experiment, forget_runs, mlflow_client, page_url, round_run_id
 from d3po_core.config import CampaignConfig
-from d3po_core.store.campaign import campaign_id
-
-
-@pytest.fixture(scope="module")
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as MLflow makes it, which takes it a second."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
 
 
 @pytest.fixture
@@ -148,6 +135,8 @@ def test_a_copied_data_folder_is_written_where_it_lies_now(
 ) -> None:
     delivery.deliver(own)
     version = registered(own, 1)
+    described = f"loaded from {tmp_path}/data/mlflow/mlflow.db"
+    describe_version(mlflow_client(), own, round_run_id(own, 1), version, described)
     shutil.copytree(tmp_path / "data", tmp_path / "moved data")
     old = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
     monkeypatch.setenv("D3PO_DATA", str(tmp_path / "moved data"))
@@ -189,7 +178,7 @@ def test_a_deleted_registered_model_gets_its_earlier_versions_again(own: Campaig
     client.delete_registered_model(name)
     registered(own, 2)
     set_aliases(client, own, {"champion": 1, "current": 2})
-    versions = {v.tags["d3po.round"]: v for v in client.search_model_versions(f"name = '{name}'")}
+    versions = {v.tags["round"]: v for v in client.search_model_versions(f"name = '{name}'")}
     assert versions.keys() == {"1", "2"}
     assert client.get_model_version_by_alias(name, "champion").version == versions["1"].version
 
@@ -222,9 +211,9 @@ def registered(config: CampaignConfig, number: int) -> str:
     folder = config.folder / f"checkpoint of {number}"
     folder.mkdir(exist_ok=True)
     (folder / "weights").write_text(f"of round {number}")
-    tags = {"d3po.campaign_id": campaign_id(config.folder), "d3po.round": str(number)}
-    model = log_checkpoint(client, config, number, run, folder, tags, {"held_out/x": 1.0}, datetime(2026, 5, 1))
-    return register_version(client, config, model, run, tags)
+    tags, when = {"round": str(number)}, datetime(2026, 5, 1)
+    model = log_checkpoint(client, config, number, run, f"round {number}", folder, tags, {"held_out/x": 1.0}, when)
+    return register_version(client, config, model, tags)
 
 
 def tracking_misses(config: CampaignConfig) -> list[Path]:

@@ -6,38 +6,56 @@
 
 const page = document.getElementById("page");
 const note = document.getElementById("note");
-const zoom = document.getElementById("zoom");
 const { rater, base } = page.dataset;
 const outbox = `d3po unsent ${rater} `;
 const PAUSES = [500, 1000, 2000, 4000, 8000];
 
 let middle, images, tiles, picked, seen, shownAt, hiddenFor, hiddenSince, preloaded = [];
-let busy = false;
+let busy = false, lastFocus = null;
 
 // ---------------------------------------------------------------- showing
 
 function show(html) {
-  if (html !== undefined) page.innerHTML = html;
+  const kept = middle && { ticket: middle.dataset.ticket, picked, seen, shownAt, hiddenFor };
+  if (html !== undefined) {
+    page.innerHTML = html;
+    poll.last = html.trim();
+  }
   middle = page.querySelector(".middle");
   tiles = [...page.querySelectorAll(".tile")];
   images = [...page.querySelectorAll("button.image")];
-  picked = [];
-  seen = new Set();
+  const same = kept && kept.ticket && kept.ticket === middle.dataset.ticket; // a report changes no answer
+  picked = same ? kept.picked : pickedBefore();
+  seen = same ? kept.seen : new Set();
+  document.title = middle.dataset.title;
   layOut();
   mark();
   page.querySelector(".tiles")?.addEventListener("scroll", see, { passive: true });
-  hiddenFor = 0;
+  hiddenFor = same ? kept.hiddenFor : 0;
   hiddenSince = document.hidden ? performance.now() : null;
-  shownAt = null; // unknown until every image is loaded
+  shownAt = same ? kept.shownAt : null; // unknown until every image is loaded
   const ticket = middle.dataset.ticket;
   Promise.allSettled(pictures().map((picture) => picture.decode())).then(() => {
     if (middle.dataset.ticket !== ticket) return;
     for (const picture of pictures()) picture.classList.toggle("small", picture.naturalWidth * 1.5 <= picture.clientWidth * devicePixelRatio);
-    shownAt = performance.now();
+    shownAt ??= performance.now();
   });
   preloaded = middle.dataset.ahead.split(" ").filter(Boolean).map((url) => Object.assign(new Image(), { src: url }));
   if (middle.dataset.mode === "pair" || !images.length) page.querySelector("h1").focus({ preventScroll: true });
-  else images[0].focus({ preventScroll: true });
+  else images[same ? Number(reporting.dataset.index || 0) : 0].focus({ preventScroll: true });
+}
+
+// The marks of the answer that the rater has just taken back.
+function pickedBefore() {
+  const values = middle.dataset.before.split(" ").filter(Boolean).map(Number), rest = Math.max(...values);
+  const order = [...values.keys()].sort((a, b) => values[a] - values[b]);
+  const { mode } = middle.dataset;
+  if (mode === "mark_bad") return order.filter((index) => values[index] === 0);
+  if (mode === "pair") {
+    document.getElementById(rest > 0 ? "" : rest < 0 ? "bad" : "tie")?.classList.toggle("before", values.length > 0);
+    return order.filter((index) => values[index] > 0);
+  }
+  return order.filter((index) => values[index] < rest); // best and rank: the rest was equal
 }
 
 const pictures = () => images.map((button) => button.querySelector("img"));
@@ -92,7 +110,9 @@ function mark() {
     tiles[index].classList.toggle("chosen", at >= 0);
     if (mode === "mark_bad") button.setAttribute("aria-pressed", String(at >= 0));
     if (mode === "rank") button.setAttribute("aria-label", at >= 0 ? `Image ${index + 1}: rank ${at + 1}` : `Image ${index + 1} of ${images.length}: next in the order`);
-    button.querySelector(".mark").dataset.text = mode === "mark_bad" ? "bad" : mode === "rank" ? String(at + 1) : "best";
+    if (blurred(index)) button.setAttribute("aria-label", `Image ${index + 1} of ${images.length}: reported and blurred; choose it to see it`);
+    else if (button.getAttribute("aria-label").includes("blurred")) button.setAttribute("aria-label", `Image ${index + 1} of ${images.length}: ${page.querySelector(".tiles").dataset.image}`);
+    button.querySelector(".mark").dataset.text = { mark_bad: "bad", rank: String(at + 1), pair: "better" }[mode] || "best";
   });
   const more = document.getElementById("more");
   if (more) {
@@ -116,6 +136,7 @@ function say(text, forGood = false) {
 
 function pick(index) {
   if (busy || !images[index]) return;
+  if (blurred(index)) return reveal(index);
   const mode = middle.dataset.mode;
   if (mode === "pair") return seeAllFirst() || judge(index === 0 ? [1, -1] : [-1, 1]);
   const at = picked.indexOf(index);
@@ -148,6 +169,10 @@ function judge(values) {
 
 function tie() {
   if (!seeAllFirst()) judge([0, 0]);
+}
+
+function bothBad() {
+  if (!seeAllFirst()) judge([-1, -1]);
 }
 
 function showMore() {
@@ -229,54 +254,27 @@ async function sendLeftovers() {
   }
 }
 
+// New images came while the rater waited, perhaps in another window.
+function announce() {
+  say("New images are ready.");
+  if (document.hidden) document.title = `● ${document.title}`;
+}
+
 async function poll() {
-  if (middle.dataset.state !== "question" && !busy && !document.hidden) {
+  if (middle.dataset.state !== "question" && !busy) {
     try {
       const response = await fetch(`${base}/next`, { signal: AbortSignal.timeout(10000) });
       const reply = await response.json();
       if (response.ok && !busy && middle.dataset.state !== "question") {
         if (reply.html.trim() !== poll.last) show(reply.html);
-        poll.last = reply.html.trim();
         say("");
+        if (middle.dataset.state === "question") announce();
       } else if (reply.error) say(reply.error, true);
     } catch {
       say("No connection to the server; trying again.", true);
     }
   }
   setTimeout(poll, 2000);
-}
-
-// ---------------------------------------------------------------- pixels
-
-let zoomed = 0, scale = 1;
-
-function look(index) {
-  if (!images.length) return;
-  zoomed = (index + images.length) % images.length;
-  const source = pictures()[zoomed], picture = zoom.querySelector("img");
-  seen.add(zoomed);
-  mark();
-  if (!source.naturalWidth) { // not loaded yet
-    source.decode().then(() => source.isConnected && look(index), () => say("This image cannot be loaded."));
-    return;
-  }
-  if (!zoom.open) {
-    zoom.showModal();
-    const box = zoom.querySelector(".scroll");
-    scale = Math.max(1, Math.floor(Math.min((box.clientWidth - 24) / source.naturalWidth, (box.clientHeight - 24) / source.naturalHeight)));
-  }
-  picture.src = source.src;
-  picture.alt = `Image ${zoomed + 1} of ${images.length}`;
-  picture.width = source.naturalWidth * scale;
-  picture.height = source.naturalHeight * scale;
-  zoom.querySelector(".bar span").textContent = `${zoomed + 1} of ${images.length} · ${scale} : 1`;
-}
-
-function zoomAct(what) {
-  if (what === "close") return zoom.close();
-  if (what === "in") scale = Math.min(32, scale + Math.max(1, Math.floor(scale / 3)));
-  if (what === "out") scale = Math.max(1, scale - Math.max(1, Math.floor(scale / 4)));
-  look(zoomed + (what === "following") - (what === "previous"));
 }
 
 // ---------------------------------------------------------------- keys and touches
@@ -293,6 +291,9 @@ function press(event) {
   const lower = key.toLowerCase(), onImage = images.includes(document.activeElement);
   if (lower === "u") return undo();
   if (!question) return false;
+  if (key === "?") return help();
+  if (lower === "g") return guide();
+  if (lower === "r") return report(Math.max(0, images.indexOf(document.activeElement)));
   if (/^[1-9]$/.test(key)) {
     if (images[key - 1]) images[key - 1].focus();
     return pick(key - 1);
@@ -302,6 +303,7 @@ function press(event) {
     return key === "ArrowLeft" ? pick(0) : key === "ArrowRight" ? pick(1) : key === "ArrowDown" ? tie() : false;
   }
   if (lower === "t" && pair) return tie();
+  if (lower === "b" && pair) return bothBad();
   if (lower === "s") return judge(null);
   if (lower === "z") return look(Math.max(0, images.indexOf(document.activeElement)));
   if (key === "Backspace") {
@@ -315,14 +317,8 @@ function press(event) {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (zoom.open) {
-    const what = { ArrowLeft: "previous", ArrowRight: "following", "+": "in", "=": "in", "-": "out", z: "close", Z: "close" }[event.key];
-    if (what) {
-      event.preventDefault();
-      zoomAct(what);
-    }
-    return;
-  }
+  if (zoom.open) return zoomKey(event);
+  if (document.querySelector("dialog[open]")) return;
   if (event.repeat && !event.key.startsWith("Arrow")) return event.preventDefault(); // a held key counts as one press
   if (event.repeat && middle.dataset.mode === "pair") return event.preventDefault();
   if (press(event) !== false) event.preventDefault();
@@ -330,15 +326,16 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (!button) return;
-  if (button.dataset.do) return zoomAct(button.dataset.do);
+  if (!button || button.closest("dialog")) return;
   if (button.classList.contains("image")) return pick(Number(button.dataset.index));
   if (button.classList.contains("look")) return look(Number(button.dataset.index));
-  const act = { undo, save, skip: () => judge(null), tie, more: showMore }[button.id];
+  const closer = () => look(Math.max(0, images.indexOf(lastFocus)));
+  const act = { undo, save, skip: () => judge(null), tie, bad: bothBad, more: showMore, ask: help, guide, closer }[button.id];
   if (act) act();
 });
 
 document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) document.title = middle.dataset.title;
   if (document.hidden) hiddenSince = performance.now();
   else if (hiddenSince !== null) {
     // Time in another window does not count, nor does time before the images were loaded.
@@ -346,6 +343,7 @@ document.addEventListener("visibilitychange", () => {
     hiddenSince = null;
   }
 });
+document.addEventListener("focusin", (event) => { if (event.target.classList.contains("image")) lastFocus = event.target; });
 new ResizeObserver(layOut).observe(page);
 
 show();

@@ -63,7 +63,7 @@ def files(campaign: CampaignConfig) -> list[Path]:
         (choice("first", ",r3-g0-m1"), "first_id is empty"),
         (choice("first", "r3-g0-m0,r3-g1-m1"), "second_id 'r3-g1-m1' is in group r3-g1, r3-g0-m0 in r3-g0"),
         (choice("first", "r3-g0-m0,r3-g0-m0"), "second_id 'r3-g0-m0' is both images of the pair"),
-        (choice("1st"), "choice '1st' is no choice; expected first, second, tie or skip"),
+        (choice("1st"), "choice '1st' is no choice; expected first, second, tie, both bad or skip"),
         (choice("1"), "choice '1' is no choice"),
         (choice("first", rater=""), "rater is empty"),
         (choice("first", rater="x" * 101), "is no name of a rater; expected up to 100 characters"),

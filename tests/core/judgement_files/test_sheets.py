@@ -8,6 +8,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -15,6 +16,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import import_file
 from d3po_core.judgement_files.sheets import export_sheet
+from d3po_core.store.campaign import CAMPAIGN_FILE
 from d3po_core.store.tables import read_rows
 from tests.core.sampled import PROMPTS, sampled_campaign
 
@@ -53,6 +55,19 @@ def test_filled_in_sheet_is_imported_as_it_was_filled_in(campaign: CampaignConfi
     assert [row["sample_id"] for row in found] == [row[ids] for row in rows[::2]]
     assert {row["rater"] for row in found} == {"=Anna"}
     assert [row["position"] for row in found] == [int(row["position"]) for row in rows[::2]]
+
+
+def test_the_guideline_is_shown_with_its_examples(campaign: CampaignConfig, tmp_path: Path) -> None:
+    saved = json.loads((campaign.folder / CAMPAIGN_FILE).read_text())
+    saved["config"]["judge"]["people"]["guideline"] = "*Hands*\n\n![six](r3-g0-m1)\n\n<script>x</script>"
+    (campaign.folder / CAMPAIGN_FILE).write_text(json.dumps(saved))
+    export_sheet(campaign, tmp_path / "sheet")
+    page = (tmp_path / "sheet/sheet.html").read_text()
+    [source] = re.findall(r'<em>Hands</em>.*?<img src="([^"]+)" alt="six"', page, re.S)
+    assert (tmp_path / "sheet" / unquote(source)).read_bytes() == (
+        campaign.folder / "images/round=3/r3-g0-m1.png"
+    ).read_bytes()
+    assert "<script>" not in page
 
 
 def test_unfilled_sheet_is_no_judgement(campaign: CampaignConfig, tmp_path: Path) -> None:

@@ -120,6 +120,13 @@ def test_page_asks_for_nothing_and_its_images_are_inside(tmp_path: Path) -> None
     assert all(sheet["source"].startswith("data:image/webp;base64,") for sheet in sheets_of(text))
 
 
+def test_page_links_to_the_campaign_in_mlflow_and_to_nothing_else(tmp_path: Path) -> None:
+    address = "http://127.0.0.1:5000/#/experiments/1/runs?a=1&b=2"
+    page = Page(write_report(make(tmp_path / "one", [0.2, 0.5]).folder, mlflow=address).read_text())
+    links = [value for tag, name, value in page.attributes if name == "href" and not value.startswith("#")]
+    assert links == [address]
+
+
 def test_prompts_and_raters_are_text_and_never_markup(tmp_path: Path) -> None:
     evil = [
         "</script><script>alert(1)</script>",

@@ -442,3 +442,15 @@ def test_what_a_killed_command_left_is_swept_and_what_is_being_written_stays(tmp
     sweep_leftovers(tmp_path, 3)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*.tmp")}
     assert left == {f"{place}.a.{os.getppid()}.tmp" for place in places}
+
+
+def test_the_same_file_typed_in_another_way_is_no_change(tmp_path: Path) -> None:
+    shipped = "data/prompts/shapes_eval.txt"
+    typed = load_config({"runs_dir": str(tmp_path), "evaluate": {"prompts": shipped}}, "test")
+    absolute = load_config({"runs_dir": str(tmp_path), "evaluate": {"prompts": str(PROJECT_ROOT / shipped)}}, "test")
+    for config in (typed, absolute):
+        open_campaign(config)
+        begin_round(config, 0)
+    other = load_config({"runs_dir": str(tmp_path), "evaluate": {"prompts": str(tmp_path / shipped)}}, "test")
+    with pytest.raises(D3POError, match=r"evaluate\.prompts = .*shapes_eval\.txt' \(now"):
+        open_campaign(other)

@@ -28,8 +28,10 @@ from d3po_core.store.tables import (
     write_table,
 )
 
-A_VALUE = {pa.string(): "x", pa.int64(): 3, pa.float64(): 0.5, pa.timestamp("us"): datetime(2024, 5, 1, 12)}
-CLOSED = {"split": "train", "rater_kind": "human", "kind": "choice"}
+A_VALUE = {
+    pa.string(): "x", pa.int64(): 3, pa.float64(): 0.5, pa.bool_(): True, pa.timestamp("us"): datetime(2024, 5, 1, 12),
+}  # fmt: skip
+CLOSED = {"split": "train", "rater_kind": "human", "kind": "choice", "reason": "unsafe"}
 
 
 def row(table: str, **changes: Any) -> dict[str, Any]:
@@ -96,6 +98,12 @@ def test_row_without_a_column_is_refused_by_name() -> None:
     del short["weight"]
     with pytest.raises(D3POError, match=r"preferences row 1: missing columns \['weight'\]"):
         table_from_rows("preferences", [row("preferences"), short])
+
+
+def test_a_row_may_leave_out_a_column_that_came_later() -> None:
+    short = row("judgements")
+    del short["both_bad"]
+    assert table_from_rows("judgements", [short])["both_bad"].to_pylist() == [None]
 
 
 def test_row_with_an_unknown_column_is_refused_by_name() -> None:

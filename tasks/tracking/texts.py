@@ -1,0 +1,102 @@
+"""Keep names and descriptions in MLflow right: a new champion, or what people prefer, changes earlier rounds' too."""
+
+import hashlib
+import json
+from datetime import UTC
+
+from d3po.tasks.tracking import wording
+from d3po.tasks.tracking.marks import is_marked, mark_path, note_told, told
+from d3po.tasks.tracking.registry import describe_registered, describe_version, registered_name, versions_of
+from d3po.tasks.tracking.standing import Standing, standings
+from d3po.tasks.tracking.store import (
+    Client,
+    campaign_label,
+    describe,
+    describe_experiment,
+    experiment,
+    round_run_id,
+    tracking_uri,
+)
+from d3po.tasks.tracking.views import rounds_view, view_page
+from d3po_core.config import CampaignConfig
+from d3po_core.models.weights import loading_line
+from d3po_core.people.human_win_rate import HumanWinRate
+from d3po_core.store.campaign import campaign_id
+from d3po_core.store.stages import finished_numbers
+from d3po_core.urls import masked
+
+
+def tell_texts(client: Client, config: CampaignConfig, campaign_run: str, rates: list[HumanWinRate]) -> None:
+    """Write the names and descriptions that differ from those written last; most calls only read one small file.
+
+    Args:
+        client: of the store.
+        config: of the campaign.
+        campaign_run: id of the campaign's run.
+        rates: what people preferred in blind comparisons.
+    """
+    folder, numbers = config.folder, finished_numbers(config.folder)
+    if not numbers or not all(is_marked(mark_path(folder, n, "publish"), campaign_run) for n in numbers):
+        return
+    path = folder / "stages" / "texts.delivered"
+    state = f"{numbers} {[rate.model_dump_json() for rate in rates]}"
+    known = json.loads(told(path, campaign_run) or "{}")
+    if known.get("state") == _digest(state):
+        return
+    found = standings(folder, rates)
+    label, versions = campaign_label(client, config), versions_of(client, config)
+    written: dict[str, str] = {"state": _digest(state)}
+    for standing in found:
+        number = str(standing.record.round)
+        written[number] = _tell_round(client, config, standing, label, versions, known.get(number))
+    _tell_campaign(client, config, campaign_run, found, label, versions)
+    note_told(path, campaign_run, json.dumps(written))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tell_round(
+    client: Client, config: CampaignConfig, standing: Standing, label: str, versions: dict[str, str], known: str | None
+) -> str:
+    """Write a round's name and description unless their digest is known; return the digest."""
+    run_id = round_run_id(config, standing.record.round)
+    version = versions.get(run_id)
+    name, text = wording.round_name(standing, label), wording.about_round(standing, config, label)
+    if version:
+        text += _loading_lines(config, standing, version)
+    if (digest := _digest(f"{name}\n{text}")) != known:
+        if version:
+            describe_version(client, config, run_id, version, text)
+        describe(client, run_id, name, text)
+    return digest
+
+
+def _loading_lines(config: CampaignConfig, standing: Standing, version: str) -> str:
+    assert standing.record.checkpoint is not None
+    line = loading_line(config.folder / standing.record.checkpoint, "folder")
+    return (
+        f"\n```python\nimport diffusers\nimport mlflow\n\nmlflow.set_tracking_uri({masked(tracking_uri())!r})\n"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
+        f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n{line}\n```\n'
+    )
+
+
+def _tell_campaign(
+    client: Client, config: CampaignConfig, campaign_run: str, found: list[Standing], label: str,
+    versions: dict[str, str],
+) -> None:  # fmt: skip
+    number, key = experiment(client), campaign_id(config.folder)
+    best = next(standing for standing in found if standing.is_champion)
+    version = versions.get(round_run_id(config, best.record.round))
+    champion = wording.champion_line(found)
+    load = wording.load_link(registered_name(config), version) if version else None
+    text = wording.about_campaign(champion, load, config, label, view_page(number, key))
+    describe(client, campaign_run, wording.campaign_name(found, label), text)
+    shown = f"{best.record.score} {wording.called(best.record.round)}"
+    describe_registered(client, config, wording.about_registered(champion, load, label), {"champion": shown})
+    began = found[0].record.finished_at
+    assert began is not None
+    view = rounds_view(label, campaign_run, list(config.evaluation_scorers), began.replace(tzinfo=UTC))
+    describe_experiment(client, wording.ABOUT_EXPERIMENT, key, view)
