@@ -31,19 +31,20 @@ def open(name: str) -> "Campaign":
 
 
 def campaigns() -> "pd.DataFrame":
-    """Return one row per campaign of the data folder, indexed by name: rounds, images, scores, champion, problem."""
+    """Return one row per campaign of the data folder, indexed by name: rounds, scores, champion, size, problem."""
     import pandas as pd
 
-    from d3po_core.paths import data_folder
-    from d3po_core.queries.campaigns import campaign_summaries
+    from d3po_core.report.campaigns import campaign_states
 
     rows = []
-    for one in campaign_summaries(data_folder() / "runs"):
-        scores = {when: score and score.mean for when, score in (("first", one.first), ("last", one.last))}
-        rows.append(vars(one) | scores | {"best": one.best and one.best.mean})
-    return pd.DataFrame(rows, columns=["name", *_COLUMNS]).set_index("name")
+    for state in campaign_states():
+        scores = {
+            name: score and score.mean for name, score in vars(state).items() if name in ("base", "score", "best")
+        }
+        rows.append(vars(state) | scores)
+    return pd.DataFrame(rows, columns=_COLUMNS).set_index("name")
 
 
-_COLUMNS = (
-    "rounds", "num_images", "scorer", "first", "last", "best", "champion", "waiting", "changed_at", "problem"
-)  # fmt: skip
+_COLUMNS = [
+    "name", "rounds", "scorer", "base", "score", "champion", "best", "waits_for", "megabytes", "changed", "problem"
+]  # fmt: skip

@@ -23,8 +23,9 @@ from d3po_core.browser.gallery import ORDERS, PAGE_SIZE, Filters, Gallery
 from d3po_core.browser.thumbnails import thumbnail
 from d3po_core.errors import D3POError
 from d3po_core.page.gate import Guard
-from d3po_core.queries.campaigns import campaign_summaries
+from d3po_core.paths import data_folder
 from d3po_core.queries.lookup import image_story
+from d3po_core.report.campaigns import campaign_states
 from d3po_core.store.campaign import CAMPAIGN_FILE
 
 COOKIE = "d3po_browse"
@@ -61,14 +62,13 @@ class _Shelf:
         return HTMLResponse(text, status, headers={"cache-control": "no-store", "content-security-policy": POLICY})
 
 
-def create_app(runs: Path, secret: str) -> Guard:
-    """Return the browser over a folder of campaigns, as an ASGI application.
+def create_app(secret: str) -> Guard:
+    """Return the browser over the campaigns of the data folder, as an ASGI application.
 
     Args:
-        runs: the folder whose subfolders are campaigns.
         secret: what the link must hold to be let in.
     """
-    shelf = _Shelf(runs)
+    shelf = _Shelf(data_folder() / "runs")
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     _add_door(app, secret)
     _add_pages(app, shelf, secret)
@@ -100,7 +100,7 @@ def _add_pages(app: FastAPI, shelf: _Shelf, secret: str) -> None:
 
     @app.get("/", dependencies=inside)
     def campaigns() -> Response:
-        return shelf.html("campaigns.html", campaigns=campaign_summaries(shelf.runs), runs=shelf.runs)
+        return shelf.html("campaigns.html", campaigns=campaign_states(), runs=shelf.runs)
 
     @app.get("/c/{name}", dependencies=inside)
     def images(name: str, filters: Annotated[Filters, Depends(_filters)], page: int = 1) -> Response:

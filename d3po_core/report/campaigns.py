@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.people.questions import label_progress, waiting_round
 from d3po_core.records import ScoreSummary
 from d3po_core.store.campaign import LOCK_FILE, campaign_named, campaign_names, rules_of
-from d3po_core.store.stages import last_finished_round, round_record
+from d3po_core.store.stages import finished_round, last_finished_round
 from d3po_core.store.tables import partition, read_rows
 
 
@@ -25,7 +26,9 @@ class CampaignState:
         rounds: number of finished rounds; -1 if not even the base is evaluated.
         scorer: the scorer of ``score``.
         score: the last round's held-out score.
+        base: the base model's held-out score.
         champion: the best round that the guard trusts; 0 is the base.
+        best: the champion's held-out score.
         megabytes: the size of its files.
         waits_for: the questions that people have yet to answer; None if it waits for nobody.
         changed: when a file last changed.
@@ -39,7 +42,9 @@ class CampaignState:
     rounds: int = -1
     scorer: str | None = None
     score: ScoreSummary | None = None
+    base: ScoreSummary | None = None
     champion: int | None = None
+    best: ScoreSummary | None = None
     waits_for: str | None = None
     problem: str | None = None
 
@@ -67,16 +72,23 @@ def campaign_state(name: str) -> CampaignState:
     if problem:
         return CampaignState(name, folder, megabytes, changed, problem=problem)
     try:
-        rounds, waits = last_finished_round(folder), _waits_for(folder)
-        row = read_rows(partition(folder, "rounds", rounds) / "part.parquet")[0] if rounds >= 0 else None
+        standing = _standing(folder)
     except (D3POError, OSError) as error:
-        return CampaignState(name, folder, megabytes, changed, problem=" ".join(str(error).split()))
-    if row is None:
-        return CampaignState(name, folder, megabytes, changed, waits_for=waits)
-    record = round_record(rounds, row)
-    return CampaignState(
-        name, folder, megabytes, changed, rounds, record.eval_scorer, record.score, row.get("champion"), waits
-    )
+        standing = {"problem": " ".join(str(error).split())}
+    return CampaignState(name, folder, megabytes, changed, **standing)
+
+
+def _standing(folder: Path) -> dict[str, Any]:
+    """Return what the rows of its first, last and best rounds say, and whom it waits for."""
+    found: dict[str, Any] = {"rounds": last_finished_round(folder), "waits_for": _waits_for(folder)}
+    if found["rounds"] < 0:
+        return found
+    last = finished_round(folder, found["rounds"])
+    champion = read_rows(partition(folder, "rounds", last.round) / "part.parquet")[0].get("champion")
+    found |= {"scorer": last.eval_scorer, "score": last.score, "base": finished_round(folder, 0).score}
+    return found | {
+        "champion": champion, "best": None if champion is None else finished_round(folder, champion).score
+    }  # fmt: skip
 
 
 def _waits_for(folder: Path) -> str | None:

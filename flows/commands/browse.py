@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from d3po_core.errors import D3POError
-from d3po_core.paths import data_folder
 
 
 def browse(
@@ -24,4 +23,4 @@ def browse(
     secret = secrets.token_urlsafe(32)
     print(f"http://127.0.0.1:{port}/enter?key={secret}", flush=True)
     print("Whoever has this link can see all images. Ctrl-C ends the page.", flush=True)
-    serve(create_app(data_folder() / "runs", secret), "127.0.0.1", port)
+    serve(create_app(secret), "127.0.0.1", port)

@@ -91,7 +91,8 @@ def test_all_campaigns_are_a_frame_and_a_broken_one_has_a_problem(data: Path) ->
     finally:
         shutil.rmtree(data / "runs" / "broken")
     assert found.loc["small", "rounds"] == 4
-    assert found.loc["small", "last"] == pytest.approx(0.625)
+    assert found.loc["small", "score"] == pytest.approx(0.625)
+    assert found.loc["small", "base"] == pytest.approx(0.25)
     assert "part.parquet" in found.loc["broken", "problem"]
 
 

@@ -25,10 +25,9 @@ from d3po_core.store.tables import table_from_rows, write_table
 PORT = 8791
 SERVER = """
 import sys
-from pathlib import Path
 from d3po_core.browser.app import create_app
 from d3po_core.page.serving import serve
-serve(create_app(Path(sys.argv[1]), "key"), "127.0.0.1", int(sys.argv[2]))
+serve(create_app("key"), "127.0.0.1", int(sys.argv[1]))
 """
 REQUESTS = {
     "first page": "/c/{name}",
@@ -50,8 +49,9 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        name = _write(Path(folder), arguments.images, arguments.rounds)
-        server = subprocess.Popen([sys.executable, "-c", SERVER, folder, str(PORT)], cwd=PROJECT_ROOT)
+        name = _write(Path(folder) / "runs", arguments.images, arguments.rounds)
+        server = subprocess.Popen([sys.executable, "-c", SERVER, str(PORT)], cwd=PROJECT_ROOT,
+                                  env=os.environ | {"D3PO_DATA": folder})  # fmt: skip
         try:
             results = {"opened_seconds": _first(name)}
             print(f"opened: {results['opened_seconds']:.1f} s")

@@ -33,7 +33,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def app(runs: Path) -> Guard:
-    return create_app(runs, SECRET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D3PO_DATA", str(runs.parent))
+        return create_app(SECRET)
+
+
+@pytest.fixture(autouse=True)
+def _own_data(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(runs.parent))
 
 
 @pytest.fixture
@@ -67,9 +74,9 @@ def test_other_hosts_and_other_methods_are_refused(browser: TestClient) -> None:
 
 def test_campaigns_are_a_table_and_a_broken_one_says_why(browser: TestClient) -> None:
     text = browser.get("/").text
-    assert "round 1 waits for people" in text
+    assert "2 of 2 groups wait for people" in text
     assert "0.625 [0.525, 0.725]" in text  # round 4: (1 + 1 + 0 + 0.5) / 4, and 0.1 to either side
-    assert "part.parquet is no readable Parquet file" in text
+    assert "broken/campaign.json: cannot be read" in text
     assert 'href="/c/broken"' not in text
 
 
