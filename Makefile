@@ -4,18 +4,32 @@ BIN := .venv/bin
 DEMO_ROUNDS ?= 12
 .PHONY: demo test lint docs bench bench-gpu bench-gpus up down chromium
 
-# The whole pinned install; made again when the pins change.
+# Which build of torch: without CUDA if there is no NVIDIA driver, CUDA 12.6 for drivers before 580, else the driver's.
+DRIVER = $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 -oE '^[0-9]+')
+TORCH_BACKEND ?= $(if $(DRIVER),$(if $(shell [ $(DRIVER) -lt 580 ] && echo old),cu126,auto),cpu)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# The pinned install; made again when the pins change. Only uv can choose a build of torch; if it or the index of builds
+# cannot be reached, pip's default build works too, but is larger on a machine without a GPU.
 .venv/ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@{ $(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+		--torch-backend $(TORCH_BACKEND) torch; } 2>.venv/torch.log || \
+		echo "torch's build '$(TORCH_BACKEND)' cannot be fetched (.venv/torch.log says why); taking pip's default build"
+	$(PIP) --editable .
+	@touch $@
+
+# The same with what tests, lint and documentation need.
+.venv/dev: .venv/ready
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 demo: .venv/ready
 	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
 
 # Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
-test: .venv/ready chromium
+test: .venv/dev chromium
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
@@ -24,17 +38,18 @@ chromium:
 		{ apt-get install -y -qq chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; }; } || \
 		echo "no chromium and no way to install it: the tests in a browser are skipped"
 
-lint: .venv/ready
+lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	$(BIN)/hadolint deploy/*.Dockerfile
 
 # The site of docs/, in site/: open site/index.html. The variable silences a notice: mkdocs-material ends in May 2027.
-docs: .venv/ready
+docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/ready
+bench: .venv/dev
 	$(BIN)/python tests/benchmarks/speed.py
 	$(BIN)/python tests/benchmarks/duckdb_pairs.py
 	$(BIN)/python tests/benchmarks/overhead.py
@@ -42,12 +57,12 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/page.py
 
 # One NVIDIA GPU; the install must be one whose torch sees it. First the passes, then whole rounds.
-bench-gpu: .venv/ready
+bench-gpu: .venv/dev
 	$(BIN)/python tests/benchmarks/gpu.py
 	$(BIN)/python tests/benchmarks/gpu_round.py --warm-start
 
 # As many NVIDIA GPUs as there are, up to four, one process each.
-bench-gpus: .venv/ready
+bench-gpus: .venv/dev
 	$(BIN)/python tests/benchmarks/gpu_processes.py
 
 up: .venv/ready

@@ -1,11 +1,58 @@
-"""Where the project and its data are, and what a relative path starts at."""
+"""Where the code, the project and its data are, and what a relative path starts at."""
 
 import os
 from pathlib import Path
 
 from d3po_core.errors import D3POError
 
+# The folder of the packages: the clone, or where d3po was installed.
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+DEPLOYMENTS = "prefect.yaml"
+HERE = Path()
+FLOWS = b"d3po.flows."  # in the entrypoints of a project's deployments
+
+
+def running_clone() -> Path | None:
+    """Return the clone that this code runs from, None if d3po was installed elsewhere."""
+    return PROJECT_ROOT if _is_project(PROJECT_ROOT) else None
+
+
+def find_project() -> Path | None:
+    """Return the project's folder, None if there is none.
+
+    It is ``D3PO_PROJECT``, else the nearest folder from the working directory upwards whose prefect.yaml deploys flows
+    of d3po, else the clone that this code runs from.
+
+    Raises:
+        D3POError: ``D3PO_PROJECT`` is no such folder.
+    """
+    if given := os.environ.get("D3PO_PROJECT"):
+        folder = absolute(given, HERE, "D3PO_PROJECT")
+        if not _is_project(folder):
+            raise D3POError(
+                f"D3PO_PROJECT is {given!r}, where no {DEPLOYMENTS} deploys flows of d3po; "
+                "unset it, set it to a project's folder, or make one with `d3po init FOLDER`"
+            )
+        return folder
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the folder was removed under the process
+        return running_clone()
+    return next(filter(_is_project, (here, *here.parents)), None) or running_clone()
+
+
+def project_folder() -> Path:
+    """Return the folder of the deployments, and of ``data`` unless ``D3PO_DATA`` is set.
+
+    Raises:
+        D3POError: the command was typed outside any project.
+    """
+    if not (found := find_project()):
+        raise D3POError(
+            "this folder is in no project of d3po: no prefect.yaml here or above deploys its flows; make one with "
+            "`d3po init FOLDER` and go there, or set D3PO_PROJECT to a project"
+        )
+    return found
 
 
 def data_folder() -> Path:
@@ -14,14 +61,29 @@ def data_folder() -> Path:
     It is ``D3PO_DATA``, or ``data`` in the project.
 
     Raises:
-        D3POError: ``D3PO_DATA`` is not a path, such as the home of a user who does not exist.
+        D3POError: ``D3PO_DATA`` is not a path, such as the home of a user who does not exist; or it is not set and
+            there is no project.
     """
-    return absolute(os.environ.get("D3PO_DATA") or str(PROJECT_ROOT / "data"), Path.cwd(), "D3PO_DATA")
+    if given := os.environ.get("D3PO_DATA"):
+        return absolute(given, HERE, "D3PO_DATA")
+    return absolute("data", project_folder(), "data")
 
 
 def resolve_path(path: str) -> Path:
-    """Return an absolute path; a relative one starts at the project's root, not the working directory."""
-    return absolute(path, PROJECT_ROOT, "path")
+    """Return an absolute path; a relative one starts at the project's folder, not the working directory."""
+    starts_elsewhere = path.startswith("~") or Path(path).is_absolute()
+    return absolute(path, HERE if starts_elsewhere else project_folder(), "path")
+
+
+def path_in_project(path: Path) -> str:
+    """Return a path for a person: relative if it is in the project, else absolute."""
+    project = find_project()
+    return str(path.relative_to(project) if project and path.is_relative_to(project) else path)
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH with which another process imports the same code: the clone's folder comes first."""
+    return os.pathsep.join(filter(None, (str(running_clone() or ""), os.environ.get("PYTHONPATH"))))
 
 
 def absolute(path: str, root: Path, what: str) -> Path:
@@ -39,3 +101,10 @@ def absolute(path: str, root: Path, what: str) -> Path:
         return (root / Path(path).expanduser()).resolve()
     except (ValueError, RuntimeError, OSError) as error:
         raise D3POError(f"{what} {path!r}: cannot be a path ({error}); give another") from None
+
+
+def _is_project(folder: Path) -> bool:
+    try:
+        return FLOWS in (folder / DEPLOYMENTS).read_bytes()
+    except OSError:
+        return False

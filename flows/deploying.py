@@ -4,18 +4,16 @@ import hashlib
 import json
 from typing import Any
 
-import yaml
-
 from d3po.flows.prefect_api import ask
 from d3po.flows.programs import run_program
+from d3po.flows.project import deployments
 from d3po.flows.server_files import SET_DATA, Ports, server_file
 from d3po.flows.server_programs import POOL, PREFECT, client_environment
-from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import DEPLOYMENTS, PROJECT_ROOT, project_folder
 from d3po_core.store.files import atomic_path
 
-# Deployments are registered again when one of these files changes.
-SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")
+# Deployments are registered again when one of these files or prefect.yaml changes.
+SOURCES = ("d3po/flows/round.py", "d3po/flows/wake.py", "d3po/flows/import_judgements.py", "d3po_core/config.py")
 # The fields that a person can change on a deployment's page.
 FIELDS = (
     "schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_limit",
@@ -53,10 +51,10 @@ def deploy(ports: Ports, login: str) -> list[str]:
         D3POError: Prefect refuses, or does not answer.
     """
     remembered, before = _read_deployed(), _views(ports)
-    wanted = _wanted()
+    wanted = {_key(entry) for entry in deployments()}
     if remembered.get("digest") == _digest() and wanted <= before.keys():
         return []
-    run_program([*PREFECT, "deploy", "--all"], client_environment(ports, login))
+    run_program([*PREFECT, "deploy", "--all"], client_environment(ports, login), project_folder())
     after, earlier = _views(ports), remembered.get("deployments", {})
     kept = {key: _put_back(ports, before[key], after[key], earlier.get(key)) for key in sorted(wanted & before.keys())}
     gone = sorted(wanted & earlier.keys() - before.keys())
@@ -67,15 +65,6 @@ def deploy(ports: Ports, login: str) -> list[str]:
         *(f"{after[key]['name']}: {', '.join(kept[key])} stay as on Prefect's page" for key in kept if kept[key]),
         *(f"{after[key]['name']}: was gone from Prefect, registered again" for key in gone),
     ]
-
-
-def _wanted() -> set[str]:
-    file = PROJECT_ROOT / "prefect.yaml"
-    try:
-        return {_key(entry) for entry in yaml.safe_load(file.read_text())["deployments"]}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())
-        raise D3POError(f"{file} has no deployments that can be read ({said}); restore the file") from None
 
 
 def _put_back(ports: Ports, before: View, after: View, left: View | None) -> list[str]:
@@ -114,8 +103,9 @@ def _key(deployment: dict[str, Any]) -> str:
 
 def _digest() -> str:
     """Digest of everything that decides what is deployed."""
-    texts = [(PROJECT_ROOT / name).read_bytes() for name in SOURCES if (PROJECT_ROOT / name).exists()]
-    return hashlib.sha256(b"\0".join([str(PROJECT_ROOT).encode(), *texts])).hexdigest()
+    project = project_folder()
+    files = [project / DEPLOYMENTS, *(PROJECT_ROOT / name for name in SOURCES)]
+    return hashlib.sha256(b"\0".join([str(project).encode(), *(file.read_bytes() for file in files)])).hexdigest()
 
 
 def _read_deployed() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from d3po.flows.programs import run_program
 from d3po.flows.server_files import State, write_state
 from d3po.flows.server_programs import LOGIN, QUIET
 from d3po_core.errors import D3POError
+from d3po_core.paths import PROJECT_ROOT
 
 PROFILE = "d3po"
 
@@ -96,7 +97,7 @@ def choose_profile(name: str, api_url: str | None = None) -> None:
 def _choose(*name_and_url: str, login: str = "") -> None:
     """Activate a profile of the user's own Prefect."""
     environment = {**os.environ, **QUIET} | ({LOGIN: login} if login else {})
-    run_program([sys.executable, "-m", "d3po.flows.prefect_profile", *name_and_url], environment)
+    run_program([sys.executable, "-m", "d3po.flows.prefect_profile", *name_and_url], environment, PROJECT_ROOT)
 
 
 def _profiles_file() -> Path:

@@ -9,11 +9,11 @@ from uuid import UUID
 
 import yaml
 
+from d3po.flows.project import deployments
 from d3po.flows.typed import typed_again, typed_values
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import changed_fields, load_config, merge
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT
 from d3po_core.urls import masked
 
 ENTRYPOINT = "d3po.flows.round.d3po"
@@ -21,17 +21,16 @@ ENTRYPOINT = "d3po.flows.round.d3po"
 
 def presets() -> dict[str, dict[str, Any]]:
     """Configuration values of each deployment of the flow ``d3po``, by name, in file order."""
-    return {entry["name"]: (entry.get("parameters") or {}).get("config") or {} for entry in _deployments()}
+    return {entry["name"]: (entry.get("parameters") or {}).get("config") or {} for entry in _of_rounds()}
 
 
 def descriptions() -> dict[str, str]:
     """Description of each deployment of the flow ``d3po``, by name, in file order."""
-    return {entry["name"]: entry.get("description") or "" for entry in _deployments()}
+    return {entry["name"]: entry.get("description") or "" for entry in _of_rounds()}
 
 
-def _deployments() -> list[dict[str, Any]]:
-    entries = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
-    return [entry for entry in entries if entry["entrypoint"] == ENTRYPOINT]
+def _of_rounds() -> list[dict[str, Any]]:
+    return [entry for entry in deployments() if entry["entrypoint"] == ENTRYPOINT]
 
 
 def deployment_config(

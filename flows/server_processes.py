@@ -15,7 +15,7 @@ import psutil
 from d3po.flows.server_files import Ports, open_log, read_state, server_file
 from d3po.flows.server_programs import MARK, api_url, server_command, server_environment
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT, data_folder
+from d3po_core.paths import data_folder, project_folder
 
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect sets it in the process of a flow run
 RUN_OWNER = "D3PO_RUN_OWNER"  # we set it in the process of a d3po run; its temporary server inherits it
@@ -72,7 +72,7 @@ def start(name: str, ports: Ports, login: str) -> None:
     log = open_log(name)
     try:
         subprocess.Popen(
-            server_command(name, ports), env=server_environment(name, ports, login), cwd=PROJECT_ROOT,
+            server_command(name, ports), env=server_environment(name, ports, login), cwd=project_folder(),
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     finally:

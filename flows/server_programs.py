@@ -6,7 +6,7 @@ import sys
 
 from d3po.flows.loopback import HOST, without_proxy
 from d3po.flows.server_files import SERVER_LOGIN, Ports
-from d3po_core.paths import PROJECT_ROOT, data_folder
+from d3po_core.paths import data_folder, project_folder, python_path
 from d3po_core.store.databases import sqlite_url
 
 NAMES = ("prefect", "mlflow", "label", "worker")
@@ -15,8 +15,9 @@ WORKER = "d3po-worker"
 MARK = "D3PO_SERVER"  # in a process's environment: the server that it is, or that started it
 LOGIN = "PREFECT_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
-PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
-WORKER_PROGRAM = (sys.executable, "-m", "d3po.tasks.worker", "--no-prompt")
+PYTHON = (sys.executable, "-P")  # the project's own files must not stand in for modules
+PREFECT = (*PYTHON, "-m", "prefect", "--no-prompt")
+WORKER_PROGRAM = (*PYTHON, "-m", "d3po.tasks.worker", "--no-prompt")
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -49,7 +50,8 @@ def client_environment(ports: Ports, login: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     return kept | QUIET | without_proxy(os.environ) | {
         "D3PO_DATA": str(data_folder()),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH")))),
+        "D3PO_PROJECT": str(project_folder()),
+        "PYTHONPATH": python_path(),
         "PREFECT_HOME": str(data_folder() / "prefect"),
         "PREFECT_API_URL": api_url(ports),
         DATABASE: _prefect_database(),
@@ -93,9 +95,9 @@ def server_command(name: str, ports: Ports) -> list[str]:
         return [*WORKER_PROGRAM, "worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process"]
     address = ["--host", HOST, "--port", str(ports[name])]
     if name == "prefect":
-        return [sys.executable, "-m", "d3po.flows.prefect_server", str(ports[name])]
+        return [*PYTHON, "-m", "d3po.flows.prefect_server", str(ports[name])]
     if name == "label":
-        return [sys.executable, "-c", "from d3po.flows.commands.line import main; main()", "label", *address]
+        return [*PYTHON, "-c", "from d3po.flows.commands.line import main; main()", "label", *address]
     folder, origins = data_folder() / "mlflow", own_addresses(ports["mlflow"])
     stores = [
         "--backend-store-uri", sqlite_url(folder / "mlflow.db"),
@@ -103,7 +105,7 @@ def server_command(name: str, ports: Ports) -> list[str]:
     ]  # fmt: skip
     hosts = ",".join(origin.removeprefix("http://") for origin in origins)
     guard = ["--allowed-hosts", hosts, "--cors-allowed-origins", ",".join(origins)]
-    return [sys.executable, "-m", "mlflow", "server", *address, "--workers", "1", *stores, *guard]
+    return [*PYTHON, "-m", "mlflow", "server", *address, "--workers", "1", *stores, *guard]
 
 
 def _prefect_database() -> str:

@@ -19,6 +19,7 @@ from d3po.flows.loopback import is_proxied, without_proxy
 from d3po.flows.page_links import owner_line
 from d3po.flows.prefect_api import answers, ask
 from d3po.flows.prefect_profile import restore_profile, shown_profile, take_profile
+from d3po.flows.project import deployments
 from d3po.flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
 from d3po.flows.server_files import (
     LOGIN_FILE,
@@ -60,6 +61,7 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
     asked = {"prefect": prefect_port, "mlflow": mlflow_port, "label": label_port}
     require_ports(asked)
     require_own_shell(api_url(asked | _ports_in_use()))
+    deployments()  # a missing or damaged prefect.yaml ends this before anything starts
     with one_at_a_time():
         missing = [name for name in NAMES if not leader(name)]
         ports = asked | _ports_in_use()

@@ -10,7 +10,7 @@ import yaml
 from d3po_core.config import PATH_FIELDS, is_url
 from d3po_core.config_values import leaves, merge
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT, absolute, resolve_path
+from d3po_core.paths import absolute, path_in_project, project_folder, resolve_path
 
 # Their keys are names, which may hold dots.
 MAPPINGS = ("scoring.models", "judge.scorer_weights")
@@ -60,7 +60,7 @@ def typed_again(field: str, value: Any) -> Any:
     """A value as one types it anywhere: a path that starts at the project becomes absolute."""
     if not _is_path(field, value) or (_may_be_hub_id(field, value) and not resolve_path(value).exists()):
         return value
-    return str(PROJECT_ROOT / Path(value).expanduser())
+    return str(project_folder() / Path(value).expanduser())
 
 
 def _from_file(file: Path) -> tuple[Values, Origins]:
@@ -128,7 +128,7 @@ def _paths_from(value: Any, folder: Path, origins: Origins, field: str = "") -> 
                 f"{origin}: {value!r} is not in {folder}, where it is typed; if you mean the project's, write {shipped}"
             )
     here = Path(os.path.normpath(folder / Path(value).expanduser()))  # keeps links, unlike resolve
-    return str(here.relative_to(PROJECT_ROOT) if here.is_relative_to(PROJECT_ROOT) else here)
+    return path_in_project(here)
 
 
 def _is_path(field: str, value: Any) -> bool:

@@ -17,7 +17,7 @@ from d3po_core.devices import check_processes
 from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import running_clone
 from d3po_core.planning.preflight import check_hub
 from d3po_core.processes.pool import check_launcher
 from d3po_core.records import (
@@ -190,10 +190,10 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    if not (clone := running_clone()):  # an installed package may lie in another project's clone
+        return None
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

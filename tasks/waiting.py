@@ -133,7 +133,7 @@ def require_deployment(config: CampaignConfig, round_numbers: list[int]) -> None
     if len(rounds) > 1 or not first_is_judged:
         raise D3POError(
             "people judge this campaign, so its run must be able to wait without a process, which needs a deployment; "
-            "type: make up, then: d3po submit human (or your own deployment in prefect.yaml)"
+            "type: d3po up, then: d3po submit human (or your own deployment in prefect.yaml)"
         )
 
 

@@ -26,7 +26,7 @@ import torch
 from d3po_core import errors
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.devices import device_type
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import python_path
 from d3po_core.processes.job import Job, Tell
 from d3po_core.store.files import disk_errors
 from d3po_core.store.leftovers import sweep_leftovers
@@ -257,10 +257,9 @@ def _environment(number: int, processes: int, port: int) -> dict[str, str]:
     threads = max(1, torch.get_num_threads() // processes)
     loopback = next((n for n, found in psutil.net_if_addrs().items() if found and found[0].address == LOOPBACK), None)
     sockets = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} if loopback else {}
-    path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
     return {
         "TRANSFORMERS_VERBOSITY": "error", **sockets, **os.environ, **{key: str(value) for key, value in place.items()},
-        "PYTHONPATH": path, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": python_path(), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads),
     }  # fmt: skip
 
 

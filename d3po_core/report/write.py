@@ -1,7 +1,6 @@
 """Write a campaign's report as one HTML file that needs no network, no server and no other file."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import loading_line, weights_file
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import path_in_project
 from d3po_core.people.blind import collect_comparisons
 from d3po_core.people.raters import rater_report
 from d3po_core.report import answers, plots
@@ -77,7 +76,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None, mlflow: str | 
     return environment.get_template("template.html").render(
         facts=facts,
         name=facts.config["campaign"],
-        folder=_short(facts.folder),
+        folder=path_in_project(facts.folder),
         written_at=datetime.now(UTC),
         rounds=facts.rounds,
         labels=[answers.label(facts, row) for row in range(len(facts.rounds))],
@@ -98,7 +97,7 @@ def render(facts: Facts, raters: Mapping[str, Any] | None = None, mlflow: str | 
         mlflow=mlflow,
         config=masked(yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True)),
         lineage={what: _spans(facts.rounds, what) for what in ("git_commit", "config_sha256")},
-        files=[row | {"path": _short(Path(row["path"]))} for row in facts.files],
+        files=[row | {"path": path_in_project(Path(row["path"]))} for row in facts.files],
         stages=STAGES,
     )
 
@@ -122,10 +121,6 @@ def _raters(facts: Facts) -> dict[str, Any]:
     return {"summary": summary, "table": table}
 
 
-def _short(path: Path) -> str:
-    return os.path.relpath(path, PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else str(path)
-
-
 def _image(facts: Facts) -> Any:
     kept: dict[str, str | None] = {}
 
@@ -142,7 +137,7 @@ def _checkpoint(facts: Facts) -> Row | None:
     if row["checkpoint_out"] is None:
         return None
     folder = facts.folder / row["checkpoint_out"]
-    path, exists = _short(folder), weights_file(folder).exists()
+    path, exists = path_in_project(folder), weights_file(folder).exists()
     line = loading_line(folder, json.dumps(path)) if exists else None
     return {"path": path, "sha256": row["lora_sha256"], "exists": exists, "line": line}
 

@@ -16,6 +16,7 @@ The name in the configuration selects one of four kinds (docs/scorers.md):
 
 import functools
 import importlib
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ import numpy as np
 from d3po_core.config import CampaignConfig, ScoringConfig, is_url
 from d3po_core.devices import device_type
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT, find_project
 from d3po_core.scorers.models import MODELS, ModelScorer, source_of
 from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
 from d3po_core.urls import filled_in, inline_secret, masked
@@ -134,12 +135,16 @@ def _imported(name: str) -> Scorer:
             f"scorer {name!r} is not known; expected one of {', '.join([*BUILT_IN, *MODELS])}, "
             "package.module:function, or a name that scoring.models maps to an http(s) URL"
         )
+    project = str(find_project() or "")
+    if project and project not in sys.path:
+        sys.path.append(project)  # last, so that no file of the project stands in for an installed module
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise D3POError(
-            f"scorer {name!r} cannot be imported ({reason}{_place(error)}); is its folder on PYTHONPATH?"
+            f"scorer {name!r} cannot be imported ({reason}{_place(error)}); "
+            "is it in the project's folder or on PYTHONPATH?"
         ) from error
     if not callable(function):
         raise D3POError(

@@ -20,6 +20,7 @@ from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.browse import browse
 from d3po.flows.commands.doctor import doctor
 from d3po.flows.commands.export import export_lora, export_preferences
+from d3po.flows.commands.init import init
 from d3po.flows.commands.invite import invite, revoke
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
@@ -43,7 +44,7 @@ from d3po.flows.presets import command_that_goes_on, deployment_config
 from d3po.tasks.live_line import live_line
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT, data_folder
+from d3po_core.paths import data_folder
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -56,6 +57,7 @@ for panel, commands in PANELS.items():
     for command in commands:
         name = "import" if command is import_judgements else None
         app.command(name, rich_help_panel=panel)(command)
+app.command()(init)
 app.add_typer(campaigns.app, name="campaigns", rich_help_panel="Look")
 
 
@@ -79,7 +81,6 @@ def main() -> None:
     status: int | str | None = 0
     os.environ.update(without_proxy(os.environ))  # our own servers are never behind a proxy
     try:
-        _require_project_files()
         app()
     except SystemExit as end:
         status = end.code
@@ -90,19 +91,6 @@ def main() -> None:
         print(f"d3po: {_prefect_refuses(error)}", file=sys.stderr)
         status = 2
     _leave(status if isinstance(status, int) else 1)
-
-
-def _require_project_files() -> None:
-    """Make sure that the project's own files lie beside its packages; a wheel holds the packages alone.
-
-    Raises:
-        D3POError: they do not.
-    """
-    if not (PROJECT_ROOT / "prefect.yaml").is_file():
-        raise D3POError(
-            f"{PROJECT_ROOT} holds no prefect.yaml, and neither the embedded model nor prompts: d3po is installed "
-            "without its project; clone the project and type `pip install --editable .` in its folder"
-        )
 
 
 def _prefect_refuses(error: Exception) -> str:
@@ -261,13 +249,13 @@ def show_campaign(config: CampaignConfig) -> None:
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",
         f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
-        f"MLflow      {short(data_folder())}/mlflow  (make up opens it on {mlflow})",
+        f"MLflow      {short(data_folder())}/mlflow  (d3po up opens it on {mlflow})",
         "",
         "next:",
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",
         f"  d3po query --campaign {shlex.quote(name)} "
         '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
-        "  make up     # Prefect, a worker and MLflow; then: d3po submit round",
+        "  d3po up     # Prefect, a worker and MLflow; then: d3po submit round",
     )
     print("\n".join(lines))
 

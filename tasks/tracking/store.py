@@ -43,7 +43,7 @@ _run_ids: dict[tuple[str, str, int | None], str] = {}
 
 
 def tracking_uri() -> str:
-    """``MLFLOW_TRACKING_URI``, or the data folder's sqlite database, which ``make up`` serves."""
+    """``MLFLOW_TRACKING_URI``, or the data folder's sqlite database, which ``d3po up`` serves."""
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(local_database())
 
 

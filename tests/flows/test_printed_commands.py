@@ -15,6 +15,7 @@ from d3po_core.paths import PROJECT_ROOT
 
 DOCUMENTS = [
     *PROJECT_ROOT.glob("*.md"), *(PROJECT_ROOT / "docs").rglob("*.md"), PROJECT_ROOT / "tests/benchmarks/README.md",
+    PROJECT_ROOT / "d3po/project/README.md", PROJECT_ROOT / "d3po/project/my_scorer.py",
     *(PROJECT_ROOT / "d3po_core").rglob("*.html"),
 ]  # fmt: skip
 SOURCES = [path for folder in ("flows", "tasks", "d3po_core") for path in (PROJECT_ROOT / folder).rglob("*.py")]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -298,35 +297,3 @@ def test_query_prints_csv_json_and_parquet(campaign: Path, data: Path) -> None:
     wrong = command(data, "query", "SELECT * FROM nothing", "--campaign", NAME)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("d3po: query: Catalog Error")
-
-
-def test_run_without_a_server_of_the_users_finishes_a_round(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"D3PO_DATA": str(tmp_path)}
-    settings = ("sample.groups_per_round=4", "evaluate.images_per_prompt=1", "evaluate.max_prompts=4")
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    started = time.time()
-    done = subprocess.run(
-        [D3PO, "run", "round", "--campaign", "alone", *arguments], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "held-out score" in done.stdout
-    assert [record.round for record in finished_rounds(tmp_path / "runs" / "alone")] == [0, 1]
-    assert (tmp_path / "runs" / "alone" / "rounds" / "round=1" / "part.parquet").stat().st_mtime >= started
-
-
-def test_packages_without_their_project_say_so_and_write_nothing(tmp_path: Path) -> None:
-    place = tmp_path / "site-packages"
-    for package in ("d3po_core", "d3po"):
-        shutil.copytree(PROJECT_ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
-    script = "from d3po.flows.commands.line import main; main()"
-    environment = {name: value for name, value in os.environ.items() if name != "D3PO_DATA"}
-    for words in (["run"], ["up"], ["rounds"]):
-        done = subprocess.run(
-            [sys.executable, "-c", script, *words], cwd=place, env=environment | {"PYTHONPATH": str(place)},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"d3po: {place} holds no prefect.yaml")
-        assert done.stderr.count("\n") == 1
-    assert {path.name for path in place.iterdir()} == {"d3po_core", "d3po"}

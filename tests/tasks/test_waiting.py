@@ -40,7 +40,7 @@ def test_deadline_does_what_the_policy_says() -> None:
 
 def test_people_need_a_deployment_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D3PO_DATA", str(tmp_path))
-    with pytest.raises(D3POError, match=r"needs a deployment; type: make up, then: prefect deployment run d3po/human"):
+    with pytest.raises(D3POError, match=r"needs a deployment; type: d3po up, then: d3po submit human"):
         require_deployment(human(), [0, 1])
     require_deployment(human(), [0])  # the base model is judged by nobody
     require_deployment(CampaignConfig(), [0, 1])
