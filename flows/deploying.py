@@ -15,7 +15,10 @@ from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.files import atomic_path
 
 # Deployments are registered again when one of these files changes.
-SOURCES = ("prefect.yaml", "flows/round.py", "flows/wake.py", "flows/import_judgements.py", "d3po_core/config.py")
+SOURCES = (
+    "prefect.yaml", "flows/round.py", "flows/form.py", "flows/wake.py", "flows/import_judgements.py",
+    "d3po_core/config.py",
+)  # fmt: skip
 # The fields that a person can change on a deployment's page.
 FIELDS = (
     "schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_limit",

@@ -89,7 +89,7 @@ class Bar:
             f"round {round_number} {stage}", total, unit, done, done,
         )  # fmt: skip
         self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, disable=None)
-        self._shown, self._began = StageProgress(config.campaign, stage), time.monotonic()
+        self._shown, self._began = StageProgress(), time.monotonic()
 
     def update(self, count: int = 1) -> None:
         """Count this many more as done."""
