@@ -63,7 +63,8 @@ def deploy(ports: Ports, login: str) -> list[str]:
     after, earlier = _views(ports), remembered.get("deployments", {})
     kept = {key: _put_back(ports, before[key], after[key], earlier.get(key)) for key in sorted(wanted & before.keys())}
     gone = sorted(wanted & earlier.keys() - before.keys())
-    with atomic_path(server_file(DEPLOYED), SET_DATA) as temporary:
+    with atomic_path(server_file(DEPLOYED), SET_DATA, private=True) as temporary:
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps({"digest": _digest(), "deployments": {key: after[key] for key in wanted}}))
     return [
         "deployments registered",

@@ -34,6 +34,11 @@ def server_url(ports: Ports, name: str) -> str:
     return f"http://{HOST}:{ports[name]}"
 
 
+def training_page(ports: Ports) -> str:
+    """Address of MLflow's page for training runs; it opens another one without the parameter."""
+    return f"{server_url(ports, 'mlflow')}/#/experiments?workflowType=machine_learning"
+
+
 def api_url(ports: Ports) -> str:
     """Address of the Prefect server's API."""
     return f"{server_url(ports, 'prefect')}/api"

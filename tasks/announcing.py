@@ -21,7 +21,7 @@ from d3po_core.people.tally import Progress
 from d3po_core.store.campaign import campaign_id
 
 PEOPLE_NEEDED = "d3po.people.needed"
-MOST_NAMES = 5
+MOST_NAMES = 3
 DEFAULT_PAGE = "http://127.0.0.1:8700"
 
 
@@ -44,12 +44,13 @@ def announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any],
 
 
 def waits_for(round_number: int, deadline: str | None, progress: Progress) -> str:
-    """One line: who is waited for, until when, what is missing, and where to judge."""
-    until = f" until {deadline[:16]} UTC" if deadline else ""
+    """One line with the most important first, since Prefect's page cuts it: who, where, what is missing, until when."""
     names = raters()
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    who = ", ".join(names[:MOST_NAMES]) + more or "people (nobody has a link yet; type: d3po label --rater NAME)"
-    return f"round {round_number} waits for {who}{until}: {missing(progress)} to judge at {page_url()}"
+    who = ", ".join(names[:MOST_NAMES]) + more or "people"
+    until = f" until {deadline[:16]} UTC" if deadline else ""
+    hint = "" if names else "; nobody has a link yet, type: d3po label --rater NAME"
+    return f"round {round_number} waits for {who} at {page_url()}: {missing(progress)} to judge{until}{hint}"
 
 
 def missing(progress: Progress) -> str:
