@@ -128,14 +128,15 @@ def who_listens(port: int) -> str:
 
 def lost_servers() -> list[str]:
     """A line per removed data folder whose servers still run, with the command that ends them."""
-    running: dict[str, list[str]] = {}
+    running: dict[str, dict[str, int]] = {}
     for process, environment in _all():
         folder = environment.get("D3PO_DATA", "")
         if MARK in environment and FLOW_RUN not in environment and not Path(folder).is_dir():
-            running.setdefault(folder, []).append(f"{environment[MARK]} (pid {process.pid})")
+            running.setdefault(folder, {}).setdefault(environment[MARK], process.pid)
     return [
-        f"data folder {folder} is gone, but its servers run: {', '.join(names)}; to end them: {_down(folder)}"
-        for folder, names in running.items()
+        f"data folder {folder} is gone, but its servers run: "
+        f"{', '.join(f'{name} (pid {pid})' for name, pid in pids.items())}; to end them: {_down(folder)}"
+        for folder, pids in running.items()
     ]
 
 

@@ -95,7 +95,7 @@ def down() -> list[str]:
                 stack.enter_context(one_at_a_time())
         state = read_state()
         ended = _end_all()
-        lines = ended + (restore_profile(state) if ended or state else [])
+        lines = ended + (restore_profile(state) if ended or "profile" in state else [])
         forget_all_but_ports()
     return lines or ["nothing to end: no servers are running"]
 
@@ -168,11 +168,11 @@ def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:
 def _end_all() -> list[str]:
     """End every server; ask Prefect first to mark the runs that this cuts off.
 
-    A Prefect server that does not answer is ended all the same.
+    A Prefect server that does not answer is ended all the same. If the data folder is gone, so is the login.
     """
     lines, ports = [], known_ports()
     for name in reversed(NAMES):
-        if name == "prefect" and leader(name):
+        if name == "prefect" and leader(name) and login():
             try:
                 lines += crash_lost_runs(ports, PATIENCE)
             except D3POError as error:

@@ -16,6 +16,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.events import Resource
 
 from d3po.tasks import showing
+from d3po.tasks.announcing import PEOPLE_NEEDED
 from d3po_core.config import CampaignConfig
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import finished_rounds
@@ -110,13 +111,22 @@ def test_event_of_a_round_has_one_id_whoever_sends_it(campaign: Path) -> None:
     assert event["occurred"].tzinfo is not None
 
 
+ON_ROUNDS = [one for one in AUTOMATIONS if one["trigger"]["expect"] == [showing.EVENT]]
+
+
 @pytest.mark.parametrize("automation", AUTOMATIONS, ids=lambda automation: automation["name"])
+def test_example_automations_wait_for_events_that_are_sent(automation: dict[str, Any]) -> None:
+    parsed = AutomationCore.model_validate(automation)
+    assert isinstance(parsed.trigger, EventTrigger)
+    assert parsed.trigger.expect <= {showing.EVENT, PEOPLE_NEEDED}
+
+
+@pytest.mark.parametrize("automation", ON_ROUNDS, ids=lambda automation: automation["name"])
 def test_example_automations_are_what_prefect_takes_and_match_the_event(
     automation: dict[str, Any], campaign: Path
 ) -> None:
     parsed = AutomationCore.model_validate(automation)
     assert isinstance(parsed.trigger, EventTrigger)
-    assert parsed.trigger.expect == {showing.EVENT}
     config = CampaignConfig(campaign="tiny", runs_dir=str(campaign.parent))
     event = showing.round_event(config, finished_rounds(campaign)[-1])
     labels = {**event["resource"], "d3po.verdict": "rejected"}
