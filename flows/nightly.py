@@ -28,26 +28,24 @@ def require_rounds(names: Sequence[str]) -> None:
 
 
 def start_nightly(ports: Ports, names: Sequence[str]) -> list[str]:
-    """Switch on the schedules of these deployments, and return lines about all schedules of rounds.
+    """Switch on the schedules of these deployments, and return a line about all schedules of rounds.
 
     Args:
         ports: of our servers.
-        names: deployments of the flow ``d3po``.
+        names: deployments of rounds in prefect.yaml.
 
     Raises:
-        D3POError: there is no such deployment, or the Prefect server does not answer.
+        D3POError: the Prefect server does not answer.
     """
     for name in names:
         deployment = ask(ports, "GET", f"/deployments/name/{FLOW}/{name}")
-        if deployment is None:
-            raise D3POError(
-                f"--nightly {name}: is no deployment of rounds; expected a name in prefect.yaml, e.g. round"
-            )
-        path = f"/deployments/{deployment['id']}/schedules"
+        path = f"/deployments/{deployment['id']}"
+        if deployment["paused"]:  # by a person, or by an automation
+            ask(ports, "PATCH", path, {"paused": False})
         for schedule in deployment["schedules"]:
-            ask(ports, "PATCH", f"{path}/{schedule['id']}", {"active": True})
+            ask(ports, "PATCH", f"{path}/schedules/{schedule['id']}", {"active": True})
         if not deployment["schedules"]:
-            ask(ports, "POST", path, [EVERY_NIGHT])
+            ask(ports, "POST", f"{path}/schedules", [EVERY_NIGHT])
     return _shown(ask(ports, "POST", "/deployments/filter", {"flows": {"name": {"any_": [FLOW]}}}) or [])
 
 
