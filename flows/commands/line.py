@@ -119,7 +119,9 @@ def run(
         from d3po.flows.prefect_trouble import prefect_may_die
 
         with prefect_may_die(config.folder):
-            state = d3po.with_options(on_running=[note_flow_run])(rounds, config, return_state=True)
+            state = d3po.with_options(on_running=[note_flow_run], flow_run_name=config.campaign)(
+                rounds, config, return_state=True
+            )
             if not state.is_completed():
                 raise D3POError(state.message or f"the run ended as {state.name}")
     show_campaign(config)
