@@ -110,6 +110,8 @@ def test_nothing_runs_at_night_until_somebody_asks(ports: dict[str, int]) -> Non
     (schedule,) = get(ports, "/deployments/name/d3po/round")["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
     assert "nothing runs at night; for one round per night: d3po up --nightly round" in servers.up()
+    paused = f"/deployments/{get(ports, '/deployments/name/d3po/published')['id']}"
+    call(ports, "PATCH", paused, {"paused": True})  # as an automation does
     (line,) = [line for line in servers.up(nightly=["round", "published"]) if line.startswith("on a schedule: ")]
     assert "published (cron 0 2 * * * UTC), round (cron 0 2 * * * UTC)" in line
     for name in ("round", "published"):  # the second has no schedule in prefect.yaml
