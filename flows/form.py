@@ -4,6 +4,7 @@ A form of all fields is 10,000 pixels tall. It would also send every default, so
 field, such as ``train.beta``, would count as chosen. This form shows few fields and sends only what differs.
 """
 
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from pydantic import GetJsonSchemaHandler
@@ -20,20 +21,13 @@ SHOWN = (
 Schema = dict[str, Any]
 
 
-class Form:
-    """Replaces a configuration's JSON schema by one from which Prefect's page makes a short form.
+def form_schema(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+    """Return a configuration's JSON schema from which Prefect's page makes a short form.
 
-    The values are still checked against the whole schema: ``if`` and ``then`` are unknown to the page.
+    The values are still checked against the whole schema: the page does not know ``if`` and ``then``.
     """
-
-    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        """Return the schema of the shown fields, with the whole schema behind ``then``."""
-        whole = handler(core_schema)["anyOf"][0]
-        return _section("config", whole, SHOWN, handler) | {"if": {}, "then": whole}
-
-
-# None is the default because the page would show, and send, a whole configuration.
-FormConfig = Annotated[CampaignConfig | None, Form()]
+    whole = handler(core_schema)["anyOf"][0]
+    return _section("config", whole, SHOWN, handler) | {"if": {}, "then": whole}
 
 
 def _section(title: str, schema: Schema, shown: tuple[str, ...], handler: GetJsonSchemaHandler) -> Schema:
@@ -54,3 +48,8 @@ def _described(field: Schema) -> Schema:
     shown = ", ".join(map(str, default)) if isinstance(default, list) else default
     rest = {key: value for key, value in field.items() if key != "default"}
     return rest | {"description": f"{field['description']}. Default: {shown}"}
+
+
+# Pydantic asks annotations for this method. None is the default because the page would show, and send, a whole
+# configuration.
+FormConfig = Annotated[CampaignConfig | None, SimpleNamespace(__get_pydantic_json_schema__=form_schema)]
