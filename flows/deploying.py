@@ -13,7 +13,10 @@ from d3po_core.paths import DEPLOYMENTS, PROJECT_ROOT, project_folder
 from d3po_core.store.files import atomic_path
 
 # Deployments are registered again when one of these files or prefect.yaml changes.
-SOURCES = ("d3po/flows/round.py", "d3po/flows/wake.py", "d3po/flows/import_judgements.py", "d3po_core/config.py")
+SOURCES = (
+    "d3po/flows/round.py", "d3po/flows/form.py", "d3po/flows/wake.py", "d3po/flows/import_judgements.py",
+    "d3po_core/config.py",
+)  # fmt: skip
 # The fields that a person can change on a deployment's page.
 FIELDS = (
     "schedules", "paused", "parameters", "description", "tags", "job_variables", "concurrency_limit",
@@ -58,7 +61,8 @@ def deploy(ports: Ports, login: str) -> list[str]:
     after, earlier = _views(ports), remembered.get("deployments", {})
     kept = {key: _put_back(ports, before[key], after[key], earlier.get(key)) for key in sorted(wanted & before.keys())}
     gone = sorted(wanted & earlier.keys() - before.keys())
-    with atomic_path(server_file(DEPLOYED), SET_DATA) as temporary:
+    with atomic_path(server_file(DEPLOYED), SET_DATA, private=True) as temporary:
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps({"digest": _digest(), "deployments": {key: after[key] for key in wanted}}))
     return [
         "deployments registered",

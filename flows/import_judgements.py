@@ -3,15 +3,18 @@
 from pathlib import Path
 
 from prefect import flow, get_run_logger
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 
+from d3po.flows.refusing import refused
 from d3po.tasks.importing import import_judgement_file
 from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import renaming
 from d3po_core.store.campaign import campaign_named
 
 
-@flow(name="import-judgements", flow_run_name="{campaign} {file}", persist_result=False, validate_parameters=True)
+@flow(
+    name="import-judgements", flow_run_name="{campaign}: import {file}", persist_result=False, validate_parameters=True
+)
 def import_judgements(
     file: str,
     campaign: str = "shapes",
@@ -57,11 +60,11 @@ def import_judgements(
         for line in report.summary():
             logger.info("%s", line)
         if not report.accepted:
-            return Failed(message=report.summary()[-1] + f": {report.num_bad} of {report.num_rows} rows are wrong")
+            return refused(report.summary()[-1] + f": {report.num_bad} of {report.num_rows} rows are wrong")
         if resume and not dry_run:
             from d3po.tasks.waiting import resume_waiting
 
             resume_waiting(config, report.round_number)
     except D3POError as error:
-        return Failed(message=str(error))
+        return refused(str(error))
     return Completed(message="; ".join(report.summary()[-2:]))

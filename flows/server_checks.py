@@ -5,10 +5,11 @@ import socket
 
 from d3po.flows.loopback import HOST
 from d3po.flows.prefect_profile import PROFILE
-from d3po.flows.server_files import SERVER_LOGIN, Ports, login
+from d3po.flows.server_files import LOGIN_FILE, SERVER_LOGIN, Ports, login, server_file
 from d3po.flows.server_processes import who_listens
 from d3po.flows.server_programs import LOGIN
 from d3po_core.errors import D3POError
+from d3po_core.paths import data_folder
 
 
 def require_ports(ports: Ports) -> None:
@@ -67,8 +68,24 @@ def require_free_port(name: str, port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            by = f", by {who}" if (who := who_listens(port)) else ""
+            by = f" by {who}" if (who := who_listens(port)) else ""
             raise D3POError(
                 f"port {port} for {name} cannot be used ({error.strerror}{by}); "
-                f"type `d3po up --{name}-port <a free port>`"
+                f"for another port, type `d3po up --{name}-port <a free port>`"
             ) from None
+
+
+def require_login(api: str) -> None:
+    """Refuse to go on with a running Prefect server whose login is gone.
+
+    Args:
+        api: the server's address.
+
+    Raises:
+        D3POError: the data folder was removed or replaced since the servers started.
+    """
+    if not server_file(LOGIN_FILE).exists():
+        raise D3POError(
+            f"a Prefect server for data folder {data_folder()} runs at {api}, but {server_file(LOGIN_FILE)} is gone: "
+            "the folder was removed or replaced; type `d3po down`, then `d3po up`"
+        )

@@ -16,7 +16,7 @@ from d3po_core.store.files import atomic_path, disk_errors, exclusive
 SET_DATA = "or set D3PO_DATA to another folder"
 STATE, LOGIN_FILE = "servers.json", "prefect-login"
 SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # Prefect's own variable, for users who set their own login
-PORTS = ("prefect", "mlflow", "label")
+PORTS = {"prefect": 4200, "mlflow": 5000, "label": 8700}  # until `up` is told others
 
 Ports = dict[str, int]
 State = dict[str, Any]
@@ -86,10 +86,14 @@ def write_state(state: State) -> None:
         temporary.write_text(json.dumps(state, indent=2))
 
 
-def forget_state() -> None:
-    """Remove the remembered state."""
-    with contextlib.suppress(OSError):
-        server_file(STATE).unlink(missing_ok=True)
+def forget_all_but_ports() -> None:
+    """Forget what concerns running servers; the next ``up`` uses the same ports."""
+    ports = read_state().get("ports")
+    with contextlib.suppress(OSError, D3POError):  # a disk we cannot write must not keep `down` from its end
+        if ports:
+            write_state({"ports": ports})
+        else:
+            server_file(STATE).unlink(missing_ok=True)
 
 
 def open_log(name: str) -> int:

@@ -6,9 +6,11 @@ users' processes, so they never count as ours.
 
 import contextlib
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 
@@ -20,6 +22,7 @@ from d3po_core.paths import data_folder, project_folder
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect sets it in the process of a flow run
 RUN_OWNER = "D3PO_RUN_OWNER"  # we set it in the process of a d3po run; its temporary server inherits it
 START_SECONDS = 120.0
+MOST_COMMAND = 100  # characters of another program's command line that a message shows
 ADDRESSES = {"prefect": "PREFECT_API_URL", "mlflow": "D3PO_MLFLOW_URL", "label": "D3PO_LABEL_URL"}
 
 Found = tuple[psutil.Process, dict[str, str]]
@@ -114,17 +117,41 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 def who_listens(port: int) -> str:
-    """The program that listens on a port, and the data folder if it is our server; empty if unknown."""
+    """The program that listens on a port, and how to end it if it is ours; empty if unknown."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("inet"):
-            if connection.status != psutil.CONN_LISTEN or connection.laddr.port != port or not connection.pid:
-                continue
-            process = psutil.Process(connection.pid)
-            environment = process.environ()
-            if MARK in environment:
-                return f"the {environment[MARK]} of data folder {environment.get('D3PO_DATA')}, pid {process.pid}"
-            return f"{process.name()}, pid {process.pid}"
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                process = psutil.Process(connection.pid)
+                return _described(process, process.environ())
     return ""
+
+
+def lost_servers() -> list[str]:
+    """A line per removed data folder whose servers still run, with the command that ends them."""
+    running: dict[str, dict[str, int]] = {}
+    for process, environment in _all():
+        folder = environment.get("D3PO_DATA", "")
+        if MARK in environment and FLOW_RUN not in environment and not Path(folder).is_dir():
+            running.setdefault(folder, {}).setdefault(environment[MARK], process.pid)
+    return [
+        f"data folder {folder} is gone, but its servers run: "
+        f"{', '.join(f'{name} (pid {pid})' for name, pid in pids.items())}; to end them: {_down(folder)}"
+        for folder, pids in running.items()
+    ]
+
+
+def _described(process: psutil.Process, environment: dict[str, str]) -> str:
+    folder = environment.get("D3PO_DATA", "")
+    if MARK in environment:
+        gone = "" if Path(folder).is_dir() else ", which is gone"
+        return f"the {environment[MARK]} of data folder {folder}{gone}, pid {process.pid}; to end it: {_down(folder)}"
+    command = " ".join(process.cmdline())
+    shown = command if len(command) <= MOST_COMMAND else f"{command[:MOST_COMMAND]}..."
+    return f"{process.name()}, pid {process.pid}: {shown}"
+
+
+def _down(folder: str) -> str:
+    return f"D3PO_DATA={shlex.quote(folder)} d3po down"
 
 
 def end_orphans() -> None:

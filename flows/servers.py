@@ -6,7 +6,7 @@ processes that carry the mark of ``up``.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -14,19 +14,21 @@ from typing import Any
 import psutil
 
 from d3po.flows.deploying import create_pool, deploy
-from d3po.flows.left_runs import crash_lost_runs, keep_one_late_run
+from d3po.flows.left_runs import crash_lost_runs
 from d3po.flows.loopback import is_proxied, without_proxy
+from d3po.flows.nightly import require_rounds, start_nightly
 from d3po.flows.page_links import owner_line
 from d3po.flows.prefect_api import answers, ask
 from d3po.flows.prefect_profile import restore_profile, shown_profile, take_profile
 from d3po.flows.project import deployments
-from d3po.flows.server_checks import is_ours, require_free_port, require_own_shell, require_ports
+from d3po.flows.server_checks import is_ours, require_free_port, require_login, require_own_shell, require_ports
 from d3po.flows.server_files import (
     LOGIN_FILE,
+    PORTS,
     SET_DATA,
     Ports,
     State,
-    forget_state,
+    forget_all_but_ports,
     login,
     make_login,
     one_at_a_time,
@@ -34,7 +36,7 @@ from d3po.flows.server_files import (
     server_file,
     write_state,
 )
-from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, start, wait
+from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, lost_servers, start, wait
 from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
 from d3po.tasks.tracking.views import TRAINING, saved_view
 from d3po_core.errors import D3POError
@@ -42,26 +44,36 @@ from d3po_core.paths import data_folder
 from d3po_core.store.databases import is_whole
 from d3po_core.store.files import disk_errors
 
-__all__ = ["down", "end_orphans", "find_prefect", "mlflow_page", "prefect_url", "status", "up"]
+__all__ = ["down", "end_orphans", "find_prefect", "lost_servers", "mlflow_page", "prefect_url", "status", "up"]
 
 PATIENCE = 5.0  # seconds to wait for Prefect's server when we can do without an answer
 
 
-def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700) -> list[str]:
+def up(
+    prefect_port: int | None = None, mlflow_port: int | None = None, label_port: int | None = None,
+    nightly: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """Start the missing servers, deploy, and return lines to show; after a failure, end what it started.
 
     Args:
-        prefect_port: port of the Prefect server; all ports stay as they are while any of the servers runs.
+        prefect_port: port of the Prefect server; all ports stay as they are while any of the servers runs. By default
+            the last one that was used.
         mlflow_port: port of the MLflow server.
         label_port: port of the labelling page.
+        nightly: deployments that run every night from now on.
 
     Raises:
         D3POError: a port is taken, the shell is set to another Prefect server, or a server did not start.
     """
-    asked = {"prefect": prefect_port, "mlflow": mlflow_port, "label": label_port}
+    given = {"prefect": prefect_port, "mlflow": mlflow_port, "label": label_port}
+    chosen = {name: port for name, port in given.items() if port is not None}
+    asked = PORTS | read_state().get("ports", {}) | chosen
     require_ports(asked)
+    require_rounds(nightly)
     require_own_shell(api_url(asked | _ports_in_use()))
     deployments()  # a missing or damaged prefect.yaml ends this before anything starts
+    if leader("prefect"):
+        require_login(api_url(known_ports()))
     with one_at_a_time():
         missing = [name for name in NAMES if not leader(name)]
         ports = asked | _ports_in_use()
@@ -73,7 +85,8 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, label_port: int = 8700
         with _all_or_none(missing):
             lines = _start_missing(missing, ports, state)
     lines.append(f"started: {', '.join(missing)}" if missing else "everything is already running")
-    if ports != asked:
+    lines += start_nightly(ports, nightly)
+    if any(ports[name] != port for name, port in chosen.items()):
         lines.append("the ports stay as they were; type `d3po down` first to change them")
     return lines + _where_to_go(ports)
 
@@ -86,8 +99,8 @@ def down() -> list[str]:
                 stack.enter_context(one_at_a_time())
         state = read_state()
         ended = _end_all()
-        lines = ended + (restore_profile(state) if ended or state else [])
-        forget_state()
+        lines = ended + (restore_profile(state) if ended or "profile" in state else [])
+        forget_all_but_ports()
     return lines or ["nothing to end: no servers are running"]
 
 
@@ -168,7 +181,7 @@ def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:
     create_pool(ports)
     since = datetime.now(UTC)
     if "worker" in missing:
-        lines += crash_lost_runs(ports) + keep_one_late_run(ports)
+        lines += crash_lost_runs(ports)
         start("worker", ports, key)
     lines += deploy(ports, key)  # while the worker starts
     if "prefect" in missing:
@@ -183,11 +196,11 @@ def _start_missing(missing: list[str], ports: Ports, state: State) -> list[str]:
 def _end_all() -> list[str]:
     """End every server; ask Prefect first to mark the runs that this cuts off.
 
-    A Prefect server that does not answer is ended all the same.
+    A Prefect server that does not answer is ended all the same. If the data folder is gone, so is the login.
     """
     lines, ports = [], known_ports()
     for name in reversed(NAMES):
-        if name == "prefect" and leader(name):
+        if name == "prefect" and leader(name) and login():
             try:
                 lines += crash_lost_runs(ports, PATIENCE)
             except D3POError as error:

@@ -7,8 +7,8 @@ from d3po.tasks.waiting import wake as wake_run
 
 
 # A deadline comes only once, so retry while the run is about to sleep or the server does not answer.
-@flow(name="wake", flow_run_name="wake {campaign} round {round_number}", persist_result=False, retries=30,
-      retry_delay_seconds=10)  # fmt: skip
+@flow(name="wake", flow_run_name="{campaign}: deadline of round {round_number}", persist_result=False,
+      retries=30, retry_delay_seconds=10)  # fmt: skip
 def wake(campaign: str, round_number: int, flow_run_id: str) -> State:
     """Resume the run that waits for a round; do nothing if it no longer waits.
 

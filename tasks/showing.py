@@ -47,13 +47,11 @@ def artifact_key(campaign: str, what: str) -> str:
 class StageProgress:
     """A stage's progress as an artifact of its run: created if the stage takes long, then updated at times.
 
-    Args:
-        campaign: the campaign's name.
-        stage: the stage's name.
+    It has no key, so that Prefect shows it with its run but not in the list of all artifacts. There, one entry per
+    campaign and stage would bury the tables of rounds.
     """
 
-    def __init__(self, campaign: str, stage: str) -> None:
-        self._key = artifact_key(campaign, stage)
+    def __init__(self) -> None:
         self._due = time.monotonic() + FIRST_SECONDS
         self._artifact: UUID | None = None
         self._telling: Future[None] | None = None
@@ -63,16 +61,16 @@ class StageProgress:
         now = time.monotonic()
         if now >= self._due and (self._telling is None or self._telling.done()):
             self._due = now + EVERY_SECONDS
-            self._telling = _show("progress", partial(self._send, 100 * min(share, 1.0), text()))
+            self._telling = beside("progress", partial(self._send, 100 * min(share, 1.0), text()))
 
     def end(self, text: Callable[[], str]) -> None:
         """Report that all is done, if anything was reported before."""
         if self._telling is not None:
-            _show("progress", partial(self._send, 100.0, text()))
+            beside("progress", partial(self._send, 100.0, text()))
 
     def _send(self, percent: float, text: str) -> None:
         if self._artifact is None:
-            self._artifact = create_progress_artifact(percent, key=self._key, description=text)
+            self._artifact = create_progress_artifact(percent, description=text)
         else:
             update_progress_artifact(self._artifact, percent, description=text)
 
@@ -80,7 +78,7 @@ class StageProgress:
 def show_rounds(config: CampaignConfig) -> None:
     """Tell Prefect of every finished round of the campaign, unless it has been told already."""
     if any(not _told_path(config.folder, number).exists() for number in finished_numbers(config.folder)):
-        _show("rounds", partial(_tell_rounds, config))
+        beside("rounds", partial(_tell_rounds, config))
 
 
 def round_event(config: CampaignConfig, record: RoundRecord) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def _told_path(campaign: Path, round_number: int) -> Path:
     return stage_path(campaign, round_number, "event").with_suffix(".told")
 
 
-def _show(what: str, call: Callable[[], None]) -> Future[None] | None:
+def beside(what: str, call: Callable[[], None]) -> Future[None] | None:
     """Make a call beside the run, in the run's context; outside a run, do nothing."""
     if FlowRunContext.get() is None and TaskRunContext.get() is None:
         return None

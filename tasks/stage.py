@@ -91,7 +91,7 @@ class Bar:
         last = last_round_of(config.folder, str(flow_run.id))
         label = f"round {round_number} of {last} {stage}" if last else f"round {round_number} {stage}"
         self._label, self._total, self._unit, self._done, self._first = label, total, unit, done, done
-        self._shown, self._began = StageProgress(config.campaign, stage), time.monotonic()
+        self._shown, self._began = StageProgress(), time.monotonic()
         self._due = self._began + LOG_FIRST_SECONDS
         say(self._line)
 

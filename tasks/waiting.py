@@ -7,27 +7,25 @@ the judgements again, and goes back to sleep if it was woken too early.
 
 import contextlib
 import json
-import os
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger, suspend_flow_run, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import task
 from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 from prefect.exceptions import NotPausedError, ObjectNotFound
 from prefect.flow_runs import resume_flow_run
-from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
 from prefect.states import State
-from pydantic import Field
 
 from d3po.tasks.alive import revive
-from d3po.tasks.showing import artifact_key
+from d3po.tasks.announcing import announce, missing, page_url
+from d3po.tasks.run_names import run_tags
 from d3po.tasks.stage import STAGE_OPTIONS
+from d3po.tasks.suspending import suspend
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
@@ -42,15 +40,6 @@ from d3po_core.store.stages import finish_stage, stage_path
 
 WAKE = "wake/deadline"
 FALLING_ASLEEP_SECONDS = 20  # from our last count of what is missing until Prefect shows the run as suspended
-DEFAULT_PAGE = "http://127.0.0.1:8700"
-
-
-class GoOn(RunInput):
-    """The form on Prefect's page when somebody resumes a run that waits for judgements."""
-
-    go_on_with_what_is_there: bool = Field(
-        False, description="Train on the judgements so far, even if some are missing"
-    )
 
 
 def wait_for_people(config: CampaignConfig, round_number: int) -> None:
@@ -69,10 +58,10 @@ def wait_for_people(config: CampaignConfig, round_number: int) -> None:
         progress = label_progress(config, round_number)
         if ended := _how_it_ended(config, round_number, waiting, progress):
             break
-        _announce(config, round_number, waiting, progress)
+        said = announce(config, round_number, waiting, progress)
         revive(UUID(str(flow_run.id)))  # Prefect cannot suspend a run that is marked as Crashed
         # Returns only when this key was answered; otherwise it raises, and the process ends.
-        answer = suspend_flow_run(wait_for_input=GoOn, key=f"labels-{round_number}-{waiting['attempt']}")
+        answer = suspend(said, key=f"labels-{round_number}-{waiting['attempt']}")
         if answer.go_on_with_what_is_there:
             ended = "asked"
             break
@@ -137,6 +126,22 @@ def require_deployment(config: CampaignConfig, round_numbers: list[int]) -> None
         )
 
 
+def require_no_sleeper(config: CampaignConfig, round_numbers: list[int]) -> None:
+    """Refuse a run whose next round already waits for people in another, suspended run; hold the campaign's lock.
+
+    Raises:
+        D3POError: there is such a run.
+    """
+    for number in round_numbers[:2]:  # round 0 comes before the first round that people judge
+        other = _read_waiting(config, number).get("flow_run_id")
+        over = stage_path(config.folder, number, "label").exists()
+        if other and other != str(flow_run.id) and not over and _is_suspended(other):
+            raise D3POError(
+                f"round {number} of campaign {config.campaign!r} waits for people in flow run {other} already; "
+                "this run is not needed: judge, or resume or cancel the other one"
+            )
+
+
 def resume_waiting(config: CampaignConfig, round_number: int) -> str:
     """Wake the run that waits for the round's judgements, and return a line about it.
 
@@ -147,7 +152,7 @@ def resume_waiting(config: CampaignConfig, round_number: int) -> str:
     progress = label_progress(config, round_number)
     if not progress.complete:
         raise D3POError(
-            f"round {round_number} of campaign {config.campaign!r} still waits: {_missing(progress)} are missing; "
+            f"round {round_number} of campaign {config.campaign!r} still waits: {missing(progress)} are missing; "
             "judge them, or resume the run in Prefect's page and say there that it is to go on"
         )
     run_id = _read_waiting(config, round_number).get("flow_run_id")
@@ -189,11 +194,6 @@ def wake(campaign: str, round_number: int) -> None:
         raise D3POError(f"the run of round {round_number} is {state.name}; waking it is tried again")
 
 
-def page_url() -> str:
-    """Address of the labelling page: ``D3PO_LABEL_URL``, or the one that ``d3po up`` uses."""
-    return os.environ.get("D3PO_LABEL_URL") or DEFAULT_PAGE
-
-
 def _how_it_ended(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> str | None:
     """The reason why waiting is over, None while it goes on."""
     if progress.complete:
@@ -204,13 +204,9 @@ def _how_it_ended(config: CampaignConfig, round_number: int, waiting: dict[str, 
     if policy == "fail":
         raise D3POError(
             f"round {round_number} of campaign {config.campaign!r}: the deadline {waiting['deadline'][:16]} UTC passed "
-            f"with {_missing(progress)} missing; judge them and retry the run, or set judge.people.after_deadline"
+            f"with {missing(progress)} missing; judge them and retry the run, or set judge.people.after_deadline"
         )
     return policy
-
-
-def _missing(progress: Progress) -> str:
-    return f"{progress.groups_needed - progress.groups_done} of {progress.groups_needed} groups"
 
 
 def _begin_waiting(config: CampaignConfig, round_number: int) -> dict[str, Any]:
@@ -218,11 +214,6 @@ def _begin_waiting(config: CampaignConfig, round_number: int) -> dict[str, Any]:
     run_id, waiting = str(flow_run.id), _read_waiting(config, round_number)
     if waiting.get("flow_run_id") == run_id:
         return waiting
-    if (other := waiting.get("flow_run_id")) and _is_suspended(other):
-        raise D3POError(
-            f"round {round_number} of campaign {config.campaign!r} waits for people in flow run {other} already; "
-            "this run is not needed: judge, or resume or cancel the other one"
-        )
     now, hours = datetime.now(UTC), config.judge.people.deadline_hours
     fresh = {"since": now.isoformat(), "deadline": (now + timedelta(hours=hours)).isoformat() if hours else None}
     waiting = {**fresh, **waiting, "flow_run_id": run_id, "attempt": 0}
@@ -238,7 +229,7 @@ def _schedule_wake(config: CampaignConfig, round_number: int, waiting: dict[str,
     try:
         run_deployment(
             WAKE, parameters={"campaign": config.campaign, "round_number": round_number, "flow_run_id": run_id},
-            scheduled_time=datetime.fromisoformat(deadline), timeout=0, as_subflow=False,
+            scheduled_time=datetime.fromisoformat(deadline), timeout=0, as_subflow=False, tags=run_tags(config)[:1],
             idempotency_key=f"{run_id}-{round_number}-{deadline}",
         )  # fmt: skip
     except ObjectNotFound:
@@ -246,21 +237,6 @@ def _schedule_wake(config: CampaignConfig, round_number: int, waiting: dict[str,
             f"judge.people.deadline_hours needs the deployment {WAKE}, which this server does not have; "
             "type: d3po up, or: prefect --no-prompt deploy --all"
         ) from None
-
-
-def _announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any], progress: Progress) -> None:
-    """Tell in the log and in an artifact what the run waits for, and where to judge."""
-    until = f" until {waiting['deadline'][:16]} UTC" if waiting["deadline"] else ""
-    said = f"round {round_number} waits for people{until}: {_missing(progress)} to judge at {page_url()}"
-    get_run_logger().info(said)
-    text = (
-        f"# Round {round_number} of `{config.campaign}` waits for people\n\n"
-        f"**[Open the labelling page]({page_url()})** ({_missing(progress)} to judge{until}).\n\n"
-        f"Or by spreadsheet: `d3po export-sheet FOLDER --campaign {config.campaign}`, then "
-        f"`d3po import FILE --campaign {config.campaign} --resume`.\n\n"
-        "The run goes on after the last judgement. To go on earlier, press *Resume* on this run.\n"
-    )
-    create_markdown_artifact(text, key=artifact_key(config.campaign, "label"), description=said)
 
 
 def _is_suspended(run_id: str) -> bool:

@@ -145,7 +145,9 @@ def run(
         from d3po.flows.prefect_trouble import prefect_may_die
 
         with prefect_may_die(config.folder):
-            state = d3po.with_options(on_running=[note_flow_run])(config, rounds, return_state=True)
+            state = d3po.with_options(on_running=[note_flow_run], flow_run_name=config.campaign)(
+                rounds, config, return_state=True
+            )
             if not state.is_completed():
                 raise D3POError(state.message or f"the run ended as {state.name}")
     show_campaign(config)
@@ -187,14 +189,23 @@ def discard_round(
 
 @app.command()
 def up(
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server")] = 5000,
-    label_port: Annotated[int, typer.Option(help="Port of the labelling page")] = 8700,
+    prefect_port: Annotated[
+        int | None, typer.Option(help="Port of the Prefect server; the last one, at first 4200")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(help="Port of the MLflow server; the last one, at first 5000")
+    ] = None,
+    label_port: Annotated[
+        int | None, typer.Option(help="Port of the labelling page; the last one, at first 8700")
+    ] = None,
+    nightly: Annotated[
+        list[str] | None, typer.Option(help="Also run this deployment every night, e.g. round; may be repeated")
+    ] = None,
 ) -> None:
     """Start Prefect's server and worker, MLflow and the labelling page on 127.0.0.1; register the deployments."""
     from d3po.flows import servers
 
-    print("\n".join(servers.up(prefect_port, mlflow_port, label_port)))
+    print("\n".join(servers.up(prefect_port, mlflow_port, label_port, nightly or ())))
 
 
 @app.command()
@@ -202,7 +213,7 @@ def down() -> None:
     """Stop everything that ``d3po up`` started."""
     from d3po.flows import servers
 
-    print("\n".join(servers.down()))
+    print("\n".join([*servers.down(), *servers.lost_servers()]))
 
 
 @app.command()
@@ -211,7 +222,7 @@ def status() -> None:
     from d3po.flows import servers
     from d3po.flows.page_links import waiting_lines
 
-    print("\n".join([*servers.status(), *waiting_lines()]))
+    print("\n".join([*servers.status(), *servers.lost_servers(), *waiting_lines()]))
 
 
 def show_campaign(config: CampaignConfig) -> None:

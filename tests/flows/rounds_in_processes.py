@@ -38,7 +38,7 @@ def run_rounds(
     os.replace = counted  # type: ignore[assignment]
     if kill_rank_in:
         _kill_a_rank_once(kill_rank_in, data_folder() / f"{values['campaign']}.killed")
-    state = d3po(load_config(values, "test"), rounds, return_state=True)
+    state = d3po(rounds, load_config(values, "test"), return_state=True)
     (data_folder() / f"{values['campaign']}.commits").write_text(str(commits))
     (data_folder() / f"{values['campaign']}.message").write_text(str(state.message))
     os._exit(0 if state.is_completed() else 3)

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from d3po_core.judgement_files.importing import import_file
+from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.questions import groups_for_people
 from d3po_core.store.campaign import round_config
 from d3po_core.store.stages import finished_rounds, last_finished_round, stage_path
@@ -92,6 +95,9 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert eventually(lambda: not processes_of(run_id), 20), "a run that waits holds a process"
     artifacts = post(ports, "/artifacts/filter", {"artifacts": {"key": {"any_": ["d3po-by-people-label"]}}})
     assert "Open the labelling page" in artifacts[0]["data"]
+    page = f"http://127.0.0.1:{ports['label']}"
+    message = get(ports, f"/flow_runs/{run_id}")["state"]["message"]
+    assert re.fullmatch(rf"round 1 waits for .+ at {page}: 3 of 3 groups to judge", message)
 
     # Woken too early it goes back to sleep, and says what is missing.
     import_file(campaign, mark(campaign, 1, 2, tmp_path))
@@ -118,6 +124,30 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert [record.num_pairs for record in finished_rounds(campaign)] == [0, 6, 2]
 
 
+def test_people_who_are_needed_are_an_event_to_which_an_automation_reacts(ports: dict[str, int], home: Path) -> None:
+    examples = yaml.safe_load((PROJECT_ROOT / "docs" / "automation.yaml").read_text())["automations"]
+    (example,) = [one for one in examples if one["trigger"]["expect"] == ["d3po.people.needed"]]
+    post(ports, "/automations/", {**example, "enabled": True, "actions": [{"type": "do-nothing"}]})
+    campaign = home / DATA / "runs" / "needs-people"
+    run_id = start(ports, campaign.name)
+
+    def events(name: str) -> list[dict[str, Any]]:
+        return post(ports, "/events/filter", {"filter": {"event": {"name": [name]}}})["events"]
+
+    def needed() -> list[dict[str, Any]]:
+        found = events("d3po.people.needed")
+        return [event for event in found if event["resource"]["prefect.resource.id"] == "d3po.campaign.needs-people"]
+
+    (event,) = eventually(needed, 120)
+    assert event["payload"]["page"] == f"http://127.0.0.1:{ports['label']}"
+    assert (event["payload"]["round"], event["payload"]["groups_missing"]) == (1, 3)
+    assert run_id in {one["prefect.resource.id"].rpartition(".")[2] for one in event["related"]}
+    triggered = lambda: [e for e in events("prefect.automation.triggered") if example["name"] in str(e["resource"])]  # noqa: E731
+    assert eventually(triggered, 60)
+    assert eventually(lambda: waits(ports, run_id, campaign, 1), 60)
+    post(ports, f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
 def test_at_the_deadline_the_proxies_judge_if_the_policy_says_so(ports: dict[str, int], home: Path) -> None:
     campaign = home / DATA / "runs" / "late"
     run_id = start(ports, campaign.name, deadline_hours=4 / 3600, after_deadline="proxy")
@@ -132,7 +162,7 @@ def test_second_run_of_a_campaign_that_waits_is_refused(ports: dict[str, int], h
     first = start(ports, campaign.name)
     assert eventually(lambda: waits(ports, first, campaign, 1), 120)
     second = start(ports, campaign.name)
-    assert eventually(lambda: state(ports, second) == "Failed", 120)
+    assert eventually(lambda: state(ports, second) == "Refused", 120)
     assert f"waits for people in flow run {first} already" in get(ports, f"/flow_runs/{second}")["state"]["message"]
     assert state(ports, first) == "Suspended"
     post(ports, f"/flow_runs/{first}/set_state", {"state": {"type": "CANCELLED"}, "force": True})

@@ -213,11 +213,11 @@ def test_second_run_of_a_busy_campaign_is_refused_in_one_line(
     assert len(finished_rounds(campaign)) == 3
 
 
-def lines_of(run_name: str) -> list[str]:
-    """What Prefect's page shows of the runs of a campaign; lines arrive a moment after they were written."""
+def lines_of(campaign: str) -> list[str]:
+    """What Prefect's page shows of the run of a campaign; lines arrive a moment after they were written."""
     api = os.environ["PREFECT_API_URL"]
-    named = {"flow_runs": {"name": {"any_": [run_name]}}}
-    (run,) = httpx.post(f"{api}/flow_runs/filter", json=named, trust_env=False).json()
+    tagged = {"flow_runs": {"tags": {"all_": [f"campaign:{campaign}"]}}}
+    (run,) = httpx.post(f"{api}/flow_runs/filter", json=tagged, trust_env=False).json()
     time.sleep(3)
     body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "limit": 200}
     return [line["message"] for line in httpx.post(f"{api}/logs/filter", json=body, trust_env=False).json()]

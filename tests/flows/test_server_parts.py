@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -197,6 +198,50 @@ def test_what_is_remembered_is_read_back(data: Path) -> None:
     assert read_state() == state
     assert json.loads(server_file("servers.json").read_text()) == state
     assert server_file("servers.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_ports_are_those_of_the_last_time(data: Path) -> None:
+    first, second = free_ports(2)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        make_folder()
+        write_state({"ports": {"prefect": first, "mlflow": taken, "label": second}, "profile": "mine"})
+        servers.down()
+        with pytest.raises(D3POError, match=f"port {taken} for mlflow cannot be used .*--mlflow-port <a free port>"):
+            servers.up()
+        with pytest.raises(D3POError, match=f"port {taken} for prefect cannot be used"):
+            servers.up(prefect_port=taken, mlflow_port=first)
+
+
+def test_servers_of_a_removed_folder_are_named_with_what_ends_them(
+    data: Path, sleepers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_ports(1)[0]
+    listens = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    monkeypatch.setattr(server_processes, "server_command", lambda *_: [sys.executable, "-c", listens])
+    make_folder()
+    server_processes.start("mlflow", {"prefect": 1, "mlflow": port, "label": 3}, "d3po:secret")
+    deadline = time.monotonic() + 20
+    while not server_processes.who_listens(port) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (pid,) = [process.pid for process in server_processes.family("mlflow")]
+    ends = f"D3PO_DATA={data} d3po down"
+    assert server_processes.who_listens(port) == f"the mlflow of data folder {data}, pid {pid}; to end it: {ends}"
+    data.rename(data.with_name("gone"))
+    (line,) = [line for line in server_processes.lost_servers() if str(data) in line]
+    assert line == f"data folder {data} is gone, but its servers run: mlflow (pid {pid}); to end them: {ends}"
+    assert f"data folder {data}, which is gone, pid {pid}" in server_processes.who_listens(port)
+    assert servers.down() == [f"mlflow: ended (pid {pid})"]
+    assert not data.exists()
+
+
+def test_up_does_not_go_on_with_servers_whose_folder_is_gone(data: Path, sleepers: None) -> None:
+    make_folder()
+    server_processes.start("prefect", dict(zip(("prefect", "mlflow", "label"), free_ports(3), strict=True)), "d3po:x")
+    with pytest.raises(D3POError, match=r"prefect-login is gone: .* type `d3po down`, then `d3po up`"):
+        servers.up()
 
 
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,10 +19,10 @@ import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from d3po.flows import servers
-from d3po.flows.left_runs import keep_one_late_run
+from d3po.flows.server_files import read_state
 from d3po.flows.server_processes import family, leader
 from d3po.flows.server_programs import NAMES
-from d3po.tasks.nights import later_night
+from d3po.tasks.nights import skip_missed_nights
 from d3po_core.config import PUBLISHED
 from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
@@ -107,15 +106,24 @@ def test_up_registers_both_presets(ports: dict[str, int], home: Path) -> None:
     )
 
 
-def test_nightly_schedule_creates_runs(ports: dict[str, int]) -> None:
-    body = {
-        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-        "deployments": {"name": {"any_": ["round"]}},
-    }
-    runs = eventually(lambda: post(ports, "/flow_runs/filter", body))
-    assert runs, "the scheduler created no runs; is SQLAlchemy older than 2.1?"
-    assert {run["expected_start_time"][11:16] for run in runs} == {"02:00"}
-    assert all(run["auto_scheduled"] for run in runs)
+def test_nothing_runs_at_night_until_somebody_asks(ports: dict[str, int]) -> None:
+    (schedule,) = get(ports, "/deployments/name/d3po/round")["schedules"]
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
+    assert "nothing runs at night; for one round per night: d3po up --nightly round" in servers.up()
+    paused = f"/deployments/{get(ports, '/deployments/name/d3po/published')['id']}"
+    call(ports, "PATCH", paused, {"paused": True})  # as an automation does
+    (line,) = [line for line in servers.up(nightly=["round", "published"]) if line.startswith("on a schedule: ")]
+    assert "published (cron 0 2 * * * UTC), round (cron 0 2 * * * UTC)" in line
+    for name in ("round", "published"):  # the second has no schedule in prefect.yaml
+        filters = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "deployments": {"name": {"any_": [name]}}}
+        runs = eventually(lambda body=filters: post(ports, "/flow_runs/filter", body))
+        assert runs, "the scheduler created no runs; is SQLAlchemy older than 2.1?"
+        assert {run["expected_start_time"][11:16] for run in runs} == {"02:00"}
+        assert all(run["auto_scheduled"] for run in runs)
+    published = get(ports, "/deployments/name/d3po/published")
+    call(ports, "DELETE", f"/deployments/{published['id']}/schedules/{published['schedules'][0]['id']}")
+    with pytest.raises(D3POError, match=r"--nightly nope: no such deployment of rounds .* it has round, published"):
+        servers.up(nightly=["nope"])
 
 
 def test_one_run_at_a_time_holds_the_gpu(ports: dict[str, int]) -> None:
@@ -130,10 +138,11 @@ def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int]
         [*prefect, "deployment", "run", "d3po/round", *parameters],
         cwd=home, env=shell(), check=True, capture_output=True,
     )  # fmt: skip
-    listed = {"flow_runs": {"name": {"any_": ["nightly"]}}}
+    listed = {"flow_runs": {"name": {"any_": ["nightly: round 1"]}}}
     campaign = home / DATA / "runs" / "nightly"
     assert eventually(lambda: (campaign / "stages" / "round=1" / "sample.json").exists(), 180)
     (run,) = eventually(lambda: post(ports, "/flow_runs/filter", listed))
+    assert run["tags"] == ["campaign:nightly", "deployment:round", "labeller:proxy"]
     process = flow_process(run["id"])
     assert process, "the run ended before it could be killed"
     process.kill()
@@ -142,6 +151,7 @@ def test_killed_deployment_run_finishes_when_it_is_retried(ports: dict[str, int]
     sampled = (campaign / "stages" / "round=1" / "sample.json").read_bytes()
     subprocess.run([*prefect, "flow-run", "retry", run["id"]], cwd=home, env=shell(), check=True, capture_output=True)
     assert eventually(lambda: get(ports, f"/flow_runs/{run['id']}")["state_type"] == "COMPLETED", 180)
+    assert get(ports, f"/flow_runs/{run['id']}")["name"] == "nightly: round 1"
     assert [record.round for record in finished_rounds(campaign)] == [0, 1]
     assert (campaign / "stages" / "round=1" / "sample.json").read_bytes() == sampled, "a finished stage ran again"
     # The MLflow server shows what the worker wrote straight to the store.
@@ -289,7 +299,7 @@ def test_commands_find_the_server_and_its_login(
 def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], home: Path) -> None:
     deployment = get(ports, "/deployments/name/d3po/round")
     (nightly,) = deployment["schedules"]
-    assert (nightly["schedule"]["cron"], nightly["active"]) == ("0 2 * * *", True)
+    assert (nightly["schedule"]["cron"], nightly["active"]) == ("0 2 * * *", True)  # by `up --nightly`, above
     path = f"/deployments/{deployment['id']}"
     changed = {"active": False, "schedule": {"cron": "30 4 * * 1", "timezone": "Europe/Berlin"}}
     call(ports, "PATCH", f"{path}/schedules/{nightly['id']}", changed)
@@ -306,14 +316,14 @@ def test_deployments_changed_on_prefects_page_stay_so(ports: dict[str, int], hom
     assert get(ports, "/deployments/name/d3po/published")["parameters"] == deployment_parameters("published")
 
 
-def night_instead_of(run_id: str, ports: dict[str, int], home: Path) -> str | None:
-    """The later run that the flow finds when it starts this one."""
+def skipped_by(run_id: str, ports: dict[str, int], home: Path) -> list[str]:
+    """The names of the nights that the flow skips when it runs as this one."""
     url = f"http://127.0.0.1:{ports['prefect']}/api"
     here = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: ":".join(login(home))}
     with temporary_settings(here), pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", run_id)
         patch.setenv("NO_PROXY", "127.0.0.1")  # as the servers set it for the runs
-        return later_night()
+        return skip_missed_nights()
 
 
 def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> None:
@@ -336,22 +346,14 @@ def test_one_missed_night_stands_for_all(ports: dict[str, int], home: Path) -> N
         return [run for run in runs if run["auto_scheduled"]]
 
     assert eventually(lambda: len(missed()) >= 3)
-    before = missed()
-    # A machine that slept: the worker lives, and takes them one after the other.
-    first, *_, last = sorted(before, key=lambda run: run["expected_start_time"])
-    stands_in = night_instead_of(first["id"], ports, home)
-    times = {run["name"]: run["expected_start_time"] for run in missed()}
-    assert times[stands_in or "none"] >= last["expected_start_time"]
-    assert night_instead_of(asked_for, ports, home) is None
-    (line,) = keep_one_late_run(ports)
-    found = re.fullmatch(r"deployment published: (\d+) scheduled runs were missed, one runs now \((.+)\)", line)
-    assert found
-    assert int(found[1]) >= len(before)
-    runs = [get(ports, f"/flow_runs/{run['id']}") for run in before]
-    cancelled = [run for run in runs if run["state_type"] == "CANCELLED"]
-    (kept,) = [run for run in missed() if run["name"] == found[2]]
-    assert len(cancelled) >= len(before) - 1
-    assert all(run["expected_start_time"] < kept["expected_start_time"] for run in cancelled)
+    assert skipped_by(asked_for, ports, home) == [], "a run that somebody asked for does not stand for a night"
+    before = sorted(missed(), key=lambda run: run["expected_start_time"])
+    first, *others = before
+    names = skipped_by(first["id"], ports, home)
+    assert {run["name"] for run in others} <= set(names)
+    states = {run["id"]: get(ports, f"/flow_runs/{run['id']}")["state"] for run in before}
+    assert [state["type"] for state in states.values()] == ["SCHEDULED", *["CANCELLED"] * len(others)]
+    assert states[others[0]["id"]]["message"] == f"Missed; the scheduled run {first['name']} does its work too."
     assert get(ports, f"/flow_runs/{asked_for}")["state_type"] == "SCHEDULED"
     call(ports, "DELETE", f"{url}/schedules/{schedule['id']}")  # those to come, and the one that is left, go with it
     call(ports, "DELETE", f"/flow_runs/{asked_for}")
@@ -416,6 +418,7 @@ def test_down_ends_every_process_also_when_prefect_hangs_and_restores_the_profil
     assert active_profile(home) == "mine"
     assert servers.down() == ["nothing to end: no servers are running"]
     assert active_profile(home) == "mine"
+    assert read_state() == {"ports": ports}, "the next `up` uses the same ports"
 
 
 def test_down_leaves_a_process_alone_that_got_a_recorded_pid(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +450,8 @@ def test_busy_port_is_one_line_that_names_port_and_option(
     assert str(port) in str(caught.value)
     assert f"--{taken}-port" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert f"pid {os.getpid()}" in str(caught.value), "whose it is"
+    assert f"pid {os.getpid()}: " in str(caught.value), "whose it is"
+    assert "pytest" in str(caught.value), "what it is"
     assert {path.name for path in (home / "unused").rglob("*")} == {"servers", ".lock"}
 
 
@@ -482,7 +486,7 @@ def test_presets_are_valid_and_published_is_the_published_code() -> None:
     presets = {
         entry["name"]: entry for entry in yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
     }
-    assert presets["round"]["schedules"][0]["cron"] == "0 2 * * *"
+    assert [(one["cron"], one["active"]) for one in presets["round"]["schedules"]] == [("0 2 * * *", False)]
     assert "schedules" not in presets["published"]
     values = presets["published"]["parameters"]["config"]
     config = load_config(values, "prefect.yaml").model_dump()

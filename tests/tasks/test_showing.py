@@ -16,6 +16,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.events import Resource
 
 from d3po.tasks import showing
+from d3po.tasks.announcing import PEOPLE_NEEDED
 from d3po_core.config import CampaignConfig
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.stages import finished_rounds
@@ -36,7 +37,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         done.set_result(None)
         return done
 
-    monkeypatch.setattr(showing, "_show", at_once)
+    monkeypatch.setattr(showing, "beside", at_once)
     monkeypatch.setattr(showing, "create_progress_artifact", lambda p, **_: percents.append(p) or "id")
     monkeypatch.setattr(showing, "update_progress_artifact", lambda _, p, **__: percents.append(p))
     return percents
@@ -49,14 +50,14 @@ def test_artifact_keys_have_only_what_prefect_allows(campaign: str, what: str) -
 
 
 def test_nothing_is_told_of_a_stage_that_is_over_soon(told: list[float]) -> None:
-    progress = showing.StageProgress("shapes", "train")
+    progress = showing.StageProgress()
     progress.tell(0.5, str)
     progress.end(str)
     assert told == []
 
 
 def test_progress_is_told_now_and_then_and_ends_at_100(told: list[float]) -> None:
-    progress = showing.StageProgress("shapes", "train")
+    progress = showing.StageProgress()
     for step in range(1, 10):
         progress.tell(step / 10, str)
     progress.end(str)
@@ -65,8 +66,8 @@ def test_progress_is_told_now_and_then_and_ends_at_100(told: list[float]) -> Non
 
 def test_a_server_that_hangs_keeps_nobody_waiting(told: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     answer = threading.Event()
-    monkeypatch.setattr(showing, "_show", lambda what, call: showing._beside.submit(answer.wait))
-    progress = showing.StageProgress("shapes", "train")
+    monkeypatch.setattr(showing, "beside", lambda what, call: showing._beside.submit(answer.wait))
+    progress = showing.StageProgress()
     for step in range(1, 10):
         progress.tell(step / 10, str)
     assert showing._beside._work_queue.qsize() == 0, "calls pile up behind one that is not answered"
@@ -81,7 +82,7 @@ def test_a_prefect_that_fails_is_one_warning_and_no_error(
 
     monkeypatch.setattr(showing, "create_progress_artifact", fails)
     monkeypatch.setattr(showing, "_failing", set())
-    progress = showing.StageProgress("shapes", "train")
+    progress = showing.StageProgress()
     with caplog.at_level(logging.WARNING, logger="d3po.tasks.showing"):
         for step in range(1, 10):
             progress.tell(step / 10, str)
@@ -110,13 +111,22 @@ def test_event_of_a_round_has_one_id_whoever_sends_it(campaign: Path) -> None:
     assert event["occurred"].tzinfo is not None
 
 
+ON_ROUNDS = [one for one in AUTOMATIONS if one["trigger"]["expect"] == [showing.EVENT]]
+
+
 @pytest.mark.parametrize("automation", AUTOMATIONS, ids=lambda automation: automation["name"])
+def test_example_automations_wait_for_events_that_are_sent(automation: dict[str, Any]) -> None:
+    parsed = AutomationCore.model_validate(automation)
+    assert isinstance(parsed.trigger, EventTrigger)
+    assert parsed.trigger.expect <= {showing.EVENT, PEOPLE_NEEDED}
+
+
+@pytest.mark.parametrize("automation", ON_ROUNDS, ids=lambda automation: automation["name"])
 def test_example_automations_are_what_prefect_takes_and_match_the_event(
     automation: dict[str, Any], campaign: Path
 ) -> None:
     parsed = AutomationCore.model_validate(automation)
     assert isinstance(parsed.trigger, EventTrigger)
-    assert parsed.trigger.expect == {showing.EVENT}
     config = CampaignConfig(campaign="tiny", runs_dir=str(campaign.parent))
     event = showing.round_event(config, finished_rounds(campaign)[-1])
     labels = {**event["resource"], "d3po.verdict": "rejected"}
