@@ -239,7 +239,7 @@ def test_presets_for_real_models_have_the_papers_scale_and_the_published_number_
     deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
     configs = [load_config((d.get("parameters") or {}).get("config") or {}, d["name"]) for d in deployments]
     real = [config for config in configs if "stable-diffusion" in config.model.path]
-    assert len(real) == 3
+    assert len(real) == 4
     for config in real:
         train = config.train
         # The paper's 0.1; what Diffusion-DPO published comes to 0.1 to 0.3 (docs/presets.md).

@@ -61,7 +61,12 @@ def finish(config: CampaignConfig, clock: SimpleNamespace, name: str, record: An
 def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What MLflow is told of a round."""
     values: dict[str, float] = {}
-    monkeypatch.setattr(stages, "log_both", lambda *arguments: values.update(arguments[-1]))
+
+    def log_both(*arguments: Any) -> None:
+        for metrics in arguments[5:]:  # curves of the campaign's run, then what the round's run alone has
+            values.update(metrics)
+
+    monkeypatch.setattr(stages, "log_both", log_both)
     for name in ("log_lineage", "log_metrics"):
         monkeypatch.setattr(stages, name, lambda *_: None)
     return values
