@@ -7,15 +7,19 @@ from pathlib import Path
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 
-DEFAULT_PAGE = "http://127.0.0.1:8700"
+DEFAULT_PORT = 8700
+
+
+def page_port() -> int:
+    """Port of the labelling page: that of ``d3po up`` now or last time, else the usual one."""
+    from d3po.flows.server_processes import known_ports
+
+    return known_ports().get("label", DEFAULT_PORT)
 
 
 def page_root() -> str:
-    """Address of the labelling page: ``D3PO_LABEL_URL``, else that of ``d3po up``, else the usual one."""
-    from d3po.flows.server_processes import known_ports
-
-    port = known_ports().get("label")
-    return os.environ.get("D3PO_LABEL_URL") or (f"http://127.0.0.1:{port}" if port else DEFAULT_PAGE)
+    """Address of the labelling page: ``D3PO_LABEL_URL``, else on the port of ``page_port``."""
+    return os.environ.get("D3PO_LABEL_URL") or f"http://127.0.0.1:{page_port()}"
 
 
 def rater_link(token: str) -> str:

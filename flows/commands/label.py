@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d3po.flows.page_links import owner_line
+from d3po.flows.page_links import owner_line, page_port
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.ways import Mode
@@ -27,7 +27,9 @@ def label(
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="How people judge; judge.people.mode by default")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on")] = 8700,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; by default that of d3po up, else 8700")
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Name that other machines use for this one; may be repeated")
     ] = None,
@@ -52,7 +54,7 @@ def label(
         begin_blind(campaign, compare, against, pairs, raters_per_pair)
     elif against != "base":
         raise D3POError(f"--against {against} needs the round that is compared with it: add --compare ROUND")
-    serve_page(_wake, question_priority, rater, mode, host, port, allow_host, _compared)
+    serve_page(_wake, question_priority, rater, mode, host, port or page_port(), allow_host, _compared)
 
 
 def begin_blind(campaign: str, compare: str, against: str, pairs: int, raters: int) -> None:

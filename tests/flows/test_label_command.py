@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from d3po.flows.commands import label as label_command
+from d3po.flows.server_files import write_state
 from d3po.tasks.tracking import delivery
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import comparisons_of
@@ -38,6 +39,13 @@ def test_it_says_what_is_compared_and_gives_the_links(campaign: Path) -> None:
     )
     assert "ann: http://127.0.0.1:8700/enter?key=" in output
     assert "the page runs already" in output
+
+
+def test_the_page_of_up_is_found_on_the_port_that_up_was_given(campaign: Path) -> None:
+    (campaign.parents[1] / "servers").mkdir()
+    write_state({"ports": {"prefect": 4900, "mlflow": 5900, "label": 8790}})
+    assert "ann: http://127.0.0.1:8790/enter?key=" in label()
+    assert "ann: http://127.0.0.1:8701/enter?key=" in label("--port", "8701")
 
 
 def test_the_same_command_again_says_how_far_it_is(campaign: Path) -> None:
