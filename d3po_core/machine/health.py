@@ -19,7 +19,7 @@ State = Literal["ok", "warn", "fail"]
 TRIED_PYTHONS = ((3, 11), (3, 13))
 LOW_DISK, LOW_GPU_MEMORY = 10e9, 3e9  # bytes: a few rounds of Stable Diffusion; its training in the mode `small`
 CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
-# What a version that our requirements rule out does; pip notices it only while it installs d3po.
+# What goes wrong with versions outside our requirements. Pip checks them only when it installs d3po.
 BREAKS = {
     "fastapi": "breaks Prefect 3.8's server",
     "sqlalchemy": "makes Prefect's scheduler create no runs",
