@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Campaign:
-    """A campaign to read; nothing here changes it, also while a run advances it.
+    """A campaign to read; nothing here changes it, so a run may train it meanwhile.
 
     Args:
         name: the campaign's name, or the path of its folder if that lies outside the data folder.
@@ -42,7 +42,7 @@ class Campaign:
 
     @property
     def rounds(self) -> "pd.DataFrame":
-        """Return one row per finished round, indexed by round; docs: the table ``rounds``."""
+        """Return one row per finished round, indexed by round; the columns are those of the table ``rounds``."""
         return self.sql("SELECT * FROM rounds ORDER BY round").set_index("round")
 
     @property

@@ -340,7 +340,7 @@ FIXED_FIELDS = (
     "sample.eta",
 )  # fmt: skip
 
-# Fields whose relative values start at the project's folder; so do those of scoring.models.
+# Fields whose relative values start at the project folder; so do those of scoring.models.
 PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
 
 # Fields that may change even within a round, since they change no number.

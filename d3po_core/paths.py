@@ -18,7 +18,7 @@ def running_clone() -> Path | None:
 
 
 def find_project() -> Path | None:
-    """Return the project's folder, None if there is none.
+    """Return the project folder, None if there is none.
 
     It is ``D3PO_PROJECT``, else the nearest folder from the working directory upwards whose prefect.yaml deploys flows
     of d3po, else the clone that this code runs from.
@@ -31,7 +31,7 @@ def find_project() -> Path | None:
         if not _is_project(folder):
             raise D3POError(
                 f"D3PO_PROJECT is {given!r}, where no {DEPLOYMENTS} deploys flows of d3po; "
-                "unset it, set it to a project's folder, or make one with `d3po init FOLDER`"
+                "unset it, set it to a project folder, or make one with `d3po init FOLDER`"
             )
         return folder
     try:
@@ -70,7 +70,7 @@ def data_folder() -> Path:
 
 
 def resolve_path(path: str) -> Path:
-    """Return an absolute path; a relative one starts at the project's folder, not the working directory."""
+    """Return an absolute path; a relative one starts at the project folder, not the working directory."""
     starts_elsewhere = path.startswith("~") or Path(path).is_absolute()
     return absolute(path, HERE if starts_elsewhere else project_folder(), "path")
 

@@ -28,7 +28,7 @@ def rater_link(token: str) -> str:
 
 
 def owner_line(root: str | None = None, shown: bool | None = None) -> str:
-    """The line with the owner's link, or how to get it where others may read along, such as in a log.
+    """The line with the owner's link; where others may read it, such as in a log, how to get the link.
 
     Args:
         root: address of the page; by default ``page_root``.

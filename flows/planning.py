@@ -13,7 +13,7 @@ from d3po_core.urls import masked
 
 
 def announce(config: CampaignConfig, rounds: int) -> None:
-    """Print what a run will do, how long it takes and where; before that, refuse one that cannot work.
+    """Print what a run will do, how long it takes and where; first refuse a run that cannot work.
 
     Raises:
         D3POError: the first problem that would stop the run.

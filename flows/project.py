@@ -1,4 +1,4 @@
-"""The project's folder: its deployments, and a new project."""
+"""The project folder: its deployments, and a new project."""
 
 import os
 import shutil

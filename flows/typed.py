@@ -21,9 +21,9 @@ Origins = dict[str, str]
 
 
 def typed_values(file: Path | None, settings: Sequence[str], campaign: str | None) -> tuple[Values, Origins]:
-    """Merge what a person typed; the result says of each field where it was typed.
+    """Merge what a person typed, and note where each field was typed.
 
-    A relative path means the folder of the file that holds it, or the current folder if it was typed in a setting.
+    A relative path starts in the folder of its file, or in the current folder if it was typed in a setting.
 
     Args:
         file: a YAML file of configuration values; dotted names are fine.

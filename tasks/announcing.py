@@ -44,7 +44,7 @@ def announce(config: CampaignConfig, round_number: int, waiting: dict[str, Any],
 
 
 def waits_for(round_number: int, deadline: str | None, progress: Progress) -> str:
-    """One line with the most important first, since Prefect's page cuts it: who, where, what is missing, until when."""
+    """One line: who, where, what is missing, until when; in this order, because Prefect's page cuts the end off."""
     names = raters()
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     who = ", ".join(names[:MOST_NAMES]) + more or "people"

@@ -1,6 +1,6 @@
-"""The GPUs that torch can use here, asked of NVIDIA's driver and of torch's own file of versions.
+"""Find the GPUs that torch can use here, from NVIDIA's driver and torch's own file of versions.
 
-Importing torch would take seconds, and asking it would hide why there is no GPU.
+Importing torch would take seconds, and torch does not say why it finds no GPU.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ State = Literal["ok", "warn", "fail"]
 TRIED_PYTHONS = ((3, 11), (3, 13))
 LOW_DISK, LOW_GPU_MEMORY = 10e9, 3e9  # bytes: a few rounds of Stable Diffusion; its training in the mode `small`
 CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
-# What a version that our requirements rule out does; pip notices it only while it installs d3po.
+# What goes wrong with versions outside our requirements. Pip checks them only when it installs d3po.
 BREAKS = {
     "fastapi": "breaks Prefect 3.8's server",
     "sqlalchemy": "makes Prefect's scheduler create no runs",
@@ -68,14 +68,14 @@ def check_gpu_memory() -> Check:
     """Return how much memory each GPU has free; this imports torch."""
     driver = find_driver()
     if why_no_gpu(driver, torch_build()) or driver is None or not driver.gpus:
-        return Check("GPU memory", "ok", "no GPU to ask")
+        return Check("GPU memory", "ok", "no GPU")
     import torch
 
     try:
         free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:150]
-        return Check("GPU memory", "fail", f"torch cannot ask the GPU: {reason}", "look at what `nvidia-smi` says")
+        return Check("GPU memory", "fail", f"torch cannot query the GPU: {reason}", "look at what `nvidia-smi` says")
     told = "; ".join(
         f"{gpu.name}: {left / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
         for gpu, left in zip(driver.gpus, free, strict=False)

@@ -1,4 +1,4 @@
-"""Find a plan for the GPU's memory (``model.memory: auto``): measure small passes, extrapolate, try the result."""
+"""Find a memory plan (``model.memory: auto``): measure small passes, extrapolate, try the result."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +11,13 @@ from d3po_core.models.needs import Need, Needs, chosen, too_small
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import gaussian
 
-GUIDANCE = 2.0  # any other than 1: a pass has two rows per image, as it most often has
+GUIDANCE = 2.0  # any value but 1: then a pass has two rows per image, the usual case
 
 Work = Callable[[Policy, int], None]
 
 
 def fitted_plan(policy: Policy, card: Card) -> MemoryPlan:
-    """Return the fastest plan that fits the GPU; the policy is left with it.
+    """Return the fastest memory plan that fits the GPU; the policy then uses it.
 
     Raises:
         D3POError: not even one image at a time fits.
@@ -54,7 +54,7 @@ def _need(policy: Policy, card: Card, work: Work, *, recomputes: bool = False) -
     two = _peak(policy, card, work, 2, recomputes)
     if one is None:
         return None
-    # If two rows do not fit, a second takes more than there is.
+    # If two rows do not fit, count a row as the whole budget.
     per_row = card.budget() if two is None else max(two - one, 1)
     return Need(one - per_row, per_row)
 
@@ -77,7 +77,7 @@ def _peak(policy: Policy, card: Card, work: Work, rows: int, recomputes: bool, p
 
 
 def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes: bool = False) -> int:
-    """Return the largest number of rows, up to ``most``, that a pass has really been made with.
+    """Return the largest tried number of rows, up to ``most``, that fits.
 
     Raises:
         D3POError: not even one fits.
@@ -91,19 +91,19 @@ def _proven(policy: Policy, card: Card, work: Work, most: int | None, recomputes
 
 
 def train(policy: Policy, rows: int) -> None:
-    """Make a pass of so many image-steps and add its gradient to the weights'."""
+    """Make a pass of ``rows`` image-steps and add its gradient to the weights'."""
     with torch.enable_grad():
         _predict(policy, rows).square().mean().backward()
 
 
 def sample(policy: Policy, rows: int) -> None:
-    """Make a denoising pass of so many images."""
+    """Make a denoising pass of ``rows`` images."""
     with torch.no_grad():
         _predict(policy, rows)
 
 
 def decode(policy: Policy, rows: int) -> None:
-    """Decode so many images."""
+    """Decode ``rows`` images."""
     policy.decode_on_device(_latents(policy, rows))
 
 

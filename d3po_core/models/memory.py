@@ -1,4 +1,4 @@
-"""Plans for a GPU's memory: what stays on it, and how many rows pass through the network at once.
+"""Memory plans: what stays on the GPU, and how many rows pass through the network at once.
 
 A plan decides how work is split, never what is computed: results are the same up to rounding. A campaign whose
 ``model.memory`` is ``auto`` keeps its plan in ``memory.json``, so that every run of it splits work alike.
@@ -108,7 +108,7 @@ def read_plan(campaign: Path, config: ModelConfig, card: Card) -> MemoryPlan | N
 
 
 def write_plan(campaign: Path, config: ModelConfig, card: Card, plan: MemoryPlan) -> None:
-    """Write the plan that all further runs of the campaign use, unless it is the written one."""
+    """Write the plan that all further runs of the campaign use, unless the file already holds it."""
     if read_plan(campaign, config, card) == plan:
         return
     content: dict[str, Any] = {"plan": asdict(plan), "for": _depends_on(config), "gpu": card.name}

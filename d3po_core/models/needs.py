@@ -1,7 +1,7 @@
-"""What passes need of a GPU's memory, and the fastest plan for so much: arithmetic, without a GPU.
+"""Choose the fastest memory plan from what passes need: arithmetic, without a GPU.
 
 A pass's peak grows by the same bytes per row, so passes of one and of two rows predict all others. A tenth of the
-memory stays free for what grows otherwise: fragments, the choice of kernels, latents on their way.
+memory stays free for what this leaves out: fragments, the choice of kernels, latents being moved.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from d3po_core.errors import D3POError
 from d3po_core.models.memory import MemoryPlan
 
-# Passes of fewer image-steps leave a GPU partly idle; recomputing, by a third more work, then allows more at once.
+# Fewer image-steps at once leave a GPU partly idle. Recomputing costs a third more work, but more of them fit.
 ENOUGH_ROWS = 4
-# With so many there is room for everything else.
+# If so many image-steps fit beside the idle parts, these stay on the GPU.
 ROOMY_ROWS = 32
 MOST_ROWS, MOST_DECODED = 64, 16
 
@@ -62,7 +62,7 @@ def chosen(needs: Needs, budget: int) -> MemoryPlan:
     room = budget - budget // 10
 
     def most(need: Need | None, taken: int = 0) -> int:
-        return max(1, need.rows(room - taken)) if need else 0  # one row has been passed, whatever is left then
+        return max(1, need.rows(room - taken)) if need else 0  # a pass of one row has fitted already
 
     plain, recomputing = most(needs.plain, needs.moments), most(needs.recomputing, needs.moments)
     stays = most(needs.plain, needs.moments + needs.idle) >= ROOMY_ROWS

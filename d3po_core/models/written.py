@@ -1,4 +1,4 @@
-"""How many bytes a round writes, from its configuration and the model's size alone, and whether the disk has them."""
+"""Estimate how many bytes a round writes, and check that the disk has room for them."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def require_space(config: CampaignConfig, needed: int) -> None:
 
 
 def free_bytes(config: CampaignConfig) -> int:
-    """Return the free bytes of the disk that the campaign lies on, or will."""
+    """Return the free bytes of the disk that holds, or will hold, the campaign."""
     existing = next(path for path in (config.folder, *config.folder.parents) if path.exists())
     return shutil.disk_usage(existing).free
 

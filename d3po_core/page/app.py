@@ -215,7 +215,7 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
         if rater is None:  # count only wrong tries, so that nobody can block another's link
             if not page.tries.allows(request.client.host if request.client else ""):
                 raise HTTPException(429, "Too many tries; wait a moment.")
-            raise HTTPException(401, "This link is not valid (any more). Ask for a new one: d3po label --rater NAME")
+            raise HTTPException(401, "This link is not valid (any more). To get a new one: d3po label --rater NAME")
         current = page.rater(request)
         if current is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             # The browser sends no strict cookie with a cross-site request, but does with one from our own page.
@@ -340,5 +340,5 @@ def _add_errors(app: FastAPI, page: _Page) -> None:
 def _signed_in(page: _Page, request: Request) -> str:
     rater = page.rater(request)
     if rater is None:
-        raise HTTPException(401, "Open the link that d3po label printed for you.")
+        raise HTTPException(401, "Open the link that you were given. To get a new one: d3po label --rater NAME")
     return rater

@@ -41,7 +41,7 @@ class Overview:
 
 @dataclass
 class _Known:
-    """The last report of a campaign, and of what and when it was made."""
+    """A campaign's last report, the state it was made from, and when."""
 
     stamp: CampaignNow | None = None
     made: float | None = None
@@ -77,7 +77,7 @@ class Overviews:
             return Overview(now, known.report, known.problem, ImageReports(campaign).standing())
 
     def line(self, campaign: Path) -> tuple[str | None, str | None]:
-        """A line on what a campaign waits for, and why it cannot be said; either may be None."""
+        """A line on what a campaign waits for, and the error if that is unknown; either may be None."""
         try:
             return waiting_line(self._now(campaign)), None
         except Exception as error:  # the other campaigns are shown all the same

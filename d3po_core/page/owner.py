@@ -157,7 +157,7 @@ def _add_actions(app: FastAPI, page: Page, act: Callable[..., Response]) -> None
     def owner_revoke(request: Request, name: str, sent: Named) -> Response:
         def change(folder: Path) -> str:
             page.raters.revoke(folder, sent.rater)
-            return f"The link of {sent.rater} is dead; their answers stay."
+            return f"The link of {sent.rater} no longer works; their answers stay."
 
         return act(request, name, change)
 

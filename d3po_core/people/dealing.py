@@ -29,7 +29,7 @@ class Split(NamedTuple):
 
 
 def lacking(tally: Tally, invitations: Invitations) -> int:
-    """Groups that lack raters even after everybody invited has judged as much as quotas allow."""
+    """Number of groups that lack raters even if everybody invited fills their quota."""
     need_G, dealt_RG = _deal(tally, invitations)
     return int((dealt_RG.sum(0) < need_G).sum())
 

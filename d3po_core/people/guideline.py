@@ -22,7 +22,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _ID = re.compile(r"r[0-9]{1,9}-(g[0-9]+-m[0-9]+|e[0-9]+)")
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _UNSET = PeopleConfig.model_fields["guideline"].default
-# The page shows so many characters above the images on every screen.
+# So many characters fit above the images on every screen.
 SHORT = 160
 ImageUrl = Callable[[Path], str]
 

@@ -1,7 +1,7 @@
 """Raters' reports of images that are unsafe or broken; they stop no round and change no judgement.
 
-A report is a file of the table ``image_reports`` in the round of its image, named after the page's id for what it sent.
-The last report of a rater on an image counts. A report is about a file: an image that is drawn anew is not reported.
+A report is a file of the table ``image_reports``, in the round of its image. Its name is the id that the page gave its
+message. A rater's last report on an image counts. A report is about a file: it does not carry over to a redrawn image.
 """
 
 import threading
@@ -54,7 +54,9 @@ class ImageReports:
         ]
 
     def add(self, rater: str, sample_id: str, image_path: str, reason: Reason, name: str) -> None:
-        """Store a report, or withdraw one; return once it is on disk. What is on record already is not stored twice.
+        """Store or withdraw a report; return once it is on disk.
+
+        A report that is on record already is not stored twice.
 
         Args:
             rater: who reports.

@@ -35,13 +35,13 @@ class Shares:
         return int(self._dealt[rater].sum()) if rater in self._dealt else 0
 
     def mask(self, rater: str) -> np.ndarray:
-        """[Q] whether the rater may be asked a question; gold of groups that nobody else judges is always allowed."""
+        """[Q] whether the rater may be asked a question; groups that hold only gold are always allowed."""
         allowed_G = np.ones(int(self._deck.group_of.max(initial=-1)) + 1, bool)
         allowed_G[: self._deck.num_groups] = self._groups(rater)
         return allowed_G[self._deck.group_of]
 
     def exhausted(self, rater: str, index: int) -> bool:
-        """Return whether the rater's quota is full and the question is of a group that the rater has not begun."""
+        """Return whether the question would begin a group beyond the rater's quota."""
         group, quota = self._deck.group_of[index], self._invitations.quota(rater)
         if quota is None or group >= self._deck.num_groups:
             return False

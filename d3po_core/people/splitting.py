@@ -24,7 +24,7 @@ def split_groups(
     order_G = np.random.default_rng(seed).permutation(len(need_G))
     waiting = np.flatnonzero(quota_R > 0)
     while len(waiting):
-        # Once a rater finds no further group, dealing to others never opens one (Berge), so it is asked no more.
+        # A rater who finds no further group will never find one later (Berge's theorem), so drop them.
         rater = int(waiting[total_R[waiting].argmin()])
         given = _give_one(rater, dealt_RG, may_RG, left_G, order_G)
         total_R[rater] += given

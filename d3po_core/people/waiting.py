@@ -58,8 +58,7 @@ class RoundNow:
         mode: how people judge it.
         progress: see ``tally.Progress``.
         deadline: when the run goes on without people, None if it waits as long as it takes.
-        lacking: groups that lack raters even if all invited judge as much as their quotas allow, if that keeps the
-            round from its end; else 0.
+        lacking: groups that lack raters even if everybody invited fills their quota; 0 if the round can end anyway.
     """
 
     round: int

@@ -16,7 +16,7 @@ WEIGHTS = "*.safetensors"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's size; None for what its files do not tell, or if they are not on this machine.
+    """A model's size; None for what its files do not say, or if they are not on this machine.
 
     Attributes:
         family: the class of its diffusers pipeline.

@@ -120,7 +120,7 @@ def _gpu(config: CampaignConfig) -> Gpu | None:
 
 
 def _downloads(config: CampaignConfig) -> tuple[dict[str, int | None], list[D3POError]]:
-    """Return the bytes of each download, and what the hub's answers were wrong with."""
+    """Return the bytes of each download, and the errors of those that the hub did not answer for."""
     found: dict[str, int | None] = {}
     refused = []
     for download in missing_downloads(config):

@@ -1,4 +1,4 @@
-"""Measured rates of ``rates.json``, and the seconds that a round's stages would take at them."""
+"""Rates measured on GPUs (``rates.json``), and the seconds that a round's stages take at them."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ RATES_FILE = Path(__file__).with_name("rates.json")
 
 @dataclass(frozen=True)
 class Rate:
-    """What one kind of model and mode reached; see the note in ``rates.json``."""
+    """The measured speed of one kind of model in one mode; see the note in ``rates.json``."""
 
     family: str
     pixels: int
@@ -34,7 +34,7 @@ class Rate:
     card_gb: int | None = None
 
     def fits(self, config: CampaignConfig, facts: ModelFacts, gpu_bytes: int | None) -> bool:
-        """Return whether this was measured on such a model in such a mode, with a LoRA on one GPU."""
+        """Return whether this rate holds for the run's model and mode, with a LoRA on one GPU."""
         model = config.model
         if self.half and model.device == "cpu":
             return False
@@ -49,7 +49,7 @@ class Rate:
         return model.memory == "auto" and gpu_bytes is not None and self.card_gb * 1e9 <= gpu_bytes
 
     def seconds(self, config: CampaignConfig, work: Work) -> dict[str, float]:
-        """Return the seconds of each measured stage; a pass takes as long at other steps and with other guidance."""
+        """Return the seconds of each measured stage, assuming that every pass takes equally long."""
         sample, train = config.sample, config.train
         passes = sample.num_steps * (2 if sample.guidance_scale > 1 else 1)
         cost = passes / (self.steps * (2 if self.guided else 1))
@@ -77,7 +77,7 @@ def _content() -> dict[str, Any]:
 
 
 def measured_rate(config: CampaignConfig, facts: ModelFacts, gpu_bytes: int | None = None) -> Rate | None:
-    """Return the rate that was measured on such a model in such a mode, on the nearest card; None if there is none.
+    """Return the rate for the run's model and mode on the nearest card; None if not measured.
 
     Args:
         config: the campaign's configuration.

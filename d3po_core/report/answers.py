@@ -227,7 +227,7 @@ def _jumps(training: list[Row]) -> Check | None:
     median, most = number(float(np.median(kl))), number(float(kl.max()))
     wild = [row["round"] for row in training if row["kl_after"] > JUMP * np.median(kl)]
     if not wild or len(training) < 3:
-        return Check(True, _JUMPS, f"At most {JUMP} times the median round's, {median} nats per element and step.")
+        return Check(True, _JUMPS, f"No round is above {JUMP} times the median, {median} nats per element and step.")
     text = (
         f"It was more than {JUMP} times its median ({median}) in round{'s' if len(wild) > 1 else ''} {listed(wild)}, "
     )
@@ -264,8 +264,8 @@ def _people(counts: list[Row]) -> Check | None:
 def _preferred(rate: HumanWinRate | None) -> Check | None:
     if rate is None:
         return None
-    text = f"In blind pairs, people chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of "
-    text += f"{rate.num_pairs}, ties half: {rate.verdict}."
+    text = f"People chose the champion in {number(rate.win_rate.mean)} {interval(rate.win_rate)} of "
+    text += f"{rate.num_pairs} blind pairs, ties counted half: {rate.verdict}."
     return Check(rate.verdict != WORSE, "People do not prefer the base", text)
 
 

@@ -144,7 +144,7 @@ def _imported(name: str) -> Scorer:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise D3POError(
             f"scorer {name!r} cannot be imported ({reason}{_place(error)}); "
-            "is it in the project's folder or on PYTHONPATH?"
+            "is it in the project folder or on PYTHONPATH?"
         ) from error
     if not callable(function):
         raise D3POError(

@@ -17,7 +17,7 @@ def campaigns(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line")] = False,
 ) -> None:
-    """List the campaigns: rounds, last held-out score, champion, size, and whether people are waited for."""
+    """List the campaigns: rounds, last held-out score, champion, size, and what waits for people."""
     if context.invoked_subcommand:
         return
     from d3po_core.report.campaigns import campaign_states
@@ -43,7 +43,7 @@ def delete(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
-    """Delete a campaign's folder, after a question; its runs in MLflow and Prefect stay."""
+    """Delete a campaign's folder after asking; its runs in MLflow and Prefect stay."""
     from d3po_core.report.campaigns import campaign_state
     from d3po_core.store.campaign import campaign_lock
     from d3po_core.store.leftovers import delete_campaign
@@ -51,7 +51,7 @@ def delete(
     state = campaign_state(campaign)
     rounds = f"{max(state.rounds, 0)} rounds, {state.megabytes:.1f} MB"
     if state.waits_for:
-        print(f"people have yet to judge {state.waits_for} of it; cancel the run that waits on Prefect's page as well")
+        print(f"people have yet to judge {state.waits_for}; also cancel the waiting run, on Prefect's page")
     if not yes and not typer.confirm(f"Delete campaign {state.name} ({rounds}) in {state.folder}?"):
         raise D3POError("nothing was deleted")
     with campaign_lock(state.folder, who="campaigns delete"):

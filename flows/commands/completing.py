@@ -27,7 +27,7 @@ def deployments(incomplete: str) -> Choices:
 
 
 def settings(incomplete: str) -> Choices:
-    """Fields, with ``=``; behind it the field's values."""
+    """Fields, followed by ``=``; after it, the field's values."""
     from d3po_core.config_values import field_names
 
     name, given, value = incomplete.partition("=")

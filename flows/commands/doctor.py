@@ -8,7 +8,7 @@ COLOURS: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor() -> None:
-    """Check Python, torch and its driver, memory, disk, model cache, libraries, ports and servers; 1 if one fails."""
+    """Check Python, torch, GPU memory, disk, model cache, libraries, ports and servers; exit 1 if a check fails."""
     from d3po.flows.doctor import examine
 
     failed = False

@@ -56,5 +56,5 @@ def revoke(
 
     folder, raters = campaign_named(campaign).folder, Raters(data_folder())
     for name in rater:
-        ended = "the link is dead" if raters.revoke(folder, name) else "had no link any more"
+        ended = "the link no longer works" if raters.revoke(folder, name) else "had no link already"
         print(f"{name}: {ended}; their answers in campaign {folder.name} stay")

@@ -190,13 +190,13 @@ def discard_round(
 @app.command()
 def up(
     prefect_port: Annotated[
-        int | None, typer.Option(help="Port of the Prefect server; the last one, at first 4200")
+        int | None, typer.Option(help="Port of the Prefect server; by default the one used last, at first 4200")
     ] = None,
     mlflow_port: Annotated[
-        int | None, typer.Option(help="Port of the MLflow server; the last one, at first 5000")
+        int | None, typer.Option(help="Port of the MLflow server; by default the one used last, at first 5000")
     ] = None,
     label_port: Annotated[
-        int | None, typer.Option(help="Port of the labelling page; the last one, at first 8700")
+        int | None, typer.Option(help="Port of the labelling page; by default the one used last, at first 8700")
     ] = None,
     nightly: Annotated[
         list[str] | None, typer.Option(help="Also run this deployment every night, e.g. round; may be repeated")

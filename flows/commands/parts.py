@@ -31,7 +31,7 @@ NameOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of fields, over the deployment's; --set goes over it")
+    Path | None, typer.Option("--config", help="YAML file of fields; it overrides the deployment, and --set the file")
 ]
 SettingOption = Annotated[
     list[str] | None,

@@ -1,4 +1,4 @@
-"""The command that tells what a run will do, before anything is loaded: plan."""
+"""The command plan: what a run will do, before anything is loaded."""
 
 import json
 from dataclasses import asdict
@@ -25,7 +25,7 @@ def plan(
     setting: SettingOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON")] = False,
 ) -> None:
-    """Tell what `d3po run` would do, how long it takes and what it needs; nothing is loaded or written."""
+    """Print what `d3po run` would do, how long it takes and what it needs; it loads and writes nothing."""
     from d3po.flows.planning import settings
     from d3po.flows.presets import deployment_config
     from d3po_core.planning.plan import make_plan

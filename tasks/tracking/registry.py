@@ -26,8 +26,8 @@ def log_checkpoint(
         config: of the campaign.
         round_number: the checkpoint's round.
         run_id: the round's run.
-        name: of the model; MLflow replaces nothing in it and refuses / : . % and quotes.
-        folder: holds the weights, and nothing else, since all of it is shipped.
+        name: of the model; MLflow refuses / : . % and quotes in it.
+        folder: holds only the weights, because all of it is uploaded.
         tags: of the model.
         metrics: of the model; MLflow sorts models by them.
         when: time of the metrics.

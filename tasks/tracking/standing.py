@@ -35,11 +35,6 @@ class Standing:
         """Return whether the round is the champion."""
         return self.record.round == self.champion
 
-    @property
-    def is_refused(self) -> bool:
-        """Return whether the guard refused the round's checkpoint."""
-        return self.record.verdict in ("rejected", "stopped")
-
 
 def standings(campaign: Path, rates: list[HumanWinRate]) -> list[Standing]:
     """Return the standing of every finished round, in order.

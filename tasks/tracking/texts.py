@@ -1,4 +1,7 @@
-"""Keep names and descriptions in MLflow right: a new champion, or what people prefer, changes earlier rounds' too."""
+"""Keep names and descriptions in MLflow up to date.
+
+A new champion, or people's preferences, change those of earlier rounds too.
+"""
 
 import hashlib
 import json
@@ -27,7 +30,7 @@ from d3po_core.urls import masked
 
 
 def tell_texts(client: Client, config: CampaignConfig, campaign_run: str, rates: list[HumanWinRate]) -> None:
-    """Write the names and descriptions that differ from those written last; most calls only read one small file.
+    """Write the names and descriptions that have changed; most calls only read one small file.
 
     Args:
         client: of the store.

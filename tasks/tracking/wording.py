@@ -70,7 +70,7 @@ def _compared(what: str, comparison: Comparison | None) -> list[str]:
 def _by_people(standing: Standing) -> list[str]:
     if (rate := standing.people) is None:
         return []
-    return [f"- people, blind: prefer it to the base in {rate.win_rate.mean:.0%} of {rate.num_pairs} pairs"]
+    return [f"- people, asked blind, prefer it to the base in {rate.win_rate.mean:.0%} of {rate.num_pairs} pairs"]
 
 
 def champion_line(standings: list[Standing]) -> str:
@@ -79,7 +79,7 @@ def champion_line(standings: list[Standing]) -> str:
     record, last = best.record, standings[-1].record.round
     if not record.round:
         return f"{record.score} {record.eval_scorer}: the base is the champion, after {_rounds(last)}."
-    gain = f", {best.against_base.difference.signed} to the base" if best.against_base else ""
+    gain = f", {best.against_base.difference.signed} over the base" if best.against_base else ""
     return f"{record.score} {record.eval_scorer}: the champion is round {record.round} of {last}{gain}."
 
 
@@ -112,9 +112,9 @@ def about_campaign(champion: str, load: str | None, config: CampaignConfig, labe
 
 {champion}
 
-- *Model metrics* begins with the held-out score over rounds and the images of the same prompts and seeds. Move
-  the slider under the images from round to round.
-- *Artifacts* has `report.html`: is it better, is it sane, why did it change.
+- *Model metrics* begins with the held-out score over rounds, and images of the same prompts and seeds. Move the
+  slider under the images from round to round.
+- *Artifacts* holds `report.html`: is it better, is it sane, why did it change.
 - Next: `d3po compare base champion --campaign {config.campaign}`, then
   `d3po export-lora --campaign {config.campaign} --output FOLDER`
 

@@ -49,7 +49,7 @@ def test_the_links_that_it_prints_let_in(config: CampaignConfig, tmp_path: Path)
 
 def test_a_revoked_link_is_dead(config: CampaignConfig, tmp_path: Path) -> None:
     token = d3po("invite", "ann").splitlines()[0].rpartition("=")[2]
-    assert "the link is dead" in d3po("revoke", "ann")
+    assert "the link no longer works" in d3po("revoke", "ann")
     assert Raters(tmp_path).rater_of(token) is None
     assert not read_invitations(config.folder).standing
 

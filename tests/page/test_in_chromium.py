@@ -138,7 +138,7 @@ def test_a_round_is_marked_by_keys_with_a_reload_an_undo_and_a_finish(browser: A
     assert page.get_by_text("you skipped this one before").is_visible()
     page.keyboard.press("1")
     key(page, "Enter")
-    page.get_by_role("heading", name="Round 1: done, training goes on").wait_for()
+    page.get_by_role("heading", name="Round 1 is done; training goes on").wait_for()
     assert [entry.action for entry in said(config)] == ["answer", "answer", "skip", "answer", "answer"]
     assert len({entry.question_id for entry in said(config)}) == 4
     until = time.monotonic() + 10
@@ -248,7 +248,7 @@ def test_the_next_round_shows_without_a_touch(browser: Any, served: Served) -> N
     config = waiting_campaign(served.data, groups=1, size=2, mode="pair", pixels=16)
     page = enter(browser, served)
     key(page, "ArrowLeft")
-    page.get_by_role("heading", name="Round 1: done").wait_for()
+    page.get_by_role("heading", name="Round 1 is done").wait_for()
     (config.folder / "stages/round=1/derive.json").write_text("{}")
     page.get_by_role("heading", name="Waiting for the next round").wait_for()
     waiting_campaign(served.data, groups=1, size=2, mode="pair", round_number=2)

@@ -96,7 +96,7 @@ def test_undo_after_the_last_answer_brings_the_marks_back(browser: Any, served: 
         tile => tile.matches('.chosen') && tile.querySelector('.mark').dataset.text)"""
     before = page.evaluate(marks)
     key(page, "Enter")
-    page.get_by_role("heading", name="Round 1: done").wait_for()
+    page.get_by_role("heading", name="Round 1 is done").wait_for()
     answer = said(config)[0].answer
     key(page, "u")
     assert said(config) == []

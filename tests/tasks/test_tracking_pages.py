@@ -116,7 +116,7 @@ def test_a_description_says_what_people_prefer(own: CampaignConfig) -> None:
     say_all(own.folder, begin_comparison(own.folder, 2, 0, pairs=12).comparison, lambda _: 1)
     delivery.deliver(own)
     note = everything()["2"].data.tags["mlflow.note.content"]
-    assert "people, blind: prefer it to the base in 100% of 12 pairs" in note
+    assert "people, asked blind, prefer it to the base in 100% of 12 pairs" in note
 
 
 def test_a_campaign_s_run_has_curves_images_and_no_parameters_digests_or_ends_of_intervals(own: CampaignConfig) -> None:

@@ -325,7 +325,7 @@ def test_the_run_is_told_once_when_the_last_judgement_is_in(tmp_path: Path) -> N
         time.sleep(0.1)
         assert calls == []
         ann.judge([0, 1, 1])
-        assert "Round 1: done, training goes on" in ann.html
+        assert "Round 1 is done; training goes on" in ann.html
         eventually(lambda: calls == [("x", 1)])
         for _ in range(5):
             ann.open()

@@ -41,7 +41,7 @@ def test_a_failing_scorer_names_its_own_file_and_line(module: Path) -> None:
 def test_a_module_that_cannot_be_imported_names_the_line(module: Path) -> None:
     (module.parent / "my_broken_scorer.py").write_text("x = 1\nraise ValueError('not today')\n")
     with pytest.raises(
-        D3POError, match=r"not today, in .*my_broken_scorer.py line 2\); is it in the project's folder or on PYTHONPATH"
+        D3POError, match=r"not today, in .*my_broken_scorer.py line 2\); is it in the project folder or on PYTHONPATH"
     ):
         check_scorer("my_broken_scorer:score", ScoringConfig())
     with pytest.raises(D3POError, match=r"\(ModuleNotFoundError: No module named 'nowhere_at_all'\)"):
