@@ -75,6 +75,15 @@ def resolve_path(path: str) -> Path:
     return absolute(path, HERE if starts_elsewhere else project_folder(), "path")
 
 
+def path_from_here(path: Path) -> str:
+    """Return a path for a person: relative if it is in the working directory, else absolute."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the folder was removed under the process
+        return str(path)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def path_in_project(path: Path) -> str:
     """Return a path for a person: relative if it is in the project, else absolute."""
     project = find_project()
