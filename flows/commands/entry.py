@@ -20,7 +20,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         run()
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if not _pressed:
             raise
         sys.exit(INTERRUPTED)  # a compiled module turns an interrupt of its import into an error of its own
