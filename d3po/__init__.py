@@ -4,6 +4,7 @@
 they cannot collide with another project's top-level ``flows`` or ``tasks``.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from d3po_core.errors import D3POError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["D3POError", "campaigns", "open"]
 
 
-def open(name: str) -> "Campaign":
+def open(name: "str | os.PathLike[str]") -> "Campaign":
     """Return a campaign to read.
 
     Args:
@@ -27,7 +28,9 @@ def open(name: str) -> "Campaign":
     """
     from d3po.campaign import Campaign
 
-    return Campaign(name)
+    if not isinstance(name, str | os.PathLike):
+        raise D3POError(f"d3po.open({name!r}): expected a campaign's name or folder, such as d3po.open('shapes')")
+    return Campaign(os.fspath(name))
 
 
 def campaigns() -> "pd.DataFrame":

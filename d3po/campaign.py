@@ -72,7 +72,7 @@ class Campaign:
         """
         from d3po_core.people.on_page import ask_with_page
 
-        with ask_with_page(self.folder, query) as answer:
+        with ask_with_page(self.folder, str(query)) as answer:
             return answer.df()
 
     def images(
@@ -84,11 +84,17 @@ class Campaign:
             round: the round that drew it: a number or name; None for all.
             prompt: text that the prompt contains, in any case.
             held_out: True for held-out images, False for those sampled for training; None for both.
+
+        Raises:
+            D3POError: no finished round has that name, or the campaign's tables cannot be read.
         """
         from d3po_core.browser.gallery import Filters
 
+        if held_out not in (None, True, False):
+            raise D3POError(f"images: held_out is {held_out!r}; expected True, False or None")
         kinds = {None: None, True: "held-out", False: "train"}
-        number = None if round is None else int(round) if str(round).isdigit() else self.round(round)
+        prompt = None if prompt is None else str(prompt)
+        number = None if round is None else int(round) if str(round).isdecimal() else self.round(round)
         filters = Filters(round=number, kind=kinds[held_out], prompt=prompt, order="oldest")  # type: ignore[arg-type]
         found = self._gallery.everything(filters)
         found["path"] = [self.folder / path for path in found.pop("image_path")]
@@ -98,22 +104,25 @@ class Campaign:
         """Return an image by its id, such as ``r3-g4-m1``.
 
         Raises:
-            D3POError: there is no such image, or its file is gone.
+            D3POError: there is no such image, or its file is gone or damaged.
         """
         from PIL import Image
 
-        path = self._gallery.image_path(sample_id)
+        path = self._gallery.image_path(str(sample_id))
         if path is None or not path.is_file():
             raise D3POError(f"image {sample_id!r} is not in campaign {self.name!r}, or its file was removed; "
                             "campaign.images().index lists all")  # fmt: skip
-        with Image.open(path) as image:
-            return image.copy()
+        try:
+            with Image.open(path) as image:
+                return image.copy()
+        except (OSError, Image.DecompressionBombError) as error:
+            raise D3POError(f"{path}: cannot be read ({error}); restore it from a copy") from None
 
     def story(self, sample_id: str) -> Any:
         """Return all records of one image: see ``d3po_core.queries.lookup.ImageStory``."""
         from d3po_core.queries.lookup import image_story
 
-        return image_story(self.folder, sample_id)
+        return image_story(self.folder, str(sample_id))
 
     def compare(self, *checkpoints: str | int) -> "pd.DataFrame":
         """Return one row per scorer and checkpoint: mean score and difference from the first, with 95 % intervals.

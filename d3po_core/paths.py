@@ -9,6 +9,7 @@ from d3po_core.errors import D3POError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENTS = "prefect.yaml"
 HERE = Path()
+NAME_BYTES = 255  # the longest name of a file
 FLOWS = b"d3po.flows."  # in the entrypoints of a project's deployments
 
 
@@ -75,6 +76,15 @@ def resolve_path(path: str) -> Path:
     return absolute(path, HERE if starts_elsewhere else project_folder(), "path")
 
 
+def path_from_here(path: Path) -> str:
+    """Return a path for a person: relative if it is in the working directory, else absolute."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the folder was removed under the process
+        return str(path)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def path_in_project(path: Path) -> str:
     """Return a path for a person: relative if it is in the project, else absolute."""
     project = find_project()
@@ -95,10 +105,14 @@ def absolute(path: str, root: Path, what: str) -> Path:
         what: the path's name in the message.
 
     Raises:
-        D3POError: it holds a NUL, is in the home of a user who does not exist, or leads into a loop of links.
+        D3POError: it holds a NUL or too long a name, is in the home of a user who does not exist, or leads into a
+            loop of links.
     """
     try:
-        return (root / Path(path).expanduser()).resolve()
+        found = (root / Path(path).expanduser()).resolve()
+        if any(len(os.fsencode(part)) > NAME_BYTES for part in found.parts):
+            raise ValueError(f"a name in it has more than {NAME_BYTES} bytes")
+        return found
     except (ValueError, RuntimeError, OSError) as error:
         raise D3POError(f"{what} {path!r}: cannot be a path ({error}); give another") from None
 

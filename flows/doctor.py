@@ -16,7 +16,10 @@ USUAL_PORTS: Ports = {"prefect": 4200, "mlflow": 5000, "label": 8700}  # as the 
 def examine() -> Iterator[Check]:
     """All checks in turn; each is made when it is asked for."""
     yield from (check() for check in CHECKS)
-    ports = USUAL_PORTS | known_ports()
+    try:
+        ports = USUAL_PORTS | known_ports()
+    except D3POError:  # without a data folder, which the disk's check has said
+        return
     for name in PORTS:
         yield check_server(name, ports)
     yield check_worker()
@@ -29,8 +32,8 @@ def check_server(name: str, ports: Ports) -> Check:
         try:
             require_free_port(name, ports[name])
         except D3POError as error:
-            found, _, remedy = str(error).partition("; type ")
-            return Check(name, "warn", found, f"type {remedy}")
+            found, _, remedy = str(error).rpartition("; ")
+            return Check(name, "warn", found, remedy)
         if any(map(leader, NAMES)):
             return Check(name, "warn", "does not run, but other servers do", "type `d3po up`")
         return Check(name, "ok", f"not running; port {ports[name]} is free")
@@ -55,6 +58,6 @@ def check_shell(ports: Ports) -> Check:
     try:
         require_own_shell(api_url(ports))
     except D3POError as error:
-        found, _, remedy = str(error).partition("; type ")
-        return Check("shell", "warn", found, f"type {remedy}")
+        found, _, remedy = str(error).rpartition("; ")
+        return Check("shell", "warn", found, remedy)
     return Check("shell", "ok", "no variable points to another Prefect server")

@@ -23,7 +23,7 @@ def require_rounds(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise D3POError(
-                f"--nightly {name}: no such deployment of rounds in prefect.yaml; it has {', '.join(known)}"
+                f"--nightly {name}: no such deployment of rounds in prefect.yaml; it has {', '.join(known) or 'none'}"
             )
 
 

@@ -14,6 +14,8 @@ from d3po_core.store.goals import has_goal
 from d3po_core.store.stages import last_finished_round
 from d3po_core.urls import masked
 
+START = "; start it, or unset PREFECT_API_URL"
+
 
 def require_prefect() -> None:
     """Check that the server answers and accepts the login, before any computation.
@@ -61,4 +63,4 @@ def _in_one_line(hint: str) -> Iterator[None]:
         raise D3POError(f"the Prefect server {url} answers with {code}{login}{hint}") from None
     except (httpx.HTTPError, OSError, RuntimeError) as error:  # Prefect raises RuntimeErrors for these
         reason = masked(" ".join(str(error).split())[:300]) or type(error).__name__
-        raise D3POError(f"the Prefect server {url} does not answer ({reason}){hint}") from None
+        raise D3POError(f"the Prefect server {url} does not answer ({reason}){hint or START}") from None

@@ -49,7 +49,9 @@ def deployment_config(
     """
     known = presets()
     if deployment not in known:
-        raise D3POError(f"{deployment!r} is no deployment of rounds in prefect.yaml; it has {', '.join(known)}")
+        raise D3POError(
+            f"{deployment!r} is no deployment of rounds in prefect.yaml; it has {', '.join(known) or 'none'}"
+        )
     values, origins = typed_values(file, settings, campaign)
     return load_config(merge(known[deployment], values), f"deployment {deployment!r}", origins)
 

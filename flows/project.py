@@ -23,12 +23,21 @@ def deployments() -> list[dict[str, Any]]:
     file = project_folder() / DEPLOYMENTS
     try:
         found = yaml.safe_load(file.read_text())["deployments"]
-        if all(isinstance(entry["name"], str) and isinstance(entry["entrypoint"], str) for entry in found):
-            return list(found)
-        said = "a name or an entrypoint is not text"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        said = next(filter(None, map(_wrong_in, found)), "")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
+    if not said:
+        return list(found)
     raise D3POError(f"{file} has no deployments that can be read ({said}); mend or restore the file")
+
+
+def _wrong_in(entry: dict[str, Any]) -> str:
+    """What a deployment has of the wrong kind; empty if all is well."""
+    if not (isinstance(entry["name"], str) and isinstance(entry["entrypoint"], str)):
+        return "a name or an entrypoint is not text"
+    parameters = entry.get("parameters") or {}
+    mappings = isinstance(parameters, dict) and isinstance(parameters.get("config") or {}, dict)
+    return "" if mappings else f"parameters or config of {entry['name']} are not fields with values"
 
 
 def make_project(folder: Path) -> None:
@@ -37,7 +46,7 @@ def make_project(folder: Path) -> None:
     Raises:
         D3POError: the folder is not empty or cannot be written.
     """
-    with disk_errors(folder, "or name another"):
+    with disk_errors(folder / DEPLOYMENTS, "or name another"):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise D3POError(f"{folder} is not empty; name a new or an empty folder: d3po init FOLDER")
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import yaml
 from d3po_core.config import PATH_FIELDS, is_url
 from d3po_core.config_values import leaves, merge
 from d3po_core.errors import D3POError
-from d3po_core.paths import absolute, path_in_project, project_folder, resolve_path
+from d3po_core.paths import HERE, absolute, path_in_project, project_folder, resolve_path
 
 # Their keys are names, which may hold dots.
 MAPPINGS = ("scoring.models", "judge.scorer_weights")
@@ -40,7 +40,7 @@ def typed_values(file: Path | None, settings: Sequence[str], campaign: str | Non
             raise D3POError(f"--set {setting!r}: expected field=value, such as train.learning_rate=1e-3")
         origin = f"--set {name}"
         given = nested(name, _value(text, f"--set {setting[:100]!r}"))
-        values = merge(values, _paths_from(given, Path.cwd(), dict.fromkeys(leaves(given), origin)))
+        values = merge(values, _paths_from(given, HERE, dict.fromkeys(leaves(given), origin)))
         origins[name] = origin
     if campaign:
         values, origins["campaign"] = merge(values, {"campaign": campaign}), "--campaign"
@@ -74,7 +74,7 @@ def _from_file(file: Path) -> tuple[Values, Origins]:
         return {}, {}
     if not isinstance(found, dict):
         raise D3POError(f"{file}: holds no fields; expected lines such as `train: {{learning_rate: 1e-3}}`")
-    lines = dict(_lines(yaml.compose(text, yaml.SafeLoader), file))
+    lines = _lines_once(yaml.compose(text, yaml.SafeLoader), file)
     values: Values = {}
     for key, value in found.items():
         values = merge(values, nested(str(key), value))
@@ -96,20 +96,26 @@ def _value(text: str, origin: str) -> Any:
     raise D3POError(f"{origin}: has a YAML alias (*name); write the value out, or quote it")
 
 
-def _lines(node: yaml.Node, file: Path, path: str = "") -> Iterator[tuple[str, int]]:
-    """Each field of a file with its line.
+def _lines_once(node: yaml.Node, file: Path) -> dict[str, int]:
+    """The line of each field of a file.
 
     Raises:
-        D3POError: a field is there twice.
+        D3POError: a field is there twice, be it by its dotted name.
     """
     seen: dict[str, int] = {}
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        field, line = f"{path}.{key.value}".lstrip("."), key.start_mark.line + 1
+    for field, line in _lines(node):
         if field in seen:
             raise D3POError(f"{file}, line {line}: {field} stands in line {seen[field]} already; drop one of them")
         seen[field] = line
-        yield field, line
-        yield from _lines(value, file, field)
+    return seen
+
+
+def _lines(node: yaml.Node, path: str = "") -> Iterator[tuple[str, int]]:
+    """Each field of a file with its line."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        field = f"{path}.{key.value}".lstrip(".")
+        yield field, key.start_mark.line + 1
+        yield from _lines(value, field)
 
 
 def _paths_from(value: Any, folder: Path, origins: Origins, field: str = "") -> Any:
@@ -125,9 +131,10 @@ def _paths_from(value: Any, folder: Path, origins: Origins, field: str = "") -> 
         shipped = resolve_path(value)
         if field != "runs_dir" and not Path(value).is_absolute() and shipped.exists():
             raise D3POError(
-                f"{origin}: {value!r} is not in {folder}, where it is typed; if you mean the project's, write {shipped}"
+                f"{origin}: {value!r} is not in {folder.absolute()}, where it is typed; "
+                f"if you mean the project's, write {shipped}"
             )
-    here = Path(os.path.normpath(folder / Path(value).expanduser()))  # keeps links, unlike resolve
+    here = Path(os.path.abspath(folder / Path(value).expanduser()))  # keeps links, unlike resolve
     return path_in_project(here)
 
 

@@ -29,6 +29,7 @@ from d3po_core.report.campaigns import campaign_states
 from d3po_core.store.campaign import CAMPAIGN_FILE
 
 COOKIE = "d3po_browse"
+LAST_PAGE = 10**9  # a database counts images in 64 bits
 # The filters are a plain form; everything else stays as strict as on the labelling page.
 POLICY = (
     "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -59,7 +60,8 @@ class _Shelf:
 
     def html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         text = self._templates.get_template(template).render(**values)
-        return HTMLResponse(text, status, headers={"cache-control": "no-store", "content-security-policy": POLICY})
+        whole = text.encode(errors="backslashreplace")  # a folder's name may be no UTF-8
+        return HTMLResponse(whole, status, headers={"cache-control": "no-store", "content-security-policy": POLICY})
 
 
 def create_app(secret: str) -> Guard:
@@ -104,11 +106,11 @@ def _add_pages(app: FastAPI, shelf: _Shelf, secret: str) -> None:
 
     @app.get("/c/{name}", dependencies=inside)
     def images(name: str, filters: Annotated[Filters, Depends(_filters)], page: int = 1) -> Response:
-        gallery = shelf.gallery(name)
-        found = gallery.page(filters, max(page, 1))
+        gallery, page = shelf.gallery(name), min(max(page, 1), LAST_PAGE)
+        found = gallery.page(filters, page)
         chosen = {key: value for key, value in asdict(filters).items() if value is not None}
         return shelf.html(
-            "gallery.html", name=name, filters=filters, found=found, number=max(page, 1),
+            "gallery.html", name=name, filters=filters, found=found, number=page,
             last=max(1, -(-found.total // PAGE_SIZE)), query=urlencode(chosen), orders=list(ORDERS),
             rounds=gallery.rounds(), scorers=gallery.scorers(), filtered=chosen.keys() - {"order"},
         )  # fmt: skip

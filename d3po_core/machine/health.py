@@ -11,6 +11,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
 from d3po_core.machine.hub import hub_cache
 from d3po_core.paths import PROJECT_ROOT, data_folder
@@ -88,11 +89,15 @@ def check_gpu_memory() -> Check:
 
 def check_disk() -> Check:
     """Return whether the data folder can be written and has room."""
-    folder = data_folder()
+    try:
+        folder = data_folder()
+    except D3POError as error:
+        found, _, remedy = str(error).rpartition("; ")
+        return Check("disk", "fail", found, remedy)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free"
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Check("disk", "fail", f"{folder} cannot be written", "set D3PO_DATA to another folder")
     if free < LOW_DISK:
         return Check("disk", "warn", found, "free some space, drop old trajectories (`d3po prune`), or set D3PO_DATA")

@@ -43,7 +43,7 @@ def missing_downloads(config: CampaignConfig) -> list[Download]:
     found = [
         Download(field, name, model.revision, model.variant)
         for field, name in places
-        if name and name.count("/") == 1 and not resolve_path(name).exists()
+        if name and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not resolve_path(name).exists()
         if not _is_whole(cached_folder(name, model.revision), model)
     ]
     for scorer in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):

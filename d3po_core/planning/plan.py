@@ -94,7 +94,7 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
         disk_bytes=disk_bytes(config, facts),
         free_bytes=free_bytes(config),
         downloads=downloads,
-        problems=[str(problem) for problem in [*found, *refused]],
+        problems=list(dict.fromkeys(str(problem) for problem in [*found, *refused])),
     )
 
 

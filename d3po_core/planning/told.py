@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from d3po_core.paths import path_from_here
 from d3po_core.planning.plan import Plan
 from d3po_core.scorers.finding import BUILT_IN
 
@@ -94,9 +95,7 @@ def _machine(plan: Plan) -> str:
 
 
 def _disk(plan: Plan) -> str:
-    folder, here = Path(plan.folder), Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    return f"{shown}: up to {size(plan.disk_bytes)} per round, {size(plan.free_bytes)} free"
+    return f"{path_from_here(Path(plan.folder))}: up to {size(plan.disk_bytes)} per round, {size(plan.free_bytes)} free"
 
 
 def _download(plan: Plan) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from d3po_core.errors import D3POError
 from d3po_core.preferences.counting import questions
 from d3po_core.preferences.deriving import VOTES
 from d3po_core.store.tables import connect
@@ -152,7 +153,12 @@ def connect_views(campaign: Path, on_page: pa.Table | None = None) -> duckdb.Duc
     Args:
         campaign: the campaign's folder.
         on_page: the rows of ``page_judgements``, by the schema ``ON_PAGE``; none by default.
+
+    Raises:
+        D3POError: the campaign's folder is gone.
     """
+    if not campaign.is_dir():
+        raise D3POError(f"campaign {campaign.name!r}: its folder {campaign} is gone; restore it, or open another")
     connection = connect(campaign)
     connection.register("_on_page", ON_PAGE.empty_table() if on_page is None else on_page)
     for name, sql in VIEWS.items():

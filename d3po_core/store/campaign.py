@@ -11,7 +11,7 @@ from typing import Any
 from d3po_core.config import FIXED_FIELDS, FREE_FIELDS, PATH_FIELDS, CampaignConfig, is_url
 from d3po_core.config_values import changed_fields, load_config
 from d3po_core.errors import CampaignBusyError, D3POError
-from d3po_core.paths import absolute, data_folder, resolve_path
+from d3po_core.paths import HERE, absolute, data_folder, resolve_path
 from d3po_core.store.files import atomic_path, disk_errors, exclusive
 from d3po_core.store.integrity import record_files, require_record
 from d3po_core.store.sealed import read_sealed, sealed
@@ -33,7 +33,7 @@ def campaign_named(name: str) -> CampaignConfig:
         D3POError: no campaign has that name; the message lists those that exist.
     """
     if os.sep in name:
-        folder = absolute(name, Path.cwd(), "--campaign")
+        folder = absolute(name, HERE, "--campaign")
         problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"
     else:
         folder = load_config({"campaign": name}, "--campaign").folder

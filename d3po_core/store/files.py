@@ -11,9 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from d3po_core.errors import D3POError
-from d3po_core.paths import absolute
+from d3po_core.paths import HERE, absolute
 
-_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
+)  # fmt: skip
 # Some network shares answer a lock request with these.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 # The alternative to making the folder writable.
@@ -134,7 +136,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         D3POError: ``output`` is a file or a folder that is not empty, or the disk is full or cannot be written.
     """
-    output = absolute(str(output), Path.cwd(), "--output")
+    output = absolute(str(output), HERE, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise D3POError(f"--output {output}: {what}; nothing is overwritten, name a new folder")

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
 from d3po_core.store.stages import last_finished_round
 
 TARGET_FILE = "target.json"
+MOST_ROUNDS = 10_000
 
 
 def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
@@ -19,6 +21,9 @@ def rounds_to_do(campaign: Path, rounds: int, run_id: str) -> list[int]:
         campaign: the campaign's folder.
         rounds: how many rounds the run was asked for, at least 1.
         run_id: id of the run; a retry keeps it.
+
+    Raises:
+        D3POError: more than ``MOST_ROUNDS`` are asked for.
     """
     goals = _goals(campaign)
     goal = goals.get(run_id) or _next_goal(campaign, goals, rounds)
@@ -33,6 +38,8 @@ def rounds_ahead(campaign: Path, rounds: int) -> list[int]:
 
 def _next_goal(campaign: Path, goals: dict[str, dict[str, int]], rounds: int) -> dict[str, int]:
     """Return a new run's goal: that of an interrupted run that was asked for as many rounds, else its own."""
+    if rounds > MOST_ROUNDS:
+        raise D3POError(f"rounds is {rounds}; expected at most {MOST_ROUNDS}, since a later run can add more")
     done = last_finished_round(campaign)
     # The newest run stays open even if it reached its goal: it may have been killed after its last round.
     newest = next(reversed(goals), None)

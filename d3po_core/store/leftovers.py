@@ -1,5 +1,6 @@
 """Remove files: what killed runs and commands left, an unwanted unfinished round, a whole campaign."""
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -54,13 +55,23 @@ def delete_campaign(campaign: Path) -> None:
     Raises:
         D3POError: the folder is a link, or cannot be deleted.
     """
-    if campaign.is_symlink():
-        raise D3POError(f"{campaign} is a link, so its campaign lies elsewhere; remove the link by hand")
+    require_no_link(campaign)
     leaving = campaign.with_name(f".deleted-{campaign.name}-{uuid.uuid4().hex[:8]}")
     with disk_errors(campaign):
         campaign.rename(leaving)
-        (leaving / CAMPAIGN_FILE).unlink(missing_ok=True)  # now nothing takes it for a campaign
+        with contextlib.suppress(FileNotFoundError):  # after this, nothing takes it for a campaign
+            (leaving / CAMPAIGN_FILE).rename(leaving / f".{CAMPAIGN_FILE}")
         shutil.rmtree(leaving)
+
+
+def require_no_link(campaign: Path) -> None:
+    """Refuse a campaign's folder that is a link.
+
+    Raises:
+        D3POError: it is one.
+    """
+    if campaign.is_symlink():
+        raise D3POError(f"{campaign} is a link, so its campaign lies elsewhere; remove the link by hand")
 
 
 def discard_round(campaign: Path) -> int | None:

@@ -1,12 +1,14 @@
 """The commands campaigns and campaigns delete: what campaigns there are, and dropping one."""
 
 import json
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from d3po.flows.commands import completing
-from d3po.flows.commands.parts import print_table
+from d3po.flows.commands.parts import print_table, shown
 from d3po_core.errors import D3POError
 
 app = typer.Typer(invoke_without_command=True)
@@ -32,7 +34,7 @@ def campaigns(
         print_table(columns, [_row(state) for state in states])
         for state in states:
             if state.problem:
-                print(f"{state.name}: {state.problem}")
+                print(shown(f"{state.name}: {state.problem}"))
 
 
 @app.command()
@@ -46,9 +48,11 @@ def delete(
     """Delete a campaign's folder after asking; its runs in MLflow and Prefect stay."""
     from d3po_core.report.campaigns import campaign_state
     from d3po_core.store.campaign import campaign_lock
-    from d3po_core.store.leftovers import delete_campaign
+    from d3po_core.store.leftovers import delete_campaign, require_no_link
 
     state = campaign_state(campaign)
+    # The state's folder of a typed path is where a link leads.
+    require_no_link(Path(campaign).expanduser() if os.sep in campaign else state.folder)
     rounds = f"{max(state.rounds, 0)} rounds, {state.megabytes:.1f} MB"
     if state.waits_for:
         print(f"people have yet to judge {state.waits_for}; also cancel the waiting run, on Prefect's page")

@@ -23,7 +23,9 @@ def deployments(incomplete: str) -> Choices:
     """Names of the deployments that advance a campaign, with their descriptions."""
     from d3po.flows.presets import descriptions
 
-    return _fitting(descriptions().items(), incomplete)
+    with contextlib.suppress(D3POError):
+        return _fitting(descriptions().items(), incomplete)
+    return []
 
 
 def settings(incomplete: str) -> Choices:

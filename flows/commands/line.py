@@ -32,7 +32,6 @@ from d3po.flows.commands.parts import (
     RoundsOption,
     SettingOption,
     console,
-    short,
 )
 from d3po.flows.commands.plan import plan
 from d3po.flows.commands.raters import raters
@@ -44,7 +43,7 @@ from d3po.flows.presets import command_that_goes_on, deployment_config
 from d3po.tasks.live_line import live_line
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.paths import data_folder
+from d3po_core.paths import data_folder, path_from_here
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -249,7 +248,7 @@ def show_campaign(config: CampaignConfig) -> None:
         )  # fmt: skip
     console().print(table)
     first, last = records[0], records[-1]
-    folder = short(config.folder)
+    folder = path_from_here(config.folder)
     name = str(config.folder) if config.runs_dir else config.campaign  # how commands find the campaign
     from d3po.flows.server_processes import known_ports
 
@@ -260,7 +259,7 @@ def show_campaign(config: CampaignConfig) -> None:
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",
         f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
-        f"MLflow      {short(data_folder())}/mlflow  (d3po up opens it on {mlflow})",
+        f"MLflow      {path_from_here(data_folder())}/mlflow  (d3po up opens it on {mlflow})",
         "",
         "next:",
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",

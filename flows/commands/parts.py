@@ -91,10 +91,10 @@ def outside_campaigns(output: Path | None) -> None:
     Raises:
         D3POError: the path is inside one.
     """
-    from d3po_core.paths import absolute
+    from d3po_core.paths import HERE, absolute
     from d3po_core.store.campaign import CAMPAIGN_FILE
 
-    for folder in absolute(str(output), Path.cwd(), "--output").parents if output else ():
+    for folder in absolute(str(output), HERE, "--output").parents if output else ():
         if (folder / CAMPAIGN_FILE).exists():
             raise D3POError(f"--output {output}: lies in the campaign's own folder; name a file or folder elsewhere")
 
@@ -121,8 +121,3 @@ def loading(what: str = "torch and diffusers") -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with Console(stderr=True).status(f"loading {what}"):
         yield
-
-
-def short(path: Path) -> str:
-    """A path relative to the working directory; absolute if outside it."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d3po.flows.commands.parts import CampaignOption, console, short
+from d3po.flows.commands.parts import CampaignOption, console
 from d3po_core.errors import D3POError
+from d3po_core.paths import path_from_here
 
 if TYPE_CHECKING:
     from d3po_core.evaluation.comparison import HeldOut
@@ -47,14 +48,14 @@ def compare(
               "prompts that did not choose it")  # fmt: skip
     gone = [path for paths in held_out.image_paths for path in paths if not path.is_file()]
     if gone:
-        print(f"{len(gone)} image(s) are gone and left out of diversity and picture; first: {short(gone[0])}")
+        print(f"{len(gone)} image(s) are gone and left out of diversity and picture; first: {path_from_here(gone[0])}")
     print_preferred(chosen, labels)
     if output is None:
         words = "-".join(
             f"{folder.name}.{number}" if folder != chosen[0][0] else str(number) for folder, number in chosen
         )
         output = chosen[0][0] / "report" / f"compare-{words}.png"
-    print(f"\npicture  {short(comparison_picture(held_out, labels, output))}")
+    print(f"\npicture  {path_from_here(comparison_picture(held_out, labels, output))}")
 
 
 def report(
@@ -68,7 +69,7 @@ def report(
 
     config = campaign_named(campaign)
     path = write_report(config, output, mlflow_page(campaign_id(config.folder)))
-    print(f"{short(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{path_from_here(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:

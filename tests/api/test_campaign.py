@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -152,6 +153,46 @@ def test_the_example_notebook_runs(trained: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(cell.get("outputs", []) == [] for cell in cells)
+
+
+def test_a_campaign_is_opened_by_its_folder_as_text_or_path(data: Path) -> None:
+    for name in (data / "runs/small", str(data / "runs/small"), Path("small")):
+        assert d3po.open(name).folder == data / "runs/small"
+
+
+@pytest.mark.parametrize("name", [None, 5, b"small", ["small"], "/" + "x" * 300])
+def test_what_names_no_campaign_is_one_line(name: Any) -> None:
+    with pytest.raises(d3po.D3POError) as caught:
+        d3po.open(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_the_wrong_kind_are_one_line(data: Path) -> None:
+    campaign = d3po.open("small")
+    for ask in (
+        lambda: campaign.images(round="²"), lambda: campaign.images(held_out="yes"), lambda: campaign.image(5),
+        lambda: campaign.story(5), lambda: campaign.story(None), lambda: campaign.sql(5), lambda: campaign.sql(None),
+    ):  # fmt: skip
+        with pytest.raises(d3po.D3POError) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert len(campaign.images(prompt=5)) == 0
+
+
+def test_a_campaign_that_is_deleted_or_damaged_while_it_is_open_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data / "runs/small", tmp_path / "runs/open")
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path))
+    campaign = d3po.open("open")
+    campaign.images().loc["r2-g1-m0", "path"].write_text("no image")
+    with pytest.raises(d3po.D3POError, match=r"r2-g1-m0\.png: cannot be read"):
+        campaign.image("r2-g1-m0")
+    shutil.rmtree(campaign.folder)
+    with pytest.raises(d3po.D3POError, match=f"its folder {campaign.folder} is gone"):
+        campaign.rounds  # noqa: B018
+    with pytest.raises(d3po.D3POError, match=f"its folder {campaign.folder} is gone"):
+        campaign.images()
 
 
 def test_importing_d3po_is_quick() -> None:

@@ -44,6 +44,12 @@ def test_settings_are_fields_and_their_values(typed: str, found: list[str]) -> N
     assert words(completing.settings(typed)) == found
 
 
+def test_a_damaged_project_completes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prefect.yaml").write_text("- [d3po.flows.")
+    monkeypatch.setenv("D3PO_PROJECT", str(tmp_path))
+    assert completing.deployments("") == []
+
+
 def test_the_shell_gets_deployments_without_loading_torch() -> None:
     asked = {"_D3PO_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "d3po run sd15"}
     program = (

@@ -32,7 +32,7 @@ def test_a_port_that_another_program_holds_names_it_and_the_way_out() -> None:
     assert check.state == "warn"
     assert f"port {port} for mlflow cannot be used" in check.found
     assert f"pid {os.getpid()}" in check.found
-    assert check.remedy == "type `d3po up --mlflow-port <a free port>`"
+    assert check.remedy == "for another port, type `d3po up --mlflow-port <a free port>`"
     assert check_server("mlflow", {"mlflow": port}).state == "ok"
 
 
@@ -76,3 +76,13 @@ def test_every_check_is_made_on_this_machine() -> None:
         "worker", "shell",
     ]  # fmt: skip
     assert {line[:4].strip() for line in done.output.splitlines()} <= {"ok", "warn", "fail"}
+
+
+@pytest.mark.parametrize("name", ["D3PO_DATA", "D3PO_PROJECT"])
+def test_a_data_folder_that_cannot_be_is_a_failed_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("D3PO_DATA")
+    monkeypatch.setenv(name, "~nobody-of-this-name/data")
+    done = CliRunner().invoke(app, ["doctor"], env=NO_COLOUR)
+    assert done.exit_code == 1, done.exception
+    assert f"fail  disk: {name}" in done.stdout
+    assert "libraries" in done.stdout

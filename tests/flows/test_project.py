@@ -98,6 +98,9 @@ def test_a_project_that_cannot_be_finished_leaves_an_empty_folder(
         "entry: d3po.flows.round.d3po",
         "deployments: [d3po.flows.]",
         "deployments: [{name: d3po.flows.}]",
+        "deployments: [{name: x, entrypoint: d3po.flows.round.d3po, parameters: 5}]",
+        "deployments: [{name: x, entrypoint: d3po.flows.round.d3po, parameters: {config: [1]}}]",
+        "# d3po.flows.\ndeployments: " + "[" * 5000,
     ],
 )
 def test_deployments_that_cannot_be_read_are_one_line(project: Path, text: str) -> None:
@@ -105,3 +108,10 @@ def test_deployments_that_cannot_be_read_are_one_line(project: Path, text: str) 
     with pytest.raises(D3POError, match=r"prefect\.yaml has no deployments that can be read \(.+\); mend") as caught:
         deployments()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/proc/nowhere", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(D3POError, match=r"^cannot write .+ or name another$"):
+        make_project(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

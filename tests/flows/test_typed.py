@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from d3po.flows.commands.parts import outside_campaigns
 from d3po.flows.presets import deployment_config
 from d3po.flows.typed import typed_values
 from d3po_core.errors import D3POError
-from d3po_core.paths import PROJECT_ROOT
+from d3po_core.paths import PROJECT_ROOT, path_from_here
+from d3po_core.store.campaign import campaign_named
 
 SHIPPED = "data/prompts/shapes_train.txt"
 
@@ -50,6 +52,7 @@ def test_a_wrong_field_is_named_with_its_file_and_line_or_its_setting(here: Path
     ("text", "said"),
     [
         ("seed: 5\nseed: 6\n", "line 2: seed stands in line 1 already"),
+        ("train.beta: 1\ntrain: {beta: 2}\n", "line 2: train.beta stands in line 1 already"),
         ("train:\n  beta: 1\n  clip: [none\n", "line 4: the value is not YAML"),
         ("a: &x [1]\nb: *x\n", "has a YAML alias"),
         ("- seed\n", "holds no fields; expected lines such as"),
@@ -112,3 +115,18 @@ def test_a_hub_id_is_no_path_unless_there_is_such_a_folder(here: Path) -> None:
 def test_yaml_that_is_too_deep_or_multiplies_is_one_line(text: str, said: str) -> None:
     with pytest.raises(D3POError, match=said):
         deployment_config("round", None, [f"judge.scorers={text}"])
+
+
+def test_a_folder_that_was_removed_while_one_is_in_it_matters_only_to_relative_paths(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D3PO_PROJECT", str(PROJECT_ROOT))
+    monkeypatch.chdir(here / "folder")
+    (here / "folder").rmdir()
+    assert deployment_config("round", None, ["seed=6"]).seed == 6
+    assert "'mine.txt': cannot be a path" in refused("sample.prompts=mine.txt")
+    assert path_from_here(here) == str(here)
+    with pytest.raises(D3POError, match=r"--campaign '\./x': cannot be a path"):
+        campaign_named("./x")
+    with pytest.raises(D3POError, match="--output 'x': cannot be a path"):
+        outside_campaigns(Path("x"))

@@ -70,12 +70,22 @@ def test_delete_asks_and_deletes_that_folder_alone(runs: Path) -> None:
     assert (runs.parent / "mlflow").is_dir()
 
 
+def test_nothing_of_a_deleted_campaign_is_left_whatever_it_holds(runs: Path) -> None:
+    (runs / "other" / "campaign.json").unlink()
+    (runs / "other" / "campaign.json").mkdir()
+    done = CliRunner().invoke(app, ["campaigns", "delete", "other", "--yes"])
+    assert done.exit_code == 0, done.exception
+    assert [path.name for path in runs.iterdir()] == ["tiny"]
+
+
 def test_a_campaign_in_use_and_a_link_are_refused(runs: Path, tmp_path: Path) -> None:
     with campaign_lock(runs / "tiny", who="test"):
         done = CliRunner().invoke(app, ["campaigns", "delete", "tiny", "--yes"])
     assert isinstance(done.exception, CampaignBusyError)
     (runs / "linked").symlink_to(runs / "tiny")
     done = CliRunner().invoke(app, ["campaigns", "delete", "linked", "--yes"])
+    assert "is a link" in str(done.exception)
+    done = CliRunner().invoke(app, ["campaigns", "delete", f"{runs}/linked/", "--yes"])
     assert "is a link" in str(done.exception)
     assert (runs / "tiny" / "campaign.json").exists()
     assert finished_rounds(runs / "tiny")

@@ -145,5 +145,26 @@ def test_a_damaged_campaign_names_its_file(browser: TestClient) -> None:
     assert "part.parquet is no readable Parquet file" in answer.text
 
 
+@pytest.mark.parametrize("number", [-1, 0, 2**63 - 1, 10**30])
+def test_any_number_is_a_page(browser: TestClient, number: int) -> None:
+    answer = browser.get(f"/c/small?page={number}")
+    assert answer.status_code == 200
+    assert ("r2-g1-m0" in answer.text) == (number < 1)
+
+
+def test_a_folder_whose_name_is_no_text_hides_no_other(browser: TestClient, runs: Path) -> None:
+    odd = runs / "odd\udcff"
+    odd.mkdir()
+    try:
+        (odd / CAMPAIGN_FILE).write_text("{")
+        answer = browser.get("/")
+        assert answer.status_code == 200
+        assert "small" in answer.text
+        assert "odd\\udcff" in answer.text
+    finally:
+        (odd / CAMPAIGN_FILE).unlink()
+        odd.rmdir()
+
+
 def test_the_door_says_who_it_is(stranger: TestClient) -> None:
     assert json.loads(stranger.get("/health").text) == {"service": "d3po browse"}

@@ -89,6 +89,12 @@ def test_a_disk_that_fills_is_told(free: int, state: str, tmp_path: Path, monkey
     assert not (tmp_path / "not yet").exists()
 
 
+def test_a_file_in_place_of_the_data_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "file"))
+    assert health.check_disk().state == "fail"
+
+
 def test_the_hubs_cache_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -237,3 +237,11 @@ def test_durations_are_rounded(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(900, "0.9 kB"), (2.14e6, "2.1 MB"), (35e9, "35 GB")])
 def test_sizes_are_rounded(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_wrong_folder_is_no_hub_id_and_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path))
+    (told,) = make_plan(config_of(model={"path": "/nope"}), 1).problems
+    assert told.startswith("model.path '/nope': no such folder")
+    (told,) = make_plan(config_of(model={"path": str(tmp_path)}), 1).problems
+    assert "model_index.json is missing" in told

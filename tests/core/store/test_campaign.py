@@ -55,6 +55,8 @@ def test_new_campaign_starts_with_the_base_model(tmp_path: Path) -> None:
 
 
 def test_next_run_goes_on_after_the_last_finished_round(tmp_path: Path) -> None:
+    with pytest.raises(D3POError, match="rounds is 1000000000; expected at most"):
+        rounds_to_do(tmp_path, 10**9, "first")
     rounds_to_do(tmp_path, 1, "first")
     for number in (0, 1):
         finish_round(tmp_path, number)
