@@ -132,7 +132,8 @@ def serve_page(
 
     data = data_folder()
     raters = Raters(data)
-    names = rater or raters.names() or [_account()]
+    # A server in the background must not make a rater whom nobody named, whose answers a round would then wait for.
+    names = rater or raters.names() or ([_account()] if sys.stdout.isatty() else [])
     reached = next(iter(allow_host or ()), "127.0.0.1" if host in ("0.0.0.0", "::") else host)
     runs = _page_runs(host, port)
     root, show = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}", runs or sys.stdout.isatty()

@@ -28,6 +28,7 @@ def submit(
     from prefect.client.orchestration import get_client
 
     from d3po.flows.prefect_trouble import require_prefect
+    from d3po.tasks.run_names import run_name, run_tags
 
     require_prefect()
     with get_client(sync_client=True) as client:
@@ -35,7 +36,10 @@ def submit(
         config = load_config(merge(known.parameters.get("config") or {}, values), f"deployment {deployment!r}", origins)
         # The flow merges them over the deployment's.
         given = _checked(values, config.model_dump(mode="json"))
-        run = client.create_flow_run_from_deployment(known.id, parameters={"rounds": rounds, "config": given})
+        run = client.create_flow_run_from_deployment(
+            known.id, parameters={"rounds": rounds, "config": given}, name=run_name(config.campaign),
+            tags=[*known.tags, *run_tags(config)],
+        )  # fmt: skip
     print("\n".join(_told(config, deployment, rounds, run)))
 
 

@@ -23,6 +23,7 @@ from d3po.tasks.tracking.store import (
 from d3po.tasks.tracking.views import rounds_view, view_page
 from d3po_core.config import CampaignConfig
 from d3po_core.models.weights import loading_line
+from d3po_core.paths import resolve_path
 from d3po_core.people.human_win_rate import HumanWinRate
 from d3po_core.store.campaign import campaign_id
 from d3po_core.store.stages import finished_numbers
@@ -79,9 +80,11 @@ def _tell_round(
 def _loading_lines(config: CampaignConfig, standing: Standing, version: str) -> str:
     assert standing.record.checkpoint is not None
     line = loading_line(config.folder / standing.record.checkpoint, "folder")
+    local = resolve_path(config.model.path)
+    model = str(local) if local.exists() else config.model.path  # these lines are run in any folder
     return (
         f"\n```python\nimport diffusers\nimport mlflow\n\nmlflow.set_tracking_uri({masked(tracking_uri())!r})\n"
-        f"pipe = diffusers.DiffusionPipeline.from_pretrained({config.model.path!r})\n"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\n"
         f'folder = mlflow.artifacts.download_artifacts("models:/{registered_name(config)}/{version}")\n{line}\n```\n'
     )
 

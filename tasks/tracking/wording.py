@@ -50,6 +50,8 @@ def about_round(standing: Standing, config: CampaignConfig, label: str) -> str:
     ]  # fmt: skip
     if record.verdict:
         lines.append(f"- guard: {record.verdict}{f' ({record.findings})' if record.findings else ''}")
+    if standing.is_champion and not record.round:
+        lines.append("- nothing to load: the champion is the base model itself; more rounds may change that")
     if record.round:
         lines.append(f"- learned from {record.num_pairs} pairs; {record.num_ties} ties taught nothing")
     scores = ", ".join(config.evaluation_scorers)
