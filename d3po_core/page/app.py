@@ -54,7 +54,7 @@ class _Page:
         self._data, self.raters, self.desks = data, Raters(data), Desks(data / "runs", make_desk)
         self.pace, self.tries = Pace(per_second, 3 * per_second), Pace(2, 20)
         self.closed = ""
-        self._images: dict[str, Path] = {}
+        self._images: dict[tuple[str, str], Path] = {}
         self._named: set[tuple[str, str]] = set()
         loader = jinja2.FileSystemLoader(HERE / "templates")
         self._templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -90,25 +90,25 @@ class _Page:
 
     def image_url(self, rater: str, deck: Deck, sample_id: str) -> str:
         token = self.raters.opaque(rater, deck.campaign.name, deck.sampling, sample_id)
-        self._images[token] = deck.campaign / deck.image_paths[sample_id]
+        self._images[rater, token] = deck.campaign / deck.image_paths[sample_id]
         return f"/i/{token}"
 
     def image(self, rater: str, token: str) -> Path | None:
-        if token not in self._images:  # the page is older than a restart: name all images that it may show
+        if (rater, token) not in self._images:  # the page is older than a restart: name all images that it may show
             for deck in self.desks.decks():
                 if (rater, deck.sampling) not in self._named:
                     self._named.add((rater, deck.sampling))
                     for sample_id in deck.image_paths:
                         self.image_url(rater, deck, sample_id)
                     self.guideline(rater, deck)
-        return self._images.get(token)
+        return self._images.get((rater, token))
 
     def guideline(self, rater: str, deck: Deck) -> Guideline:
         """The deck's guideline as HTML; its images get names as those of the questions do."""
 
         def url(path: Path) -> str:
             token = self.raters.opaque(rater, deck.campaign.name, "guideline", str(path))
-            self._images[token] = path
+            self._images[rater, token] = path
             return f"/i/{token}"
 
         return render_guideline(guideline_text(deck.config.judge.people, deck.mode), deck.campaign, url)
@@ -215,7 +215,7 @@ def _add_pages(app: FastAPI, page: _Page) -> None:
         if rater is None:  # count only wrong tries, so that nobody can block another's link
             if not page.tries.allows(request.client.host if request.client else ""):
                 raise HTTPException(429, "Too many tries; wait a moment.")
-            raise HTTPException(401, "This link is not valid (any more). To get a new one: d3po label --rater NAME")
+            raise HTTPException(401, "This link is not valid (any more). Ask whoever sent it for a new one.")
         current = page.rater(request)
         if current is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             # The browser sends no strict cookie with a cross-site request, but does with one from our own page.
@@ -340,5 +340,7 @@ def _add_errors(app: FastAPI, page: _Page) -> None:
 def _signed_in(page: _Page, request: Request) -> str:
     rater = page.rater(request)
     if rater is None:
-        raise HTTPException(401, "Open the link that you were given. To get a new one: d3po label --rater NAME")
+        raise HTTPException(
+            401, "Open the link you were sent. If it no longer works, ask whoever sent it for a new one."
+        )
     return rater

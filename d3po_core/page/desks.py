@@ -17,7 +17,8 @@ from d3po_core.people.blind import comparisons_of
 from d3po_core.people.tally import Deck
 from d3po_core.store.campaign import CAMPAIGN_FILE
 
-NO_CAMPAIGN = "There is no campaign of that name."
+# The same words for a campaign that is not there and one that the rater may not judge.
+NO_CAMPAIGN = "There is no such campaign here, or you may no longer judge it."
 MakeDesk = Callable[[Path, str | None], Desk]
 
 

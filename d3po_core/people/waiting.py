@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from d3po_core.people.dealing import lacking, read_split
@@ -18,6 +18,9 @@ from d3po_core.people.shares import Shares, begun
 from d3po_core.people.tally import Progress, Tally
 from d3po_core.store.campaign import round_config
 from d3po_core.store.stages import stage_path
+
+# A run that is well takes up a finished round sooner than this.
+TAKEN_UP = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def waiting_line(now: CampaignNow) -> str | None:
         f" until {now.round.deadline:%Y-%m-%d %H:%M} UTC" if now.round.deadline else "",
     )
     if progress.complete:
-        return f"round {now.round.round} has the judgements it needs; its run goes on"
+        return f"round {now.round.round} has the judgements it needs; {_of_its_run(now.raters)}"
     groups = f"{progress.groups_done} of {progress.groups_needed} groups judged ({progress.missing} answers missing)"
     line = f"round {now.round.round} waits for people{until}: {groups}"
     whom = [f"{rater.name} ({rater.left})" for rater in now.raters if rater.left]
@@ -141,6 +144,15 @@ def waiting_line(now: CampaignNow) -> str | None:
         short = f"groups lacking raters: {now.round.lacking}" if now.round.lacking else "nobody may judge the rest"
         line += f"; {short}, so invite somebody (d3po invite NAME --campaign {now.campaign})"
     return line
+
+
+def _of_its_run(raters: Iterable[RaterNow]) -> str:
+    last = max((rater.last_at for rater in raters if rater.last_at), default=None)
+    waited = timedelta() if last is None else datetime.now(UTC).replace(tzinfo=None) - last
+    if waited < TAKEN_UP:
+        return "its run goes on"
+    minutes = waited.total_seconds() // 60
+    return f"its run has not gone on for {minutes:.0f} minutes: Prefect's page says why (d3po status has its address)"
 
 
 def _rater_now(

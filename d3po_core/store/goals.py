@@ -80,6 +80,13 @@ def last_round_of(campaign: Path, run_id: str) -> int | None:
     return goal["last"] if goal else None
 
 
+def unfinished_goal(campaign: Path) -> dict[str, int] | None:
+    """Return the newest goal that is not reached: its ``last`` round and the ``rounds`` asked for; None without one."""
+    done = last_finished_round(campaign)
+    open_goals = [goal for goal in _goals(campaign).values() if goal["last"] > done and not goal.get("over")]
+    return open_goals[-1] if open_goals else None
+
+
 def _goals(campaign: Path) -> dict[str, dict[str, int]]:
     """Return each run's goal: its last round, and how many rounds it was asked for."""
     path = campaign / TARGET_FILE

@@ -64,7 +64,7 @@ def show(
     ]  # fmt: skip
     print("\n".join(map(shown, lines)))
     _rows("judgements", story.judgements, ("rater", "rater_kind", "kind", "sample_id", "other_id", "value",
-                                           "judged_at", "source"))  # fmt: skip
+                                           "both_bad", "judged_at", "source"))  # fmt: skip
     _rows("pairs", story.pairs, ("winner_id", "loser_id", "weight", "agreement", "people_for", "people_against",
                                  "proxies_for", "proxies_against"))  # fmt: skip
     if story.held_out:

@@ -232,7 +232,7 @@ def show_campaign(config: CampaignConfig) -> None:
 
     records, waiting = finished_rounds(config.folder), waiting_lines(config.folder)
     if not records:
-        what = waiting[0] if waiting else f"type: {command_that_goes_on(config)}"
+        what = waiting[0] if waiting else _first_round_to_come(config)
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; {what}")
     table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
     stages = ("sample", "judge", "train", "evaluate")
@@ -265,9 +265,19 @@ def show_campaign(config: CampaignConfig) -> None:
         f"  {command_that_goes_on(round_config(config.folder, last.round))}",
         f"  d3po query --campaign {shlex.quote(name)} "
         '"SELECT prompt, avg(score) FROM evaluations GROUP BY prompt ORDER BY 2"',
-        "  d3po up     # Prefect, a worker and MLflow; then: d3po submit round",
+        "  d3po up     # Prefect, a worker and MLflow; then the first command with submit in place of run",
     )
     print("\n".join(lines))
+
+
+def _first_round_to_come(config: CampaignConfig) -> str:
+    """What to do about a campaign without a finished round: wait for the run that has begun, or start one."""
+    from d3po_core.store.goals import unfinished_goal
+
+    goal = unfinished_goal(config.folder)
+    if goal is None:
+        return f"type: {command_that_goes_on(config)}"
+    return f"a run has begun it; wait, or if that run was cut off, type: {command_that_goes_on(config, goal['rounds'])}"
 
 
 @contextlib.contextmanager

@@ -76,11 +76,12 @@ def _print_table(report: "RaterReport", accuracy_floor: float, revoked: set[str]
     for rater in report.raters:
         table.add_row(*_cells(rater, rater.rater in revoked))
     console(stream).print(table)
-    lines = (
+    lines = [
         f"Krippendorff's alpha {_number(report.alpha)}, equal votes {_number(report.agreement)} "
-        f"(over {report.pairs_of_several} of {report.pairs} pairs, those with several raters)",
-        f"left out: below judge.people.accuracy_floor ({accuracy_floor:g}) with their whole interval",
-    )
+        f"(over {report.pairs_of_several} of {report.pairs} pairs, those with several raters)"
+    ]
+    if any(rater.left_out for rater in report.raters):
+        lines.append(f"left out: below judge.people.accuracy_floor ({accuracy_floor:g}) with their whole interval")
     stream.write("\n".join(lines) + "\n")
 
 

@@ -1,9 +1,11 @@
 """The wheel, outside the clone: what it holds, and a round in a project of its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -97,3 +99,10 @@ def test_a_new_project_beside_foreign_files_finishes_a_round_with_its_own_scorer
     (base, first) = finished_rounds(place / "ours/data/runs/alone")
     assert (base.round, first.round) == (0, 1)
     assert first.eval_scorer == "my_scorer:redness"
+
+
+def test_the_guide_names_the_wheel_of_this_version() -> None:
+    with (PROJECT_ROOT / "pyproject.toml").open("rb") as stream:
+        version = tomllib.load(stream)["project"]["version"]
+    guide = (PROJECT_ROOT / "docs/how-to/install.md").read_text()
+    assert set(re.findall(r"d3po-[\d.]+-py3-none-any\.whl", guide)) == {f"d3po-{version}-py3-none-any.whl"}

@@ -15,6 +15,8 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.page.access import Raters
 from d3po_core.people.invitations import FILE, read_invitations
+from d3po_core.store.goals import end_run, rounds_to_do, unfinished_goal
+from d3po_core.store.stages import stage_path
 from tests.core.people.labelling import waiting_campaign
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -88,6 +90,17 @@ def test_commands_say_what_waits_and_for_whom(config: CampaignConfig, tmp_path: 
         show_campaign(config)
     with pytest.raises(D3POError, match="round 1 waits for people"):
         d3po("raters")
+
+
+def test_a_campaign_in_its_first_round_is_not_told_to_start_another_run(config: CampaignConfig) -> None:
+    stage_path(config.folder, 1, "sample").unlink()  # nothing waits for people yet
+    with pytest.raises(D3POError, match=r"no finished round yet; type: d3po submit .* --rounds 3$"):
+        show_campaign(config)
+    rounds_to_do(config.folder, 5, "a")
+    with pytest.raises(D3POError, match=r"a run has begun it; wait, or .* type: d3po submit .* --rounds 5$"):
+        show_campaign(config)
+    end_run(config.folder, "a")
+    assert unfinished_goal(config.folder) is None
 
 
 def test_a_campaign_that_cannot_be_read_does_not_hide_the_others(config: CampaignConfig, tmp_path: Path) -> None:

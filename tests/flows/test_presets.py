@@ -1,6 +1,7 @@
 """The deployments that ``d3po run`` knows, and the command that goes on with a campaign."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,13 @@ def test_printed_command_goes_on_with_the_same_configuration_from_any_folder(
     command = command_that_goes_on(config)
     monkeypatch.chdir(tmp_path)
     assert meant(command) == config
+
+
+@pytest.mark.parametrize("name", ["human", "sd15-human"])
+def test_guidelines_fit_every_way_of_judging(name: str) -> None:
+    guideline = deployment_config(name, None, []).judge.people.guideline.lower()
+    assert guideline
+    assert not set(re.findall(r"[a-z]+", guideline)) & {"mark", "pick", "choose", "rank", "compare", "every", "each"}
 
 
 def test_campaign_that_follows_a_preset_is_named_by_it_alone() -> None:

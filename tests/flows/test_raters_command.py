@@ -80,6 +80,7 @@ def test_a_file_that_cannot_be_written_is_one_line(folder: Path) -> None:
 def test_a_round_can_be_asked_for_alone(folder: Path) -> None:
     filled(folder)
     report = json.loads(ask("--round", "2", "--format", "json").output)
+    assert "left out" not in ask("--round", "2").output  # nobody is, and no legend says so
     assert [(row["rater"], row["judgements"], row["seconds"]) for row in report["raters"]] == [("ann", 1, 2.5)]
 
 

@@ -7,7 +7,7 @@ import pytest
 from d3po_core.page.access import Raters
 from d3po_core.people.invitations import read_invitations
 from tests.core.people.labelling import waiting_campaign
-from tests.page.test_in_chromium import CHROMIUM, Served, browser, key, served
+from tests.page.test_in_chromium import CHROMIUM, Served, browser, enter, key, said, served
 
 __all__ = ["browser", "served"]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
@@ -67,3 +67,18 @@ def test_an_owner_invites_watches_and_revokes(browser: Any, served: Served) -> N
     assert page.complaints == []
     served.kill()
     page.get_by_text("No connection to the server").wait_for(timeout=20_000)
+
+
+def test_an_answer_after_the_campaign_closed_is_kept_until_its_rater_is_invited(browser: Any, served: Served) -> None:
+    config = waiting_campaign(served.data, groups=4, size=3, pixels=16)
+    page = enter(browser, served, "bob")
+    Raters(served.data).invite(config.folder, "ann")
+    page.keyboard.press("Enter")
+    page.get_by_text("or you may no longer judge it").wait_for()
+    assert "again" not in page.locator("#note").inner_text()  # it says nothing of sending it again
+    assert page.locator("[aria-busy]").count() == 0
+    assert said(config) == []
+    Raters(served.data).invite(config.folder, "bob")
+    page.reload()
+    page.get_by_text("The earlier judgement is saved now.").wait_for()
+    assert [entry.rater for entry in said(config)] == ["bob"]

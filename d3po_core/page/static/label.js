@@ -236,7 +236,7 @@ async function post(unsent) {
     return null;
   }
   const text = reply.error || "the server did not accept it.";
-  if (response.status === 401) return { text, final: true }; // stays in the outbox until the rater is let in again
+  if ([401, 404].includes(response.status)) return { text, final: true }; // stays in the outbox until the rater is let in again
   if ([410, 422].includes(response.status)) {
     localStorage.removeItem(outbox + unsent.body.submission);
     return { text, final: true };

@@ -12,7 +12,7 @@ from d3po_core.browser.app import create_app
 from d3po_core.browser.thumbnails import EDGE, thumbnail
 from d3po_core.page.gate import Guard
 from d3po_core.store.campaign import CAMPAIGN_FILE
-from tests.core.people.labelling import waiting_campaign
+from tests.core.people.labelling import bring_in, waiting_campaign
 from tests.core.small_campaign import write_campaign
 
 SECRET = "s" * 43
@@ -116,6 +116,19 @@ def test_the_story_of_an_image_is_that_of_d3po_show(browser: TestClient) -> None
     held_out = browser.get("/c/small/story/r4-e1").text
     assert "Compared blind" in held_out
     assert "The same prompt and seed in every round: 5" in held_out
+
+
+def test_the_story_keeps_both_bad_apart_from_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path))
+    config = waiting_campaign(tmp_path, "pairs", groups=2, size=2, pixels=1)
+    choice = {"kind": "choice", "value": 0.0}
+    groups = [{"sample_id": f"r1-g{group}-m0", "other_id": f"r1-g{group}-m1"} for group in range(2)]
+    bring_in(config, [choice | groups[0] | {"both_bad": True}, choice | groups[1] | {"both_bad": False}])
+    client = TestClient(create_app(SECRET), base_url="http://127.0.0.1")
+    client.get(f"/enter?key={SECRET}")
+    bad, tie = (client.get(f"/c/pairs/story/r1-g{group}-m0").text for group in range(2))
+    assert "<td>True</td>" in bad
+    assert "<td>True</td>" not in tie
 
 
 @pytest.mark.parametrize("path", ["/c/none", "/c/small/story/r9-g9-m9", "/c/small/image/r9-g9-m9", "/c/..%2fsmall",

@@ -200,6 +200,26 @@ def test_raters_see_only_campaigns_that_they_may_judge(tmp_path: Path) -> None:
         assert open_rater.http.get("/c/x").status_code == 404
 
 
+def test_an_images_address_shows_it_to_its_rater_only(tmp_path: Path) -> None:
+    waiting_campaign(tmp_path, pixels=1)
+    with house(tmp_path) as here:
+        here.act("invite", rater="ann")
+        ann, other = here.enter("ann"), here.browser(d3po_label=Raters(tmp_path).token("olga"))
+        assert ann.http.get(ann.images[0]).status_code == 200
+        assert other.get(ann.images[0]).status_code == 404
+
+
+def test_a_rater_without_a_valid_link_is_told_what_a_rater_can_do(tmp_path: Path) -> None:
+    waiting_campaign(tmp_path, pixels=1)
+    with house(tmp_path) as here:
+        link = here.act("invite", rater="ann").json()["link"].removeprefix(ORIGIN)
+        ann = here.enter("ann")
+        here.act("revoke", rater="ann")
+        for text in (ann.judge([0, 1, 1]).text, ann.http.get("/c/x").text, here.browser().get(link).text):
+            assert "ask whoever sent it for a new one" in text.lower()
+            assert "d3po label" not in text.replace("</title>", "").split("<body", 1)[-1]
+
+
 def test_groups_are_dealt_out_on_request(tmp_path: Path) -> None:
     waiting_campaign(tmp_path, pixels=1, groups=6)
     with house(tmp_path) as here:

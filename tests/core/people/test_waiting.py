@@ -2,8 +2,10 @@
 
 import json
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+import pytest
 
 from d3po_core.config import CampaignConfig
 from d3po_core.people.invitations import invite, revoke
@@ -82,10 +84,14 @@ def test_the_deadline_and_those_who_may_not_judge_are_said(tmp_path: Path) -> No
     assert "invite somebody (d3po invite NAME --campaign x)" in line
 
 
-def test_a_round_that_has_enough_or_went_on_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_round_that_has_enough_or_went_on_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = waiting_campaign(tmp_path, groups=2, pixels=1, enough=0.5)
     say(config, "ann", 0)
     assert waiting_line(campaign_now(config.folder, ["ann"])) == "round 1 has the judgements it needs; its run goes on"
+    monkeypatch.setattr("d3po_core.people.waiting.TAKEN_UP", timedelta())
+    line = waiting_line(campaign_now(config.folder, ["ann"]))
+    assert line is not None
+    assert "its run has not gone on for 0 minutes" in line
     stage_path(config.folder, 1, "label").write_text("{}")
     assert open_round(config.folder) is None
     now = campaign_now(config.folder, ["ann"])
