@@ -97,9 +97,9 @@ def test_flow_imports_and_fails_in_one_line(
     file = tmp_path / "labels.csv"
     with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}):
         file.write_text("sample_id,rating\nr3-g0-m0,x\n")
-        failed = import_judgements(str(file), rater="anna", return_state=True)
-        assert failed.is_failed()
-        assert "1 of 1 rows are wrong" in (failed.message or "")
+        refused = import_judgements(str(file), rater="anna", return_state=True)
+        assert (refused.name, refused.type.value) == ("Refused", "CANCELLED")
+        assert "1 of 1 rows are wrong" in (refused.message or "")
         file.write_text("sample_id,rating\nr3-g0-m0,1\n")
         assert import_judgements(str(file), rater="anna", return_state=True).is_completed()
     assert num_judgements(campaign) == 1
