@@ -76,7 +76,7 @@ def create_app(secret: str) -> Guard:
     _add_pages(app, shelf, secret)
     _add_images(app, shelf, secret)
     _add_errors(app, shelf)
-    return Guard(app)
+    return Guard(app, remedy="open the page as http://127.0.0.1:PORT")
 
 
 def _add_door(app: FastAPI, secret: str) -> None:

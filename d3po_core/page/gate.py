@@ -29,10 +29,15 @@ class Guard:
     Args:
         application: the application behind it.
         hosts: names under which the page may be reached; any other ``Host`` is a rebound or mistyped name.
+        remedy: what to do about an unknown name.
     """
 
-    def __init__(self, application: Application, hosts: Iterable[str] = LOCAL_HOSTS) -> None:
+    def __init__(
+        self, application: Application, hosts: Iterable[str] = LOCAL_HOSTS,
+        remedy: str = "start with d3po label --allow-host NAME",
+    ) -> None:  # fmt: skip
         self._application, self._hosts = application, frozenset(host.lower() for host in hosts)
+        self._unknown_host = f"this name is not known here; {remedy}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on."""
@@ -76,7 +81,7 @@ class Guard:
     def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if _hostname(host) not in self._hosts:
-            return 400, "this name is not known here; start with d3po label --allow-host NAME"
+            return 400, self._unknown_host
         if method in ("GET", "HEAD"):
             return None
         if method != "POST":

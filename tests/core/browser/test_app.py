@@ -68,7 +68,8 @@ def test_a_wrong_key_lets_nobody_in(stranger: TestClient) -> None:
 
 
 def test_other_hosts_and_other_methods_are_refused(browser: TestClient) -> None:
-    assert browser.get("/", headers={"host": "example.com"}).status_code == 400
+    foreign = browser.get("/", headers={"host": "example.com"})
+    assert (foreign.status_code, "open the page as http://127.0.0.1" in foreign.text) == (400, True)
     assert browser.post("/c/small", json={}).status_code in (403, 405)
 
 
