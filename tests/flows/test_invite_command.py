@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from d3po.flows.commands.invite import invite, revoke
-from d3po.flows.commands.line import show_campaign
 from d3po.flows.commands.raters import raters
+from d3po.flows.commands.rounds import show_campaign
 from d3po.flows.page_links import owner_line, waiting_lines
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
