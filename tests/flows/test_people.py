@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,8 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
     assert "Open the labelling page" in artifacts[0]["data"]
     page = f"http://127.0.0.1:{ports['label']}"
     message = get(ports, f"/flow_runs/{run_id}")["state"]["message"]
-    assert re.fullmatch(rf"round 1 waits for .+ at {page}: 3 of 3 groups to judge", message)
+    hint = "; nobody has a link yet, type: d3po label --rater NAME"
+    assert message == f"round 1 waits for people at {page}: 3 of 3 groups to judge{hint}"
 
     # Woken too early it goes back to sleep, and says what is missing.
     import_file(campaign, mark(campaign, 1, 2, tmp_path))
