@@ -74,7 +74,7 @@ def show_campaign(config: CampaignConfig) -> None:
     up = "" if leader("prefect") else "d3po up: "
     lines = (
         *waiting,
-        f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} in {last.round} rounds",
+        f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} after round {last.round}",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
         f"tables      {folder}/<table>/round=*/*.parquet",
         f"checkpoint  {folder}/{last.checkpoint or '(base model, none yet)'}",
