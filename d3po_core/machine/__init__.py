@@ -1,1 +1,1 @@
-"""What this machine offers: GPUs and their driver, the hub's cache, installed versions."""
+"""Find out about this machine: GPUs and their driver, the hub's cache, installed versions."""

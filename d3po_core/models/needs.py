@@ -34,7 +34,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Needs:
-    """What each kind of pass needs; None if not even one row fits.
+    """Return the bytes that each kind of pass needs; None if not even one row fits.
 
     Attributes:
         plain: training.

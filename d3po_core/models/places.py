@@ -1,4 +1,4 @@
-"""Where a model's description is: in the user's own folder, in the hub's cache, or only on the hub."""
+"""Find a model's description: in the user's own folder, in the hub's cache, or only on the hub."""
 
 from pathlib import Path
 

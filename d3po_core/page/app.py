@@ -79,7 +79,7 @@ class _Page:
         return desk
 
     def admits(self, rater: str, one: Listed) -> bool:
-        """Whether the rater may see a campaign or comparison; not if its invitations are damaged."""
+        """Return whether the rater may see a campaign or comparison; nobody may if its invitations are damaged."""
         with contextlib.suppress(D3POError):
             return self.raters.admits(rater, one.desk.campaign if one.desk else self.desks.runs / one.name)
         return False

@@ -249,7 +249,7 @@ class Desk:
 
     @property
     def _closed(self) -> bool:
-        """Whether the deck is complete and in use, so that its answers stay."""
+        """Return whether the deck is complete and in use, so that its answers stay."""
         return self.final and self._told and self._tally.progress().complete
 
     def _settle(self, deck: Deck) -> None:

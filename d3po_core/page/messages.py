@@ -1,4 +1,4 @@
-"""What the labelling page sends; anything else is refused."""
+"""Messages from the labelling page; any other input is refused."""
 
 from typing import Annotated, Literal
 
