@@ -41,10 +41,8 @@ def campaigns() -> "pd.DataFrame":
 
     rows = []
     for state in campaign_states():
-        scores = {
-            name: score and score.mean for name, score in vars(state).items() if name in ("base", "score", "best")
-        }
-        rows.append(vars(state) | scores)
+        scores = {"base": state.base, "score": state.score, "best": state.best}
+        rows.append(vars(state) | {name: score and score.mean for name, score in scores.items()})
     return pd.DataFrame(rows, columns=_COLUMNS).set_index("name")
 
 

@@ -52,10 +52,10 @@ def waiting_lines(campaign: Path | None = None) -> list[str]:
     """
     from d3po_core.page.access import Raters
     from d3po_core.people.waiting import campaign_now, open_round, waiting_line
-    from d3po_core.store.campaign import CAMPAIGN_FILE
+    from d3po_core.store.campaign import campaign_names
 
     raters, lines = Raters(data_folder()), []
-    folders = [campaign] if campaign else [p.parent for p in sorted(data_folder().glob(f"runs/*/{CAMPAIGN_FILE}"))]
+    folders = [campaign] if campaign else [data_folder() / "runs" / name for name in campaign_names()]
     for folder in folders:
         name = "" if campaign else f"campaign {folder.name}: "
         try:

@@ -26,7 +26,7 @@ from d3po_core.page.gate import Guard
 from d3po_core.paths import data_folder
 from d3po_core.queries.lookup import image_story
 from d3po_core.report.campaigns import campaign_states
-from d3po_core.store.campaign import CAMPAIGN_FILE
+from d3po_core.store.campaign import campaign_names
 
 COOKIE = "d3po_browse"
 LAST_PAGE = 10**9  # a database counts images in 64 bits
@@ -54,7 +54,7 @@ class _Shelf:
             HTTPException: there is no such campaign.
         """
         # Compare with the folders that exist, so that a name never becomes a path.
-        if name not in {path.parent.name for path in self.runs.glob(f"*/{CAMPAIGN_FILE}")}:
+        if name not in campaign_names():
             raise HTTPException(404, f"There is no campaign {name!r}.")
         return self._galleries.setdefault(name, Gallery(self.runs / name))
 
