@@ -12,6 +12,7 @@ from d3po.tasks.evaluating import _evaluate
 from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.publishing import note_published
 from d3po.tasks.sampling import _sample
+from d3po.tasks.tracking import delivery
 from d3po.tasks.training import _train
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
@@ -114,3 +115,15 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture
+def own(
+    config: CampaignConfig, campaign: Path, tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> CampaignConfig:
+    """The finished campaign, of which no store knows; MLflow's store is the data folder's own."""
+    (tmp_path / "data" / "mlflow").mkdir(parents=True)
+    shutil.copy(new_store, tmp_path / "data" / "mlflow")
+    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(delivery, "_left_alone_until", {})
+    return config.model_copy(update={"runs_dir": str(campaign.parent)})

@@ -31,17 +31,11 @@ DIGEST = re.compile(r"\b[0-9a-f]{40,64}\b")
 
 
 @pytest.fixture
-def own(
-    config: CampaignConfig, campaign: Path, tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> CampaignConfig:
-    """The finished campaign, of which the data folder's own store knows nothing."""
-    (tmp_path / "data" / "mlflow").mkdir(parents=True)
-    shutil.copy(new_store, tmp_path / "data" / "mlflow")
-    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
+def own(own: CampaignConfig, monkeypatch: pytest.MonkeyPatch) -> CampaignConfig:
+    """The same with a known address of MLflow's page, before anything was told."""
     monkeypatch.setenv("D3PO_MLFLOW_URL", "http://127.0.0.1:5000/")
-    monkeypatch.setattr(delivery, "_left_alone_until", {})
     forget_runs()
-    return config.model_copy(update={"runs_dir": str(campaign.parent)})
+    return own
 
 
 def everything() -> dict[str, Run]:

@@ -28,16 +28,10 @@ from d3po_core.config import CampaignConfig
 
 
 @pytest.fixture
-def own(
-    config: CampaignConfig, campaign: Path, tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> CampaignConfig:
-    """The finished campaign, of which no store knows; MLflow's store is the data folder's own."""
-    (tmp_path / "data" / "mlflow").mkdir(parents=True)
-    shutil.copy(new_store, tmp_path / "data" / "mlflow")
+def own(own: CampaignConfig, tmp_path: Path, new_store: Path) -> CampaignConfig:
+    """The same, with a second store beside the data folder's own."""
     shutil.copy(new_store, tmp_path / "other.db")
-    monkeypatch.setenv("D3PO_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(delivery, "_left_alone_until", {})
-    return config.model_copy(update={"runs_dir": str(campaign.parent)})
+    return own
 
 
 def runs(client: MlflowClient) -> dict[str, Run]:
