@@ -37,8 +37,10 @@ from d3po.flows.server_files import (
     write_state,
 )
 from d3po.flows.server_processes import end, end_orphans, family, known_ports, leader, lost_servers, start, wait
-from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url
-from d3po.tasks.tracking.views import TRAINING, saved_view
+from d3po.flows.server_programs import LOGIN, NAMES, POOL, WORKER, api_url, server_url, tracking_variables
+from d3po.flows.server_stores import are_shared, read_stores, shown_stores
+from d3po.flows.using_stores import use_stores
+from d3po.tasks.tracking.views import TRAINING, saved_view, served_view
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
 from d3po_core.store.databases import is_whole
@@ -51,7 +53,7 @@ PATIENCE = 5.0  # seconds to wait for Prefect's server when we can do without an
 
 def up(
     prefect_port: int | None = None, mlflow_port: int | None = None, label_port: int | None = None,
-    nightly: Sequence[str] = (),
+    nightly: Sequence[str] = (), database: str | None = None, artifacts: str | None = None, anew: bool = False,
 ) -> list[str]:  # fmt: skip
     """Start the missing servers, deploy, and return lines to show; after a failure, end what it started.
 
@@ -61,9 +63,13 @@ def up(
         mlflow_port: port of the MLflow server.
         label_port: port of the labelling page.
         nightly: deployments that run every night from now on.
+        database: PostgreSQL's address, or ``local`` for the data folder. By default the last one that was used.
+        artifacts: where MLflow keeps files, ``s3://bucket/prefix`` or ``local``. By default the last place.
+        anew: leave behind what the servers kept elsewhere until now.
 
     Raises:
-        D3POError: a port is taken, the shell is set to another Prefect server, or a server did not start.
+        D3POError: a port is taken, the shell is set to another Prefect server, a server did not start, or the database
+            or the bucket cannot be used.
     """
     given = {"prefect": prefect_port, "mlflow": mlflow_port, "label": label_port}
     chosen = {name: port for name, port in given.items() if port is not None}
@@ -76,6 +82,7 @@ def up(
         require_login(api_url(known_ports()))
     with one_at_a_time():
         missing = [name for name in NAMES if not leader(name)]
+        stores = use_stores(database, artifacts, anew, missing)
         ports = asked | _ports_in_use()
         for name in [name for name in missing if name in ports]:
             end(family(name))  # the children of a killed server still hold its port
@@ -85,6 +92,7 @@ def up(
         with _all_or_none(missing):
             lines = _start_missing(missing, ports, state)
     lines.append(f"started: {', '.join(missing)}" if missing else "everything is already running")
+    lines += shown_stores(stores)
     lines += start_nightly(ports, nightly)
     if any(ports[name] != port for name, port in chosen.items()):
         lines.append("the ports stay as they were; type `d3po down` first to change them")
@@ -112,6 +120,7 @@ def status() -> list[str]:
         where = f" {server_url(ports, name)}" if process and name in ports else ""
         what = f"running{where} (pid {process.pid})" if process else "not running"
         lines.append(f"{name}: {what}, log {server_file(name + '.log')}")
+    lines += _stores_lines()
     lines += [f"Prefect profile: {shown_profile()}", *(_how_to_log_in() if running["prefect"] else [])]
     return lines if all(running.values()) else [*lines, "type next: d3po up"]
 
@@ -124,11 +133,13 @@ def prefect_url() -> str | None:
 def find_prefect() -> bool:
     """Point this process to the server of ``d3po up``, unless the shell names another; return whether one is set.
 
-    Links to MLflow then name the MLflow server of ``d3po up``, if it runs.
+    Links to MLflow then name the MLflow server of ``d3po up``, if it runs. With a shared database, results go there.
     """
     os.environ.update(without_proxy(os.environ))
     if leader("mlflow"):
         os.environ.setdefault("D3PO_MLFLOW_URL", server_url(known_ports(), "mlflow"))
+    for name, value in tracking_variables(known_ports() if are_shared() else {}).items():
+        os.environ.setdefault(name, value)
     if (url := prefect_url()) and is_ours(os.environ.setdefault("PREFECT_API_URL", url), url) and (known := login()):
         os.environ[LOGIN] = known
     return "PREFECT_API_URL" in os.environ
@@ -155,16 +166,27 @@ def mlflow_page(key: str) -> str | None:
     Args:
         key: the campaign's id.
     """
-    view = saved_view(data_folder() / "mlflow" / "mlflow.db", key) if leader("mlflow") else None
+    view = _view(server_url(known_ports(), "mlflow"), key) if leader("mlflow") else None
     return server_url(known_ports(), "mlflow") + view[1] if view else None
 
 
 def _mlflow_line(page: str) -> str:
     """MLflow's address: the newest campaign's table of rounds, or its list of experiments."""
-    if view := saved_view(data_folder() / "mlflow" / "mlflow.db"):
+    if view := _view(page):
         name, path = view
         return f"MLflow, {name}: {page}{path}"
     return f"MLflow: {page}/#/experiments{TRAINING}"
+
+
+def _view(page: str, key: str | None = None) -> tuple[str, str] | None:
+    return served_view(page, key) if are_shared() else saved_view(data_folder() / "mlflow" / "mlflow.db", key)
+
+
+def _stores_lines() -> list[str]:
+    try:
+        return shown_stores(read_stores())
+    except D3POError as error:
+        return [str(error)]
 
 
 def _how_to_log_in() -> list[str]:
@@ -231,6 +253,8 @@ def _make_stores(missing: list[str]) -> None:
             (data_folder() / folder).mkdir(parents=True, exist_ok=True)
     with disk_errors(data_folder() / "prefect", SET_DATA):
         (data_folder() / "prefect").chmod(0o700)  # the login protects what its database holds
+    if are_shared():
+        return
     if "mlflow" in missing and not is_whole(data_folder() / "mlflow" / "mlflow.db", "experiments"):
         from d3po.tasks.tracking.store import make_local_store  # loads mlflow
 

@@ -8,6 +8,7 @@ import json
 import sqlite3
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 EXPERIMENT = "d3po"
@@ -65,6 +66,31 @@ def saved_view(database: Path, key: str | None = None) -> tuple[str, str] | None
             rows = store.execute(_VIEWS, (EXPERIMENT, f"{VIEW}{key or '%'}", f'%"{NAME}%')).fetchall()
         except sqlite3.Error:  # a store that MLflow has not finished yet
             return None
+    return _newest(rows)
+
+
+def served_view(page: str, key: str | None = None) -> tuple[str, str] | None:
+    """Return name and path of a campaign's view, asked of an MLflow server; None if there is none, or no answer.
+
+    Args:
+        page: the server's address.
+        key: the campaign's id; the newest campaign if not given.
+    """
+    import httpx
+
+    asked = f"{page}/api/2.0/mlflow/experiments/get-by-name"
+    try:
+        answer = httpx.get(asked, params={"experiment_name": EXPERIMENT}, timeout=5, trust_env=False).raise_for_status()
+        experiment = answer.json()["experiment"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return None
+    tags = [(tag["key"], tag["value"], experiment["experiment_id"]) for tag in experiment.get("tags", [])]
+    wanted = f"{VIEW}{key or ''}"
+    return _newest([tag for tag in tags if tag[0].startswith(wanted) and f'"{NAME}' in tag[1]])
+
+
+def _newest(rows: list[tuple[str, str, Any]]) -> tuple[str, str] | None:
+    """Name and path of the newest view of (tag, value, experiment)."""
     if not rows:
         return None
     key, value, number = max(rows, key=lambda row: int(json.loads(row[1])["createdAt"]))
