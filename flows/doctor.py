@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 from d3po.flows.prefect_api import answers
+from d3po.flows.server_bucket import require_bucket
 from d3po.flows.server_checks import require_free_port, require_own_shell
+from d3po.flows.server_database import require_database
 from d3po.flows.server_files import PORTS, Ports, server_file
 from d3po.flows.server_processes import known_ports, leader
 from d3po.flows.server_programs import NAMES, api_url, server_url
+from d3po.flows.server_stores import read_stores, server_of
 from d3po_core.errors import D3POError
 from d3po_core.machine.health import CHECKS, Check
 
@@ -23,6 +26,7 @@ def examine() -> Iterator[Check]:
     for name in PORTS:
         yield check_server(name, ports)
     yield check_worker()
+    yield from check_stores()
     yield check_shell(ports)
 
 
@@ -51,6 +55,28 @@ def check_worker() -> Check:
     if leader("prefect"):
         return Check("worker", "fail", "does not run, but Prefect's server does; no run will start", "type `d3po up`")
     return Check("worker", "ok", "not running")
+
+
+def check_stores() -> Iterator[Check]:
+    """Whether a shared database and bucket are ready; nothing if the servers use the data folder."""
+    try:
+        if not (stores := read_stores()):
+            return
+        yield Check("database", "ok", f"PostgreSQL {require_database(stores)}, {server_of(stores)}")
+    except D3POError as error:
+        yield _failed("database", error)
+        return
+    if "artifacts" in stores:
+        try:
+            require_bucket(stores)
+            yield Check("artefacts", "ok", f"can be written to {stores['artifacts']}")
+        except D3POError as error:
+            yield _failed("artefacts", error)
+
+
+def _failed(name: str, error: D3POError) -> Check:
+    found, _, remedy = str(error).rpartition("; ")
+    return Check(name, "fail", found, remedy)
 
 
 def check_shell(ports: Ports) -> Check:

@@ -25,7 +25,7 @@ def require_bucket(stores: Stores) -> None:
     key = f"{prefix}/{PROBE}".lstrip("/")
     patience = Config(connect_timeout=SECONDS, read_timeout=SECONDS, retries={"total_max_attempts": 2})
     try:
-        client = boto3.client("s3", endpoint_url=endpoint, config=patience)
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=patience)
         client.put_object(Bucket=bucket, Key=key, Body=b"")
         client.delete_object(Bucket=bucket, Key=key)
     except (NoCredentialsError, PartialCredentialsError):

@@ -7,7 +7,7 @@ import sys
 from d3po.flows.loopback import HOST, without_proxy
 from d3po.flows.server_files import SERVER_LOGIN, Ports
 from d3po.flows.server_stores import DATABASE as SHARED
-from d3po.flows.server_stores import Stores, are_shared, read_stores, store_url, store_variables
+from d3po.flows.server_stores import PASSWORD, Stores, are_shared, read_stores, store_url, store_variables
 from d3po_core.paths import data_folder, project_folder, python_path
 from d3po_core.store.databases import sqlite_url
 
@@ -50,7 +50,8 @@ def own_addresses(port: int) -> list[str]:
 
 def client_environment(ports: Ports, login: str) -> dict[str, str]:
     """Environment of a client of our servers: the shell's without its Prefect server, plus ours."""
-    kept = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
+    left_out = (*LEFT_OUT, PASSWORD) if are_shared() else LEFT_OUT  # only the database's own clients need it
+    kept = {key: value for key, value in os.environ.items() if key not in left_out}
     return tracking_variables(ports) | kept | QUIET | without_proxy(os.environ) | {
         "D3PO_DATA": str(data_folder()),
         "D3PO_PROJECT": str(project_folder()),

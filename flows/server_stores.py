@@ -95,7 +95,7 @@ def _with_database(given: str) -> Stores:
         return {}
     url = url_of(given)
     password = url.password if isinstance(url.password, str) else os.environ.get(PASSWORD, "")
-    clean = url.set(password=None).render_as_string(hide_password=False)
+    clean = url._replace(password=None).render_as_string(hide_password=False)  # set() ignores None
     before: Stores = read_stores() if are_shared() and _is_readable() else {}
     if not password and before.get("database") == clean:
         password = before.get("password", "")

@@ -22,8 +22,8 @@ def up(
         str | None,
         typer.Option(
             envvar="D3PO_DATABASE",
-            help="PostgreSQL for Prefect and MLflow, postgresql://user@host:port/; local: the data folder; by default the "
-            "one used last. Others on this machine see a password in a command line: set PGPASSWORD instead",
+            help="PostgreSQL for Prefect and MLflow, postgresql://user@host:port/; local: the data folder; by default "
+            "the one used last. Others on this machine see a password in a command line: set PGPASSWORD instead",
         ),
     ] = None,
     artifacts: Annotated[
