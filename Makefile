@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ROUNDS ?= 12
-.PHONY: demo test lint docs bench bench-gpu bench-gpus up down chromium
+.PHONY: demo test lint docs bench bench-gpu bench-gpus up down chromium postgresql
 
 # Which build of torch: without CUDA if there is no NVIDIA driver, CUDA 12.6 for drivers before 580, else the driver's.
 DRIVER = $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 -oE '^[0-9]+')
@@ -29,7 +29,7 @@ demo: .venv/ready
 	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
 
 # Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
-test: .venv/dev chromium
+test: .venv/dev chromium postgresql
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
@@ -38,12 +38,23 @@ chromium:
 		{ apt-get install -y -qq chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; }; } || \
 		echo "no chromium and no way to install it: the tests in a browser are skipped"
 
+# Debian's PostgreSQL, for the tests of shared servers; each starts one of its own on loopback.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/pg_ctl >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		{ apt-get install -y -qq postgresql >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; }; }; } || \
+		echo "no PostgreSQL and no way to install it: the tests of shared servers are skipped"
+
 lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/hadolint deploy/*.Dockerfile
+	$(BIN)/shellcheck deploy/*.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(BIN)/check-jsonschema --schemafile deploy/kubernetes/raycluster.schema.json deploy/kubernetes/ray.yaml
+	$(BIN)/kubernetes-validate --strict --quiet --no-warn deploy/kubernetes/*.yaml
+	D3PO_DOMAIN=d3po.test D3PO_OWNERS=owners.example $(BIN)/caddy adapt --config deploy/Caddyfile >/dev/null
 
 # The site of docs/, in site/: open site/index.html. The variable silences a notice: mkdocs-material ends in May 2027.
 docs: .venv/dev

@@ -11,7 +11,8 @@ COPY constraints.txt deploy/serve.sh /usr/local/share/d3po/
 # The CPU's build of torch: without CUDA.
 RUN pip install --no-cache-dir --constraint /usr/local/share/d3po/constraints.txt uv \
     && uv pip install --system --no-cache --torch-backend cpu \
-        --constraint /usr/local/share/d3po/constraints.txt /wheels/*.whl \
+        --constraint /usr/local/share/d3po/constraints.txt \
+        "$(echo /wheels/*.whl)[cluster,mirror,servers]" \
     && useradd --create-home --uid 1000 d3po \
     && install --directory --owner d3po --group d3po /project /data
 USER 1000

@@ -17,7 +17,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir --constraint /usr/local/share/d3po/constraints.txt uv \
     && uv pip install --system --no-cache --torch-backend "$TORCH_BACKEND" \
-        --constraint /usr/local/share/d3po/constraints.txt /wheels/*.whl \
+        --constraint /usr/local/share/d3po/constraints.txt \
+        "$(echo /wheels/*.whl)[cluster,mirror,servers]" \
     && useradd --create-home --uid 1000 d3po \
     && install --directory --owner d3po --group d3po /project /data
 USER 1000

@@ -31,7 +31,8 @@ def label(
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; by default that of d3po up, else 8700")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Name that other machines use for this one; may be repeated")
+        list[str] | None,
+        typer.Option(envvar="D3PO_LABEL_HOSTS", help="Name that other machines use for this one; may be repeated"),
     ] = None,
     compare: Annotated[
         str | None,

@@ -138,12 +138,10 @@ def run(ports: dict[str, int], deployment: str, config: object) -> str:
     """Run one round of a deployment as its schedule does, and return the run's id."""
     body = {"parameters": {"rounds": 1, "config": config}}
     run_id = str(post(ports, f"/deployments/{deployment}/create_flow_run", body)["id"])
-    import time; t=time.time()
     ended = eventually(
         lambda: get(ports, f"/flow_runs/{run_id}")["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), 200
     )
     assert ended
-    print("RUN", time.time()-t)
     assert get(ports, f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
     return run_id
 
