@@ -67,10 +67,9 @@ def kill_at_each(
     run_rounds: Callable[..., int], data: Path, values: dict[str, Any], rounds: int, points: list[int], after: bool
 ) -> Path:
     """Kill the run at each of these commits, counted over all its attempts, then let it end; gives its folder."""
-    campaign, done = data / "runs" / values["campaign"], 0
+    campaign = data / "runs" / values["campaign"]
     for point in points:
-        assert run_rounds(values, rounds, kill_at=max(1, point - done), after=after) == -9, f"no kill at {point}"
-        done = point
+        assert run_rounds(values, rounds, kill_at=point, after=after) == -9, f"no kill at commit {point}"
     assert run_rounds(values, rounds) == 0
     assert not list(campaign.rglob("*.tmp")), "half-written files of a killed run are still there"
     return campaign
