@@ -29,8 +29,10 @@ demo: .venv/ready
 	$(BIN)/d3po run round --rounds $(DEMO_ROUNDS)
 
 # Two files at a time: many tests wait for servers. Threads that wait for work must then leave the processor to others.
+# In the order of their names: pytest-xdist would put files of few tests last, which are the long ones, and at the end
+# one process would work alone.
 test: .venv/dev chromium postgresql
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 # The labelling page is tested in a real browser: Debian's, installed when that is possible; else those tests are skipped.
 chromium:

@@ -62,7 +62,7 @@ def run_rounds(prefect_server: dict[str, str]) -> Iterator[Callable[..., int]]:
     before = {name: os.environ.get(name) for name in prefect_server}
     os.environ.update(prefect_server)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["d3po.flows.round"])
+    context.set_forkserver_preload(["tests.flows.warm"])
 
     def run(
         values: dict[str, Any], rounds: int, kill_at: int | None = None, after: bool = False,

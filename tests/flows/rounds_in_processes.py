@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def run_rounds(
     With ``kill_rank_in``, the second of several processes is killed when that stage has begun its work, once.
 
     Every file that a campaign keeps comes into being by ``os.replace``: these are all the points at which what a killed
-    run leaves behind can differ.
+    run leaves behind can differ. They are counted over all attempts of a campaign; what is done again counts once.
     """
     import torch
 
@@ -23,23 +24,29 @@ def run_rounds(
     from d3po_core.paths import data_folder
 
     torch.set_num_threads(2)  # as on a user's two cores: these rounds are to be the same again
-    commits = 0
-    replace = os.replace
+    replace, note = os.replace, data_folder() / f"{values['campaign']}.seen"
+    seen = set(note.read_text().splitlines()) if note.exists() else set()
+    times: Counter[str] = Counter()  # in this attempt: some files are written again and again
 
     def counted(source: Any, target: Any) -> None:
-        nonlocal commits
-        commits += 1
-        if commits == kill_at and not after:
+        times[str(target)] += 1
+        commit = f"{target} {times[str(target)]}"
+        here = commit not in seen and len(seen) + 1 == kill_at
+        if commit not in seen:
+            seen.add(commit)
+            with note.open("a") as stream:
+                stream.write(f"{commit}\n")
+        if here and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
-        if commits == kill_at and after:
+        if here and after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = counted  # type: ignore[assignment]
     if kill_rank_in:
         _kill_a_rank_once(kill_rank_in, data_folder() / f"{values['campaign']}.killed")
     state = d3po(rounds, load_config(values, "test"), return_state=True)
-    (data_folder() / f"{values['campaign']}.commits").write_text(str(commits))
+    (data_folder() / f"{values['campaign']}.commits").write_text(str(len(seen)))
     (data_folder() / f"{values['campaign']}.message").write_text(str(state.message))
     os._exit(0 if state.is_completed() else 3)
 

@@ -49,31 +49,37 @@ def undisturbed(run_rounds: Callable[..., int], data: Path) -> dict[str, Any]:
     return found
 
 
-# Kills spread evenly over all commits of files in two rounds, before and after them in turn: campaign and goal, the
-# evaluation of the base, shards and their images, judgements, preferences, updates in progress, the checkpoint, the
-# round's row. D3PO_KILLS=40 kills at more points.
-KILLS = int(os.environ.get("D3PO_KILLS", "6"))
+# Kills spread evenly over all commits of files in two rounds: campaign and goal, the evaluation of the base, shards and
+# their images, judgements, preferences, updates in progress, the checkpoint, the round's row. A campaign is killed at
+# every other of them before the commit, and another at the rest after it; each attempt goes on where the last one died,
+# so that no stage is computed again for a kill in a later one. D3PO_KILLS=40 kills at more points.
+KILLS = int(os.environ.get("D3PO_KILLS", "10"))
+
+
+def kill_points(commits: int, kills: int, after: bool) -> list[int]:
+    """The commits of an undisturbed run at which to kill, every second of those evenly spread."""
+    # Not after the very last one: then the run is finished, and the same command adds rounds.
+    spread = [1 + kill * (commits - 1) // max(1, kills - 1) for kill in range(kills)]
+    return [at for at in spread[int(after) :: 2] if not (after and at == commits)]
+
+
+def kill_at_each(
+    run_rounds: Callable[..., int], data: Path, values: dict[str, Any], rounds: int, points: list[int], after: bool
+) -> Path:
+    """Kill the run at each of these commits, counted over all its attempts, then let it end; gives its folder."""
+    campaign = data / "runs" / values["campaign"]
+    for point in points:
+        assert run_rounds(values, rounds, kill_at=point, after=after) == -9, f"no kill at commit {point}"
+    assert run_rounds(values, rounds) == 0
+    assert not list(campaign.rglob("*.tmp")), "half-written files of a killed run are still there"
+    return campaign
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("after", [False, True])
 def test_killed_run_ends_as_an_undisturbed_one(
-    kill: int, run_rounds: Callable[..., int], data: Path, undisturbed: dict[str, Any]
+    after: bool, run_rounds: Callable[..., int], data: Path, undisturbed: dict[str, Any]
 ) -> None:
-    commits = int((data / "undisturbed.commits").read_text())
-    # Not after the very last one: then the run is finished, and the same command adds rounds.
-    kill_at, after = 1 + kill * (commits - 1) // max(1, KILLS - 1), kill % 2 == 1 and kill < KILLS - 1
-    name = f"killed-{kill_at}-{'after' if after else 'before'}"
-    assert run_rounds(small(name), ROUNDS, kill_at=kill_at, after=after) == -9
-    assert run_rounds(small(name), ROUNDS) == 0
-    assert outcome(data / "runs" / name) == undisturbed
-    assert not list((data / "runs" / name).rglob("*.tmp")), "half-written files of the killed run are still there"
-
-
-def test_run_killed_three_times_ends_as_an_undisturbed_one(
-    run_rounds: Callable[..., int], data: Path, undisturbed: dict[str, Any]
-) -> None:
-    for kill_at in (25, 9, 14):
-        assert run_rounds(small("killed-thrice"), ROUNDS, kill_at=kill_at) == -9
-    assert run_rounds(small("killed-thrice"), ROUNDS) == 0
-    assert outcome(data / "runs" / "killed-thrice") == undisturbed
+    points = kill_points(int((data / "undisturbed.commits").read_text()), KILLS, after)
+    values = small(f"killed-{'after' if after else 'before'}")
+    assert outcome(kill_at_each(run_rounds, data, values, ROUNDS, points, after)) == undisturbed

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from d3po_core.store.campaign import campaign_lock
 from d3po_core.store.images import load_png
 from d3po_core.store.stages import finished_rounds
 from d3po_core.store.tables import connect
+from tests.flows.real_servers import eventually
 from tests.flows.test_kill import SMALL
 
 NAME = "small"
@@ -214,11 +214,10 @@ def test_second_run_of_a_busy_campaign_is_refused_in_one_line(
 
 
 def lines_of(campaign: str) -> list[str]:
-    """What Prefect's page shows of the run of a campaign; lines arrive a moment after they were written."""
+    """What Prefect's page shows of the run of a campaign."""
     api = os.environ["PREFECT_API_URL"]
     tagged = {"flow_runs": {"tags": {"all_": [f"campaign:{campaign}"]}}}
     (run,) = httpx.post(f"{api}/flow_runs/filter", json=tagged, trust_env=False).json()
-    time.sleep(3)
     body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "limit": 200}
     return [line["message"] for line in httpx.post(f"{api}/logs/filter", json=body, trust_env=False).json()]
 
@@ -238,7 +237,8 @@ def test_mlflow_that_is_down_costs_nothing_and_is_told_later(
         folder.unlink()
         aside.rename(folder)
     assert [record.mlflow_run_id for record in finished_rounds(data / "runs" / "unheard")] == [None, None]
-    assert any("they are kept and delivered with the next one" in line for line in lines_of("unheard"))
+    kept = "they are kept and delivered with the next one"
+    assert eventually(lambda: any(kept in line for line in lines_of("unheard"))), "lines arrive a moment later"
     assert run_rounds(values, 1) == 0
     client = MlflowClient(f"sqlite:///{data}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("d3po")

@@ -1,4 +1,4 @@
-"""What a real Prefect server keeps of finished rounds."""
+"""Rounds that the guard warns of: what their rows say, and what a real Prefect server keeps of them."""
 
 import subprocess
 import sys
@@ -11,8 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from d3po_core.paths import PROJECT_ROOT
-from d3po_core.store.stages import stage_path
-from tests.flows.test_kill import SMALL
+from d3po_core.store.stages import finished_rounds, stage_path
+from d3po_core.store.tables import partition, read_rows
+from tests.flows.test_guard import SMALL, row_of
 from tests.flows.test_servers import eventually
 
 NAME = "Shown_1"
@@ -41,7 +42,7 @@ def campaign(run_rounds: Callable[..., int], data: Path, prefect_server: dict[st
         [sys.executable, "-m", "prefect", "automation", "create", "--from-file", PROJECT_ROOT / "docs/automation.yaml"],
         check=True, capture_output=True,
     )  # fmt: skip
-    values = {**SMALL, "campaign": NAME, "guard": {"max_drift": 1e-9}}
+    values = {**SMALL, "campaign": NAME, "guard": {"policy": "warn", "max_drift": 1e-12}}
     folder = data / "runs" / NAME
     assert run_rounds(values, 1) == 0
     stage_path(folder, 1, "event").with_suffix(".told").unlink()  # as a run leaves it that is killed before it is told
@@ -58,6 +59,22 @@ def test_each_finished_round_is_one_event_also_when_it_is_sent_again(campaign: P
     assert "drift" in last["findings"]
     assert Path(last["checkpoint"]).is_dir()
     assert {"sample", "train", "evaluate"} <= last["seconds"].keys()
+
+
+def test_warned_round_is_built_upon(campaign: Path) -> None:
+    assert [record.verdict for record in finished_rounds(campaign)] == ["ok", "warned", "warned"]
+    assert row_of(campaign, 2)["checkpoint_in"] == "checkpoints/round=1"
+
+
+def test_rounds_say_how_they_compare(campaign: Path) -> None:
+    row = row_of(campaign, 1)
+    assert 0 <= row["win_rate_base"] <= 1
+    assert row["win_rate_base"] == row["win_rate_before"] == row["win_rate_champion"]  # all are the base
+    assert row["win_rate_base_low"] <= row["win_rate_base"] <= row["win_rate_base_high"]
+    assert row["drift"] > 0
+    assert 0 < row["diversity"] < 1
+    scorers = {r["scorer"] for r in read_rows(partition(campaign, "evaluations", 1) / "part.parquet")}
+    assert scorers == {"prompt_alignment", "brightness"}
 
 
 def test_example_automation_reacts_to_rounds_that_the_guard_does_not_trust(

@@ -1,6 +1,6 @@
 """Hostile files: whatever is in them, an import ends in a report or a D3POError, and writes all or nothing.
 
-``D3PO_FUZZ_EXAMPLES=10000`` runs as many; without it a few hundred.
+``D3PO_FUZZ_EXAMPLES=10000`` runs as many; without it a few dozen.
 """
 
 import json
@@ -21,7 +21,7 @@ from d3po_core.paths import PROJECT_ROOT
 from d3po_core.store.tables import check_table
 from tests.core.sampled import sampled_campaign, samples
 
-EXAMPLES = int(os.environ.get("D3PO_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("D3PO_FUZZ_EXAMPLES", "60"))
 VALID = [file.read_bytes() for file in sorted((PROJECT_ROOT / "data/examples/judgements").iterdir())]
 KNOWN = {row["sample_id"]: row["group_id"] for row in samples(3).to_pylist()}
 OUTCOMES: Counter[str] = Counter()

@@ -100,7 +100,7 @@ def judgements_of(groups: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(scored_groups())
 def test_pareto_equals_dominance_in_numpy(groups: dict[str, np.ndarray]) -> None:
     derived = derive({group: len(scores) for group, scores in groups.items()}, judgements_of(groups))
@@ -123,7 +123,7 @@ def test_pareto_equals_dominance_in_numpy(groups: dict[str, np.ndarray]) -> None
     assert derived.num_ties == len(names) - len(expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(scored_groups())
 def test_majority_equals_counting_in_numpy(groups: dict[str, np.ndarray]) -> None:
     derived = derive({group: len(scores) for group, scores in groups.items()}, judgements_of(groups), "majority")
@@ -140,7 +140,7 @@ def test_majority_equals_counting_in_numpy(groups: dict[str, np.ndarray]) -> Non
     assert found == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(scored_groups(), st.sampled_from(("pareto", "majority")))
 def test_best_worst_is_the_pair_of_most_and_fewest_wins(groups: dict[str, np.ndarray], combine: str) -> None:
     sizes = {group: len(scores) for group, scores in groups.items()}
@@ -367,7 +367,7 @@ def weighted_in_numpy(
     return won, ties
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(scored_groups(), st.data())
 def test_weighted_equals_sums_of_standardised_scores_in_numpy(
     groups: dict[str, np.ndarray], data: st.DataObject
