@@ -9,6 +9,7 @@ import getpass
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -75,6 +76,7 @@ class Lease:
         self._clock, self._since = clock, datetime.now(UTC).isoformat(timespec="seconds")
         self.number: int | None = None
         self._renewed_at = 0.0
+        self._lock = threading.RLock()
 
     def take(self) -> bool:
         """Take the lease; return whether it is new here, False if this folder held it already.
@@ -89,7 +91,7 @@ class Lease:
             own = newest is not None and newest.holding.holder == self._holder
             if not own and self.number is not None:
                 raise LeaseLostError(self._lost(newest))
-            if newest and not own and newest.holding.seconds and not self._expired(newest):
+            if newest and not own and newest.holding.seconds and not self.is_over(newest):
                 raise LeaseHeldError(self._held(newest))
             if self._create(newest.number + 1 if newest else 1, self._seconds):
                 return not own
@@ -102,8 +104,9 @@ class Lease:
             LeaseLostError: another machine has it.
             MirrorAwayError: the store does not answer.
         """
-        if self.number is None or self._clock() - self._renewed_at > self._seconds / 2:
-            self.take()
+        with self._lock:  # the run and the thread that renews both ask
+            if self.number is None or self._clock() - self._renewed_at > self._seconds / 2:
+                self.take()
 
     def release(self) -> None:
         """Give the lease back, if it is ours, so that another machine need not wait for its end."""
@@ -144,7 +147,12 @@ class Lease:
                 self._objects.delete(lease_name(older))
         return True
 
-    def _expired(self, newest: Newest) -> bool:
+    def is_own(self, newest: Newest) -> bool:
+        """Return whether a lease is this folder's."""
+        return newest.holding.holder == self._holder
+
+    def is_over(self, newest: Newest) -> bool:
+        """Return whether a lease has run out, by the store's clock."""
         return self._store_time() > self.ends(newest)
 
     def _store_time(self) -> datetime:
