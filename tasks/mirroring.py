@@ -12,7 +12,7 @@ from d3po_core.errors import D3POError
 from d3po_core.mirror.lease import Lease, LeaseHeldError, LeaseLostError, holder_of
 from d3po_core.mirror.objects import MirrorAwayError, Objects, check_url, open_objects
 from d3po_core.mirror.pulling import Pulled, pull_campaign
-from d3po_core.mirror.putting import Put, put_campaign
+from d3po_core.mirror.putting import Put, forget_round, put_campaign
 from d3po_core.mirror.state import LOCK_FILE, read_state, write_state
 from d3po_core.store.campaign import CAMPAIGN_FILE
 from d3po_core.store.files import exclusive
@@ -181,6 +181,26 @@ def push(config: CampaignConfig) -> tuple[Put, Objects]:
         finally:
             if fresh:
                 lease.release()
+
+
+def forget_in_mirror(campaign: Path, round_number: int) -> None:
+    """Delete a dropped round's records from the campaign's mirror; without a mirror, do nothing.
+
+    Raises:
+        D3POError: the store is away, or another machine writes the campaign; the same command tries again.
+    """
+    store = read_state(campaign).config
+    if store.mirror is None:
+        return
+    objects = open_objects(store.mirror, campaign.name, store.timeout_seconds)
+    lease = Lease(objects, holder_of(campaign), campaign.name, store.lease_seconds)
+    with exclusive(campaign / LOCK_FILE):
+        lease.take()
+        try:
+            forget_round(campaign, round_number, objects, lease)
+            put_campaign(campaign, store, objects, lease)
+        finally:
+            lease.release()
 
 
 def _is_free(lease: Lease) -> bool:

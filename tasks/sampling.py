@@ -87,8 +87,8 @@ def _draw_left_out(config: CampaignConfig, round_number: int) -> None:
         (folder / LEFT_OUT).unlink(missing_ok=True)
     if found := damages(config.folder, [round_number], kinds):
         raise D3POError(
-            f"round {round_number} of campaign {config.campaign!r}: {len(found)} files came out differently than on the "
-            "machine that was lost, and judgements belong to those; drop the round (d3po discard-round) and set "
+            f"round {round_number} of campaign {config.campaign!r}: {len(found)} files came out differently than on "
+            "the lost machine, and judgements belong to those; drop the round (d3po discard-round) and set "
             "store.mirror_images and store.mirror_trajectories"
         )
 

@@ -36,7 +36,7 @@ def test_lease_that_ran_out_can_be_taken_over_and_its_writer_stops() -> None:
     first.take()
     store.clock[0] += SECONDS + 2.5
     assert second.take()
-    with pytest.raises(LeaseLostError, match="is no longer written from here: .* took it over"):
+    with pytest.raises(LeaseLostError, match=r"is no longer written from here: .* took it over"):
         first.require()
     second.require()
 
