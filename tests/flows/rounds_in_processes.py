@@ -7,9 +7,10 @@ from typing import Any
 
 
 def run_rounds(
-    values: dict[str, Any], rounds: int, kill_at: int | None, after: bool, kill_rank_in: str | None = None
+    values: dict[str, Any], rounds: int, kill_at: int | str | None, after: bool, kill_rank_in: str | None = None
 ) -> None:
-    """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it.
+    """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it; a text is a part
+    of the file's path.
 
     With ``kill_rank_in``, the second of several processes is killed when that stage has begun its work, once.
 
@@ -29,10 +30,11 @@ def run_rounds(
     def counted(source: Any, target: Any) -> None:
         nonlocal commits
         commits += 1
-        if commits == kill_at and not after:
+        there = kill_at in str(target) if isinstance(kill_at, str) else commits == kill_at
+        if there and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
-        if commits == kill_at and after:
+        if there and after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = counted  # type: ignore[assignment]
