@@ -9,8 +9,9 @@ from typing import Any
 def run_rounds(
     values: dict[str, Any], rounds: int, kill_at: int | str | None, after: bool, kill_rank_in: str | None = None
 ) -> None:
-    """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it; a text is a part
-    of the file's path.
+    """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it.
+
+    A text is a part of the path of the file that is committed.
 
     With ``kill_rank_in``, the second of several processes is killed when that stage has begun its work, once.
 
