@@ -9,10 +9,11 @@ from pathlib import Path
 from d3po.tasks.logs import run_logger
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.mirror.lease import Lease, LeaseHeldError, LeaseLostError, holder_of
-from d3po_core.mirror.objects import MirrorAwayError, Objects, check_url, open_objects
-from d3po_core.mirror.pulling import Pulled, pull_campaign
-from d3po_core.mirror.putting import Put, forget_round, put_campaign
+from d3po_core.mirror.lease import LeaseHeldError, LeaseLostError
+from d3po_core.mirror.objects import MirrorAwayError, check_url
+from d3po_core.mirror.opening import open_mirror
+from d3po_core.mirror.pulling import pull_campaign
+from d3po_core.mirror.putting import put_campaign
 from d3po_core.mirror.state import LOCK_FILE, read_state, write_state
 from d3po_core.store.campaign import CAMPAIGN_FILE
 from d3po_core.store.files import exclusive
@@ -58,7 +59,7 @@ class Session:
             self._warn(error)
             pulled = None
         if pulled and (pulled.stages or pulled.entries):
-            self._log.info("from the mirror %s: %s", self.objects.shown, pulled_in_words(pulled))
+            self._log.info("from the mirror %s: %s", self.objects.shown, pulled.in_words)
         threading.Thread(target=self._renew, name="mirror-lease", daemon=True).start()
 
     def deliver(self) -> None:
@@ -115,19 +116,6 @@ class Session:
             self._log.warning("%s; the run goes on, and what is missing there is put later (or: d3po push)", error)
 
 
-def open_mirror(config: CampaignConfig) -> tuple[Objects, Lease]:
-    """Return a campaign's objects and its lease, which is not taken yet.
-
-    Raises:
-        MirrorAwayError: the mirror is a folder that is not there.
-        D3POError: the address is none.
-    """
-    store = config.store
-    assert store.mirror is not None, "only for campaigns that have a mirror"
-    objects = open_objects(store.mirror, config.campaign, store.timeout_seconds)
-    return objects, Lease(objects, holder_of(config.folder), config.campaign, store.lease_seconds)
-
-
 @contextlib.contextmanager
 def mirrored(config: CampaignConfig) -> Iterator[None]:
     """Within this context, ``deliver`` keeps the campaign's mirror up to date; without ``store.mirror``, do nothing."""
@@ -161,56 +149,3 @@ def deliver(config: CampaignConfig) -> None:
     """
     if session := _sessions.get(config.folder):
         session.deliver()
-
-
-def push(config: CampaignConfig) -> tuple[Put, Objects]:
-    """Put what the mirror lacks, outside a run; give the lease back if it was free before.
-
-    Raises:
-        D3POError: the store is away, or another machine writes the campaign.
-    """
-    objects, lease = open_mirror(config)
-    state = read_state(config.folder)
-    state.store = config.store.model_dump(mode="json")
-    write_state(config.folder, state)
-    with exclusive(config.folder / LOCK_FILE):
-        fresh = _is_free(lease)
-        lease.take()
-        try:
-            return put_campaign(config.folder, config.store, objects, lease), objects
-        finally:
-            if fresh:
-                lease.release()
-
-
-def forget_in_mirror(campaign: Path, round_number: int) -> None:
-    """Delete a dropped round's records from the campaign's mirror; without a mirror, do nothing.
-
-    Raises:
-        D3POError: the store is away, or another machine writes the campaign; the same command tries again.
-    """
-    store = read_state(campaign).config
-    if store.mirror is None:
-        return
-    objects = open_objects(store.mirror, campaign.name, store.timeout_seconds)
-    lease = Lease(objects, holder_of(campaign), campaign.name, store.lease_seconds)
-    with exclusive(campaign / LOCK_FILE):
-        lease.take()
-        try:
-            forget_round(campaign, round_number, objects, lease)
-            put_campaign(campaign, store, objects, lease)
-        finally:
-            lease.release()
-
-
-def _is_free(lease: Lease) -> bool:
-    """Return whether no living run of this folder holds the lease."""
-    newest = lease.newest()
-    return newest is None or newest.holding.seconds == 0 or not lease.is_own(newest) or lease.is_over(newest)
-
-
-def pulled_in_words(pulled: Pulled) -> str:
-    """Return what was pulled, for a person."""
-    said = f"{pulled.stages} stages, {pulled.files} files"
-    said += f", {pulled.entries} judgements of the page" if pulled.entries else ""
-    return said + (f"; {pulled.left_out} images and trajectories were never there" if pulled.left_out else "")

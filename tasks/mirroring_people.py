@@ -4,8 +4,8 @@ import threading
 from pathlib import Path
 
 from d3po.tasks.logs import run_logger
-from d3po.tasks.mirroring import push
 from d3po_core.config import CampaignConfig
+from d3po_core.mirror.opening import push
 from d3po_core.mirror.state import STATE_FILE, read_state
 from d3po_core.store.campaign import CAMPAIGN_FILE, campaign_named
 

@@ -29,6 +29,13 @@ class Pulled(NamedTuple):
     entries: int
     left_out: int
 
+    @property
+    def in_words(self) -> str:
+        """Return what came, for a person."""
+        said = f"{self.stages} stages, {self.files} files"
+        said += f", {self.entries} judgements of the page" if self.entries else ""
+        return said + (f"; {self.left_out} images and trajectories were never there" if self.left_out else "")
+
 
 def pull_campaign(campaign: Path, store: StoreConfig, objects: Objects) -> Pulled | None:
     """Bring what the folder lacks; return what came, None if the mirror has no such campaign.

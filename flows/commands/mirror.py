@@ -27,7 +27,7 @@ def push(
     to: Annotated[str | None, typer.Option(help="Mirror to use, if the campaign has none or another one")] = None,
 ) -> None:
     """Put what the mirror lacks of a campaign into it."""
-    from d3po.tasks.mirroring import push as put
+    from d3po_core.mirror.opening import push as put
 
     done, objects = put(_config_of(campaign, to))
     news = f"{done.stages} stages" if done.stages else "no new stage"
@@ -41,7 +41,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Show what a mirror holds, what is missing there, how large it is, and who holds the lease."""
-    from d3po.tasks.mirroring import open_mirror
+    from d3po_core.mirror.opening import open_mirror
     from d3po_core.mirror.standing import standing
 
     config = config_at(where) if "://" in where else _config_of(where, None)
@@ -87,7 +87,6 @@ def pulled_line(config: CampaignConfig) -> str:
     Raises:
         D3POError: the mirror has no such campaign, or is away.
     """
-    from d3po.tasks.mirroring import open_mirror, pulled_in_words
     from d3po_core.mirror.objects import open_objects
     from d3po_core.mirror.pulling import pull_campaign
     from d3po_core.mirror.versions import newest_version
@@ -97,10 +96,9 @@ def pulled_line(config: CampaignConfig) -> str:
     if newest_version(objects) is None:  # before the folder is made
         raise D3POError(f"{objects.shown} holds no campaign; look at the address, or type: d3po mirror status CAMPAIGN")
     with campaign_lock(config.folder, who="pull"):
-        objects, _ = open_mirror(config)
         pulled = pull_campaign(config.folder, config.store, objects)
     assert pulled is not None, "it was there a moment ago"
-    return f"{pulled_in_words(pulled)}; {_counted(objects)}"
+    return f"{pulled.in_words}; {_counted(objects)}"
 
 
 def _config_of(campaign: str, mirror: str | None) -> CampaignConfig:

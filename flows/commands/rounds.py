@@ -26,7 +26,7 @@ def discard_round(
     with_judgements: Annotated[bool, typer.Option(help="Even if people have judged the round already")] = False,
 ) -> None:
     """Delete the unfinished round, so that it can start again; finished rounds stay."""
-    from d3po.tasks.mirroring import forget_in_mirror
+    from d3po_core.mirror.opening import forget_in_mirror
     from d3po_core.people.questions import count_judgements
     from d3po_core.store.campaign import campaign_lock, campaign_named
     from d3po_core.store.leftovers import discard_round as discard
