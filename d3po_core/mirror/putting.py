@@ -25,6 +25,8 @@ from d3po_core.store.stages import stage_path
 from d3po_core.store.tables import partition
 
 AT_ONCE = 8
+# One small picture per stage; the report and MLflow on the next machine show them.
+OVERVIEWS = ("/contact_sheet.png", "/grid.png")
 Place = tuple[int, int]
 
 
@@ -82,6 +84,8 @@ def finished_places(campaign: Path) -> list[Place]:
 
 def is_mirrored(name: str, store: StoreConfig) -> bool:
     """Return whether a file of a stage belongs into the mirror, by its path in the campaign."""
+    if name.endswith(OVERVIEWS):
+        return True
     kind = name.partition("/")[0]
     return {"images": store.mirror_images, "trajectories": store.mirror_trajectories}.get(kind, True)
 

@@ -11,7 +11,7 @@ from d3po_core.errors import D3POError
 from d3po_core.mirror.layout import record_name, stage_copy, version_name
 from d3po_core.mirror.lease import LeaseHeldError
 from d3po_core.mirror.objects import open_objects
-from d3po_core.mirror.putting import finished_places, forget_round
+from d3po_core.mirror.putting import finished_places, forget_round, is_mirrored
 from d3po_core.mirror.state import DivergedError
 from d3po_core.people.journal import raw_rows
 from d3po_core.store.integrity import damages
@@ -71,6 +71,12 @@ def test_images_are_mirrored_by_choice(folder_mirror: str, tmp_path: Path) -> No
     second.pull()
     image = "images/round=1/a.png"
     assert (second.folder / image).read_bytes() == (first.folder / image).read_bytes()
+
+
+def test_overviews_are_always_mirrored(tmp_path: Path, folder_mirror: str) -> None:
+    store = Machine(tmp_path / "a", folder_mirror).config.store
+    names = ("images/round=1/contact_sheet.png", "images/round=1/grid.png", "images/round=1/r1-g0-m0.png")
+    assert [is_mirrored(name, store) for name in names] == [True, True, False]
 
 
 def test_both_sides_go_on_from_each_other(two: tuple[Machine, Machine]) -> None:
