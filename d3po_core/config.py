@@ -288,6 +288,21 @@ class GuardConfig(_Section):
     max_clip_fraction: float = Field(0.9, gt=0, le=1, description="Largest allowed share of pairs with a clipped ratio")
 
 
+class StoreConfig(_Section):
+    """A second home for the campaign: object storage from which another machine can go on."""
+
+    mirror: str | None = Field(
+        None,
+        description="Address of the mirror: s3://BUCKET/PREFIX, gs://..., az://... or file:///FOLDER (extra mirror)",
+    )
+    mirror_images: bool = Field(False, description="Put images in the mirror too")
+    mirror_trajectories: bool = Field(False, description="Put trajectories in the mirror too; they are large")
+    lease_seconds: float = Field(
+        120.0, ge=1, le=86_400, description="Another machine may take the campaign over this long after the last sign"
+    )
+    timeout_seconds: float = Field(10.0, gt=0, le=600, description="Time limit of one request to the mirror")
+
+
 class CampaignConfig(_Section):
     """All settings of a campaign."""
 
@@ -304,6 +319,7 @@ class CampaignConfig(_Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     guard: GuardConfig = GuardConfig()
+    store: StoreConfig = StoreConfig()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -348,6 +364,7 @@ FREE_FIELDS = (
     "accept_changes",
     "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
     "scoring.tries",
+    "store.mirror", "store.mirror_images", "store.mirror_trajectories", "store.lease_seconds", "store.timeout_seconds",
 )  # fmt: skip
 
 # The published code's choices, except its learning rate, 3e-5 for Stable Diffusion, which depends on the model.

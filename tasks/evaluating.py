@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from prefect import task
 
+from d3po.tasks import mirroring
 from d3po.tasks.scoring import SCORE_BATCH
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
 from d3po.tasks.tracking import delivery
@@ -28,6 +29,7 @@ def evaluate_checkpoint(config: CampaignConfig, round_number: int) -> EvaluateRe
     record = finish_stage(
         config.folder, round_number, "evaluate", EvaluateRecord, lambda: _evaluate(config, round_number)
     )
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 

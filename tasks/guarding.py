@@ -2,6 +2,7 @@
 
 from prefect import get_run_logger, task
 
+from d3po.tasks import mirroring
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
@@ -19,6 +20,7 @@ def guard_round(config: CampaignConfig, round_number: int) -> GuardRecord:
     )
     if record.findings:
         get_run_logger().warning("round %d %s: %s", round_number, record.verdict, "; ".join(record.findings))
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 

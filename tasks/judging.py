@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from prefect import task
 
+from d3po.tasks import mirroring
 from d3po.tasks.scoring import score_round, scored_early
 from d3po.tasks.stage import STAGE_OPTIONS, progress
 from d3po.tasks.tracking import delivery
@@ -24,6 +25,7 @@ from d3po_core.store.tables import connect, partition, table_from_rows, write_ta
 def judge_images(config: CampaignConfig, round_number: int) -> JudgeRecord:
     """Score every image of the round with the configured proxy scorers."""
     record = finish_stage(config.folder, round_number, "judge", JudgeRecord, lambda: _judge(config, round_number))
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 
@@ -32,6 +34,7 @@ def judge_images(config: CampaignConfig, round_number: int) -> JudgeRecord:
 def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
     """Turn the round's judgements into preferences."""
     record = finish_stage(config.folder, round_number, "derive", DeriveRecord, lambda: _derive(config, round_number))
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 
+from d3po.tasks import mirroring
 from d3po.tasks.showing import show_rounds
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
@@ -95,6 +96,7 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     report = config.folder / REPORT_FILE
     if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
         _report(config)  # its run was killed before it wrote the report
+    mirroring.deliver(config)
     delivery.deliver(config)
     show_rounds(config)
     return numbers
@@ -119,6 +121,7 @@ def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
     note_published(config.folder, round_number)
     _report(config)
+    mirroring.deliver(config)
     delivery.deliver(config)
     show_rounds(config)
     return round_record(round_number, read_rows(path)[0])

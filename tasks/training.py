@@ -2,6 +2,7 @@
 
 from prefect import get_run_logger, task
 
+from d3po.tasks import mirroring
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
@@ -19,6 +20,7 @@ def train_policy(config: CampaignConfig, round_number: int) -> TrainRecord:
     warning = drowned_warning(record.drowned, config.train)
     if warning:
         get_run_logger().warning("round %d: %s", round_number, warning)
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 

@@ -21,6 +21,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.runtime import deployment, flow_run
 from prefect.states import State
 
+from d3po.tasks import mirroring
 from d3po.tasks.alive import revive
 from d3po.tasks.announcing import announce, missing, page_url
 from d3po.tasks.run_names import run_tags
@@ -96,6 +97,7 @@ def collect_judgements(config: CampaignConfig, round_number: int, ended: str) ->
         )
 
     record = finish_stage(config.folder, round_number, "label", LabelRecord, collect)
+    mirroring.deliver(config)
     delivery.deliver(config)
     return record
 

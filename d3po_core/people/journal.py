@@ -222,6 +222,33 @@ class Journal:
             row = self._connection.execute(query, (sampling, name)).fetchone()
         return row[0] if row else None
 
+    def raw(self) -> tuple[list[list[Any]], list[list[str]]]:
+        """Entries and notes as SQLite holds them, at one moment."""
+        with self._lock, self._errors():
+            self._connection.execute("BEGIN")
+            try:
+                entries = self._connection.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY seq").fetchall()
+                notes = self._connection.execute("SELECT * FROM notes ORDER BY sampling, name").fetchall()
+            finally:
+                self._connection.execute("ROLLBACK")
+        return [list(row) for row in entries], [list(row) for row in notes]
+
+    def restore(self, rows: list[list[Any]], notes: list[list[str]]) -> int:
+        """See ``restore_rows``."""
+        with self._transaction() as connection:
+            query = f"SELECT {_COLUMNS} FROM entries ORDER BY seq"
+            here = [list(row) for row in connection.execute(query).fetchall()]
+            common = min(len(here), len(rows))
+            if here[:common] != rows[:common]:
+                raise D3POError(
+                    f"{self.path}: people judged here and elsewhere since the two copies parted; nothing was changed. "
+                    "Move this campaign's folder away, then pull it again, and import what is missing"
+                )
+            places = ", ".join("?" * len(_COLUMNS.split(",")))
+            connection.executemany(f"INSERT INTO entries ({_COLUMNS}) VALUES ({places})", rows[common:])
+            connection.executemany("INSERT OR IGNORE INTO notes VALUES (?, ?, ?)", notes)
+            return len(rows) - common
+
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
         """Keep all other writers of the journal out, in this process and in others."""
@@ -275,6 +302,26 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
         return []
     with contextlib.closing(Journal(campaign, read_only=True)) as journal:
         return journal.entries(sampling)
+
+
+def raw_rows(campaign: Path) -> tuple[list[list[Any]], list[list[str]]]:
+    """All entries and notes of the journal as SQLite holds them, for a copy elsewhere; none without a journal."""
+    if not (campaign / JOURNAL_FILE).exists():
+        return [], []
+    with contextlib.closing(Journal(campaign, read_only=True)) as journal:
+        return journal.raw()
+
+
+def restore_rows(campaign: Path, rows: list[list[Any]], notes: list[list[str]]) -> int:
+    """Add what a copy of the journal has more than this one; return the number of entries added.
+
+    Raises:
+        D3POError: the two hold different entries under one number; nothing was changed.
+    """
+    if not rows and not notes:
+        return 0
+    with contextlib.closing(Journal(campaign)) as journal:
+        return journal.restore(rows, notes)
 
 
 def next_attempt(entries: Iterable[Entry]) -> int:

@@ -22,6 +22,8 @@ REMEDIES = {
     "checkpoints": "restore it from a copy; d3po replay shows whether the round trains to the same weights",
 }
 RESTORE = "restore it from a copy"
+# In a folder whose missing files were left out of the mirror that this copy of the campaign came from.
+LEFT_OUT = ".left-out"
 _known: dict[tuple[str, int, int, int], str] = {}
 _listed: dict[tuple[str, int], dict[str, tuple[int, str]]] = {}
 
@@ -138,6 +140,12 @@ def require_files(campaign: Path, names: Iterable[str]) -> None:
     _raise(campaign, [damage for damage in found if damage] + gone)
 
 
+def listed_files(campaign: Path, round_number: int, stage: str) -> dict[str, tuple[int, str]]:
+    """Return size and digest of each file that a stage listed, by its path in the campaign; none without a list."""
+    path = campaign / "stages" / f"round={round_number}" / f"{stage}.files"
+    return dict(_read_list(path)) if path.exists() else {}
+
+
 def noted_names(campaign: Path) -> set[str]:
     """Return the paths in the campaign of all files that finished stages listed."""
     return {name for name, _ in _entries(campaign)}
@@ -179,6 +187,8 @@ def _not_begun(campaign: Path, name: str) -> bool:
 
 
 def _pruned(path: Path) -> bool:
+    if (path.parent / LEFT_OUT).exists():
+        return True
     return path.parent.parent.name == "trajectories" and not any(path.parent.glob("*.safetensors"))
 
 

@@ -3,6 +3,8 @@
 import getpass
 import re
 import sys
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -157,7 +159,15 @@ def serve_page(
         data, on_complete, priority, mode=mode, hosts=hosts, on_compared=on_compared, grace_seconds=grace_seconds
     )
     print("Ctrl-C ends the page; what was judged is kept", flush=True)
+    _keep_mirrored(data / "runs")
     serve(app, host, port)
+
+
+def _keep_mirrored(runs: Path) -> None:
+    """Put judgements of mirrored campaigns into their mirrors while the page runs."""
+    from d3po.tasks.mirroring_people import watch_people
+
+    threading.Thread(target=watch_people, args=(runs, threading.Event()), name="mirror", daemon=True).start()
 
 
 def _account() -> str:

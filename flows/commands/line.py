@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from d3po.flows.commands import campaigns
+from d3po.flows.commands import campaigns, mirror
 from d3po.flows.commands.again import prune, regenerate, replay
 from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.browse import browse
@@ -20,6 +20,7 @@ from d3po.flows.commands.init import init
 from d3po.flows.commands.invite import invite, revoke
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
 from d3po.flows.commands.label import label
+from d3po.flows.commands.mirror import pull, push
 from d3po.flows.commands.plan import plan
 from d3po.flows.commands.raters import raters
 from d3po.flows.commands.report import compare, report
@@ -35,6 +36,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Before a run": (plan, doctor),
     "People judge": (label, invite, revoke, import_judgements, export_sheet, raters),
     "Look": (query, show, browse, compare, report, check),
+    "Another machine": (pull, push),
     "Make again, drop, take away": (regenerate, replay, prune, export_preferences, export_lora),
 }
 for panel, commands in PANELS.items():
@@ -43,6 +45,7 @@ for panel, commands in PANELS.items():
         app.command(name, rich_help_panel=panel)(command)
 for command in (run, submit, rounds, discard_round, up, down, status, init):
     app.command()(command)
+app.add_typer(mirror.app, name="mirror", rich_help_panel="Another machine")
 app.add_typer(campaigns.app, name="campaigns", rich_help_panel="Look")
 
 

@@ -26,6 +26,7 @@ def discard_round(
     with_judgements: Annotated[bool, typer.Option(help="Even if people have judged the round already")] = False,
 ) -> None:
     """Delete the unfinished round, so that it can start again; finished rounds stay."""
+    from d3po_core.mirror.opening import forget_in_mirror
     from d3po_core.people.questions import count_judgements
     from d3po_core.store.campaign import campaign_lock, campaign_named
     from d3po_core.store.leftovers import discard_round as discard
@@ -40,6 +41,7 @@ def discard_round(
                 "lost; finish the round, or drop it all the same with --with-judgements"
             )
         number = discard(folder)
+        forget_in_mirror(folder, last_finished_round(folder) + 1)
     print(f"campaign {campaign}: " + ("no unfinished round" if number is None else f"round {number} dropped"))
 
 

@@ -4,6 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
+
+import typer
 
 from d3po.flows.commands.parts import ConfigOption, DeploymentArgument, NameOption, RoundsOption, SettingOption
 from d3po.flows.commands.rounds import show_campaign
@@ -21,11 +24,22 @@ def run(
     campaign: NameOption = None,
     file: ConfigOption = None,
     setting: SettingOption = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="Go on with a mirrored campaign: s3://BUCKET/PREFIX/CAMPAIGN")
+    ] = None,
 ) -> None:
     """Run rounds of a campaign in this terminal; needs no server."""
     from d3po.flows.planning import announce
 
-    config = deployment_config(deployment, campaign, setting or [], file)
+    settings = setting or []
+    if origin:
+        from d3po.flows.commands.mirror import pulled_line, split_url
+
+        mirror, campaign = split_url(origin)
+        settings = [*settings, f"store.mirror={mirror}"]
+    config = deployment_config(deployment, campaign, settings, file)
+    if origin:
+        print(f"campaign {config.campaign}: {pulled_line(config)}")
     require_no_wait(config, rounds)
     announce(config, rounds)
     with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):

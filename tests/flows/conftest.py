@@ -65,7 +65,7 @@ def run_rounds(prefect_server: dict[str, str]) -> Iterator[Callable[..., int]]:
     context.set_forkserver_preload(["tests.flows.warm"])
 
     def run(
-        values: dict[str, Any], rounds: int, kill_at: int | None = None, after: bool = False,
+        values: dict[str, Any], rounds: int, kill_at: int | str | None = None, after: bool = False,
         kill_rank_in: str | None = None,
     ) -> int:  # fmt: skip
         from tests.flows.rounds_in_processes import run_rounds as target

@@ -8,9 +8,11 @@ from typing import Any
 
 
 def run_rounds(
-    values: dict[str, Any], rounds: int, kill_at: int | None, after: bool, kill_rank_in: str | None = None
+    values: dict[str, Any], rounds: int, kill_at: int | str | None, after: bool, kill_rank_in: str | None = None
 ) -> None:
     """Run the flow ``d3po``; with ``kill_at``, die by SIGKILL at that commit of a file, before or after it.
+
+    A text is a part of the path of the file that is committed.
 
     With ``kill_rank_in``, the second of several processes is killed when that stage has begun its work, once.
 
@@ -31,7 +33,8 @@ def run_rounds(
     def counted(source: Any, target: Any) -> None:
         times[str(target)] += 1
         commit = f"{target} {times[str(target)]}"
-        here = commit not in seen and len(seen) + 1 == kill_at
+        named = isinstance(kill_at, str) and kill_at in str(target)
+        here = named or (commit not in seen and len(seen) + 1 == kill_at)
         if commit not in seen:
             seen.add(commit)
             with note.open("a") as stream:

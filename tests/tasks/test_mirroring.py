@@ -1,0 +1,113 @@
+"""A run and its mirror: a store that is away costs a line, a lost lease ends the run, people's judgements get there."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from d3po.tasks import mirroring
+from d3po.tasks.mirroring import Session, mirrored
+from d3po.tasks.mirroring_people import put_judgements
+from d3po_core.errors import D3POError
+from d3po_core.mirror.lease import LeaseHeldError, LeaseLostError
+from d3po_core.mirror.opening import push
+from d3po_core.mirror.putting import missing_places
+from d3po_core.people.journal import raw_rows
+from tests.core.mirror.campaigns import Machine
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    (tmp_path / "m").mkdir()
+    return f"file://{tmp_path / 'm'}"
+
+
+def test_store_that_is_away_costs_one_line_and_gets_everything_later(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(mirroring, "PAUSE", 0)
+    machine = Machine(tmp_path / "a", url)
+    machine.begin()
+    with mirrored(machine.config):
+        (tmp_path / "m").rename(tmp_path / "gone")
+        (tmp_path / "m").write_text("no folder")
+        for number in (1, 2):
+            machine.begin(number)
+            machine.sample(number)
+            mirroring.deliver(machine.config)
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert "the run goes on, and what is missing there is put later (or: d3po push)" in warnings[0]
+        (tmp_path / "m").unlink()
+        (tmp_path / "gone").rename(tmp_path / "m")
+        mirroring.deliver(machine.config)
+        assert "answers again and has everything" in caplog.text
+    assert not missing_places(machine.folder, machine.objects)
+
+
+def test_new_campaign_does_not_begin_while_its_mirror_is_away(url: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "a", url)
+    (tmp_path / "m").rmdir()
+    (tmp_path / "m").write_text("no folder")
+    with pytest.raises(D3POError, match=r"is no folder; mount it|cannot be told whether it is new"):
+        Session(machine.config).begin()
+
+
+def test_run_that_lost_its_lease_stops_before_it_publishes(url: str, tmp_path: Path) -> None:
+    first = Machine(tmp_path / "a", url, lease_seconds=1)
+    other = Machine(tmp_path / "b", url)
+    first.begin()
+    session = Session(first.config)
+    session.begin()
+    session.leave()  # as a machine that is paused: nothing renews the lease
+    first.sample()
+    for path in (tmp_path / "m/c/lease").iterdir():
+        os.utime(path, (0, 0))  # by the store's clock, its time is over
+    session.lease._renewed_at -= 1  # and by its own
+    assert other.lease.take()
+    with pytest.raises(LeaseLostError, match="is no longer written from here"):
+        session.deliver()
+    assert not other.objects.listed("records/")
+
+
+def test_run_gives_its_lease_back(url: str, tmp_path: Path) -> None:
+    first, second = Machine(tmp_path / "a", url), Machine(tmp_path / "b", url)
+    first.begin()
+    with mirrored(first.config), pytest.raises(LeaseHeldError):
+        second.lease.take()
+    assert second.lease.take()
+
+
+def test_push_leaves_a_running_runs_lease_alone(url: str, tmp_path: Path) -> None:
+    first, second = Machine(tmp_path / "a", url), Machine(tmp_path / "b", url)
+    first.begin()
+    with mirrored(first.config):
+        push(first.config)
+        with pytest.raises(LeaseHeldError):
+            second.lease.take()
+    push(first.config)
+    assert second.lease.take()
+
+
+def test_judgements_get_there_without_a_run(url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Machine(tmp_path / "a", url), Machine(tmp_path / "b", url)
+    first.begin()
+    with mirrored(first.config):
+        pass  # the run sleeps now
+    put: dict[Path, tuple[object, ...]] = {}
+    first.judge(3)
+    put_judgements(tmp_path / "a", put, {})
+    second.pull()
+    assert raw_rows(second.folder) == raw_rows(first.folder)
+    requests = len(first.objects.listed("versions/"))
+    put_judgements(tmp_path / "a", put, {})
+    assert len(first.objects.listed("versions/")) == requests, "nothing is new"
+    said: dict[Path, str] = {}
+    second.lease.take()  # another machine goes on
+    first.judge(1, first=3)
+    for _ in range(2):
+        put_judgements(tmp_path / "a", put, said)
+    told = [r for r in caplog.records if "judgements are kept here and put into the mirror later" in r.getMessage()]
+    assert len(told) == 1
