@@ -14,7 +14,7 @@ from d3po_core.training.objective import Objective
 
 
 def _found() -> dict[str, type[Objective]]:
-    classes = {}
+    classes: dict[str, type[Objective]] = {}
     for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         module = importlib.import_module(f"{__name__}.{name}")
         own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
