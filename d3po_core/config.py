@@ -202,7 +202,9 @@ PAPERS_BETA = 0.1
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
-    objective: str = Field("d3po", description="What is learned, by name; d3po: Eq. 14 (docs/explanation/objectives.md)")
+    objective: str = Field(
+        "d3po", description="What is learned, by name; d3po: Eq. 14 (docs/explanation/objectives.md)"
+    )
     settings: dict[str, bool | int | float | str] = Field(
         {}, description="Settings of another objective than d3po, by name, such as {beta: 5000}"
     )

@@ -19,7 +19,15 @@ LARGE_NETWORK = 400_000_000
 
 def problems(config: CampaignConfig) -> Iterator[D3POError]:
     """Find what would stop a run, one error for each check that fails; the hub is not asked (``check_hub``)."""
-    for check in (check_campaign_fits, check_prompts, check_scorers, check_learning, check_model_path, check_disk, check_gpu):
+    for check in (
+        check_campaign_fits,
+        check_prompts,
+        check_scorers,
+        check_learning,
+        check_model_path,
+        check_disk,
+        check_gpu,
+    ):
         try:
             check(config)
         except D3POError as error:

@@ -88,9 +88,7 @@ class FinalImageLesson(Lesson):
             with self._start.active():
                 self._reference = KeptOutputs.of(self._output, cells, rows)
 
-    def _draw(
-        self, image_R: torch.Tensor, step_R: torch.Tensor, update_seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, image_R: torch.Tensor, step_R: torch.Tensor, update_seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x_t and the output that leads from it to x_0; noise seeds are hashes of update, image and step."""
         images, steps = (send(x, self.keep_on) for x in (image_R, step_R))
         signal_R, noise_R, of_x0_R, of_noise_R = (

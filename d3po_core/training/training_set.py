@@ -65,7 +65,8 @@ def load_training_set(
         log_probs_NT=torch.stack([shard["log_probs"][row] for shard, row in rows]) if rows else empty,
         groups=[
             PairedGroup(
-                tuple(images), tuple(pairs_of[group]),
+                tuple(images),
+                tuple(pairs_of[group]),
                 tuple(label_of[used[i]["sample_id"]] for i in images) if label_of else (),
             )
             for group, images in images_of.items()

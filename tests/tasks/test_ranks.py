@@ -146,6 +146,7 @@ def relative(found: list[float], expected: list[float]) -> float:
         (rank_jobs.gradient, {}, 1e-4),
         (rank_jobs.gradient, {"train": {"micro_batch": 2}}, 1e-4),
         (rank_jobs.gradient, {"train": {"reference": "base"}}, 1e-4),
+        (rank_jobs.gradient, {"train": {"objective": "kto", "settings": {"beta": 50}, "reference": "base"}}, 1e-4),
         (rank_jobs.gradient_of_one_cell, {}, 1e-4),
         (rank_jobs.gradient_short_of_memory, {}, 1e-4),
         (rank_jobs.gradient, {"model": {"precision": "fp16"}, "train": {"beta": 1.0}}, 1e-2),

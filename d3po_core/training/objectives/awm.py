@@ -22,7 +22,9 @@ class Awm(Objective):
         "ghuber", description="lp of the error e at noise share t: -e, -t e, -t^2 e, -t sqrt(e), or -t e^power / power"
     )
     power: float = Field(0.25, gt=0, le=1, description="Power of the error with weighting 'ghuber'")
-    clip_range: float = Field(1.0, gt=0, le=1, description="Clip the ratio to 1 -/+ this; at 1 nothing is clipped below")
+    clip_range: float = Field(
+        1.0, gt=0, le=1, description="Clip the ratio to 1 -/+ this; at 1 nothing is clipped below"
+    )
     kl_weight: float = Field(
         0.003, ge=0, description="Weight of the squared difference from the base's prediction: it holds losers back"
     )

@@ -15,7 +15,9 @@ class DiffusionDpo(Safeguarded):
 
     shares_noise: ClassVar[bool] = True
 
-    beta: float = Field(5000.0, gt=0, description="Inverse temperature of mean errors; diffusers' beta_dpo is half of it")
+    beta: float = Field(
+        5000.0, gt=0, description="Inverse temperature of mean errors; diffusers' beta_dpo is half of it"
+    )
     loss: Literal["sigmoid", "hinge", "ipo"] = Field(
         "sigmoid", description="sigmoid: -log sigmoid(u); hinge: relu(1 - u); ipo: (u / beta - 1 / (2 beta))^2"
     )

@@ -17,7 +17,9 @@ class Dpok(Objective):
     reference: ClassVar[Reference] = "none"
 
     reward_weight: float = Field(100.0, gt=0, description="w_r, weight of the reward term")
-    kl_weight: float = Field(0.01, ge=0, description="w_kl, weight of the squared difference from the base's prediction")
+    kl_weight: float = Field(
+        0.01, ge=0, description="w_kl, weight of the squared difference from the base's prediction"
+    )
     clip_range: float = Field(1e-4, gt=0, lt=1, description="Clamp the ratio of mean log_probs to 1 -/+ this")
 
     def needs_base(self) -> bool:

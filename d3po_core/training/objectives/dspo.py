@@ -19,6 +19,8 @@ class Dspo(Safeguarded):
     def losses(self, rows: Rows, train: TrainConfig) -> Losses:
         """Return one loss per pair and step."""
         rest_P = 1 - self.logit(rows).sigmoid()
-        output, target, reference = (x[rows.winner_P] for x in (rows.output_RCHW, rows.target_RCHW, rows.reference_RCHW))
+        output, target, reference = (
+            x[rows.winner_P] for x in (rows.output_RCHW, rows.target_RCHW, rows.reference_RCHW)
+        )
         loss_P = squares((output - target) - self.beta * rest_P[:, None, None, None] * (output - reference))
         return Losses.plain(rows.weight_P * loss_P, -rows.rise_R, rest_P.detach())

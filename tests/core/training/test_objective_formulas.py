@@ -147,9 +147,7 @@ def ppo(ratio: Tensor, advantage: float, clip: float) -> Tensor:
 
 
 def ddpo(rows: Rows) -> Tensor:
-    return of_images(
-        rows, lambda i: ppo(torch.exp(rows.log_prob_R[i] - rows.sampled_log_prob_R[i]), NUMBERS[i], 0.1)
-    )
+    return of_images(rows, lambda i: ppo(torch.exp(rows.log_prob_R[i] - rows.sampled_log_prob_R[i]), NUMBERS[i], 0.1))
 
 
 def grpo_guard(rows: Rows) -> Tensor:
@@ -174,9 +172,7 @@ def nft(rows: Rows) -> Tensor:
     """In the space of x_0: x_0 is x0_scale times the output plus what both share."""
 
     def formula(i: int) -> Tensor:
-        v, old, target, s = (
-            x[i] for x in (rows.output_RCHW, rows.reference_RCHW, rows.target_RCHW, rows.x0_scale_R)
-        )
+        v, old, target, s = (x[i] for x in (rows.output_RCHW, rows.reference_RCHW, rows.target_RCHW, rows.x0_scale_R))
         r, beta = min(max(min(max(NUMBERS[i], -5), 5) / 10 + 0.5, 0), 1), 0.5
         both = []
         for mixed in (beta * v + (1 - beta) * old, (1 + beta) * old - beta * v):
@@ -199,9 +195,7 @@ def awm(rows: Rows) -> Tensor:
 
 
 def dgpo(rows: Rows) -> Tensor:
-    e, ref = (
-        [mse(x[i], rows.target_RCHW[i]) for i in range(6)] for x in (rows.output_RCHW, rows.reference_RCHW)
-    )
+    e, ref = ([mse(x[i], rows.target_RCHW[i]) for i in range(6)] for x in (rows.output_RCHW, rows.reference_RCHW))
 
     def formula(i: int) -> Tensor:
         group = next(g for g in GROUPS if i in g)
