@@ -151,7 +151,7 @@ class JudgeConfig(_Section):
     pairs: Literal["all", "best_worst"] = Field("all", description="Which pairs of a group to use")
     rewards: Literal["auto", "scores", "win_rate", "bradley_terry"] = Field(
         "auto",
-        description="Where objectives without pairs take an image's number from: its scores, its share of won pairs, or "
+        description="Where objectives without pairs take an image's number from: its scores, its share of won pairs or "
         "its Bradley-Terry strength. auto: win rate where people decide, scores elsewhere",
     )
     people: PeopleConfig = PeopleConfig()
@@ -202,9 +202,7 @@ PAPERS_BETA = 0.1
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
-    objective: str = Field(
-        "d3po", description="What is learned, by name; d3po: Eq. 14 (docs/explanation/objectives.md)"
-    )
+    objective: str = Field("d3po", description="What is learned; d3po: Eq. 14. All: docs/explanation/objectives.md")
     settings: dict[str, bool | int | float | str] = Field(
         {}, description="Settings of another objective than d3po, by name, such as {beta: 5000}"
     )

@@ -90,8 +90,9 @@ def _displaced(trained: TrainRecord) -> list[str]:
     if winner is None or loser is None or kl is None or min(winner, loser) <= DISPLACED * max(kl, 0):
         return []
     return [
-        f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g} nats per element, "
-        f"at a KL of {kl:.3g} (likelihood displacement); lower the learning rate or beta, or use train.settings.safeguard"
+        f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g} nats per "
+        f"element, at a KL of {kl:.3g} (likelihood displacement); lower train.learning_rate or beta, or see safeguard "
+        "in docs/explanation/objectives.md"
     ]
 
 

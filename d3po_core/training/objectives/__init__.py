@@ -18,7 +18,7 @@ def _found() -> dict[str, type[Objective]]:
     for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         module = importlib.import_module(f"{__name__}.{name}")
         own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-        classes |= {name: kind for kind in own if isinstance(kind, type) and issubclass(kind, Objective)}
+        classes[name] = next(kind for kind in own if isinstance(kind, type) and issubclass(kind, Objective))
     return classes
 
 

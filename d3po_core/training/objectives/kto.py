@@ -35,8 +35,5 @@ class Kto(Objective):
         sign_R = rows.number_R.sign()
         weight_R = torch.where(sign_R > 0, self.good_weight, self.bad_weight)
         x_R = sign_R * self.beta * (-rows.rise_R - rows.update_mean.clamp(min=0))
-        if self.utility == "sigmoid":
-            loss_R = weight_R * (1 - x_R.sigmoid())
-        else:
-            loss_R = weight_R * (1 - logsigmoid(x_R))
-        return Losses.plain(loss_R, -rows.rise_R, (-x_R).sigmoid())
+        utility_R = x_R.sigmoid() if self.utility == "sigmoid" else logsigmoid(x_R)
+        return Losses.plain(weight_R * (1 - utility_R), -rows.rise_R, (-x_R).sigmoid())

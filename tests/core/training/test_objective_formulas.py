@@ -68,27 +68,27 @@ def of_images(rows: Rows, formula: Callable[[int], Tensor]) -> Tensor:
 
 def plain_u(rows: Rows, beta: float) -> Callable[[int, int], Tensor]:
     o, t, r = rows.output_RCHW, rows.target_RCHW, rows.reference_RCHW
-    return lambda w, l: -beta / 2 * ((mse(o[w], t[w]) - mse(o[l], t[l])) - (mse(r[w], t[w]) - mse(r[l], t[l])))
+    return lambda w, lo: -beta / 2 * ((mse(o[w], t[w]) - mse(o[lo], t[lo])) - (mse(r[w], t[w]) - mse(r[lo], t[lo])))
 
 
 def d3po(rows: Rows) -> Tensor:
     c = [rows.step_weight_R[i] * (rows.log_prob_R[i] - rows.reference_log_prob_R[i]) for i in range(6)]
-    return of_pairs(rows, lambda w, l: -torch.log(sigmoid(2.0 * (c[w] - c[l]))))
+    return of_pairs(rows, lambda w, lo: -torch.log(sigmoid(2.0 * (c[w] - c[lo]))))
 
 
 def dpo(rows: Rows) -> Tensor:
     u = plain_u(rows, 7.0)
-    return of_pairs(rows, lambda w, l: -torch.log(sigmoid(u(w, l))))
+    return of_pairs(rows, lambda w, lo: -torch.log(sigmoid(u(w, lo))))
 
 
 def hinge(rows: Rows) -> Tensor:
     u = plain_u(rows, 1.5)
-    return of_pairs(rows, lambda w, l: torch.clamp(1 - u(w, l), min=0))
+    return of_pairs(rows, lambda w, lo: torch.clamp(1 - u(w, lo), min=0))
 
 
 def ipo(rows: Rows) -> Tensor:
     h = plain_u(rows, 1.0)  # the margin without beta; its aim is 1 / (2 beta)
-    return of_pairs(rows, lambda w, l: (h(w, l) - 1 / (2 * 7.0)) ** 2)
+    return of_pairs(rows, lambda w, lo: (h(w, lo) - 1 / (2 * 7.0)) ** 2)
 
 
 def kto(rows: Rows) -> Tensor:
@@ -105,19 +105,19 @@ def kto(rows: Rows) -> Tensor:
 def mapo(rows: Rows) -> Tensor:
     e = [mse(rows.output_RCHW[i], rows.target_RCHW[i]) for i in range(6)]
     f = [0.5 * x / (torch.exp(0.5 * x) - 1) for x in e]
-    return of_pairs(rows, lambda w, l: e[w] - 0.1 * torch.log(sigmoid(1000.0 * 0.01 * (f[w] - f[l]))))
+    return of_pairs(rows, lambda w, lo: e[w] - 0.1 * torch.log(sigmoid(1000.0 * 0.01 * (f[w] - f[lo]))))
 
 
 def dspo(rows: Rows) -> Tensor:
     u, o, t, r = plain_u(rows, 0.7), rows.output_RCHW, rows.target_RCHW, rows.reference_RCHW
-    return of_pairs(rows, lambda w, l: (((o[w] - t[w]) - 0.7 * (1 - sigmoid(u(w, l))) * (o[w] - r[w])) ** 2).mean())
+    return of_pairs(rows, lambda w, lo: (((o[w] - t[w]) - 0.7 * (1 - sigmoid(u(w, lo))) * (o[w] - r[w])) ** 2).mean())
 
 
 def alpha_dpo(rows: Rows) -> Tensor:
     u, a = plain_u(rows, 7.0), 0.9
 
-    def formula(w: int, l: int) -> Tensor:
-        p = sigmoid(u(w, l))
+    def formula(w: int, lo: int) -> Tensor:
+        p = sigmoid(u(w, lo))
         return (p**a - (1 - a) - a * p) / (a * (a - 1))
 
     return of_pairs(rows, formula)
@@ -126,8 +126,8 @@ def alpha_dpo(rows: Rows) -> Tensor:
 def dmpo(rows: Rows) -> Tensor:
     u, q = plain_u(rows, 7.0), 1 - 0.01
 
-    def formula(w: int, l: int) -> Tensor:
-        p = sigmoid(u(w, l))
+    def formula(w: int, lo: int) -> Tensor:
+        p = sigmoid(u(w, lo))
         return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
 
     return of_pairs(rows, formula)
@@ -242,7 +242,7 @@ def test_every_objective_has_a_formula_here() -> None:
 
 
 def test_d3pos_logit_is_diffusion_dpos_with_the_step_taken_as_target_and_beta_scaled_by_the_step() -> None:
-    """mu = a x_t + c out, so (x' - mu)^2 = c^2 (out* - out)^2 with out* = (x' - a x_t) / c: beta_dpo = beta c^2 / s^2."""
+    """mu = a x_t + c out, so (x' - mu)^2 = c^2 (out* - out)^2, out* = (x' - a x_t) / c: beta_dpo is beta c^2 / s^2."""
     beta, c, a = 3.0, -0.7, 1.1
     now, following, output, reference = (drawn(seed, 6, *SHAPE) for seed in (11, 12, 13, 14))
     sigma = torch.tensor(SIGMA, dtype=torch.float64)[:, None, None, None]
@@ -267,7 +267,7 @@ def test_d3pos_logit_is_diffusion_dpos_with_the_step_taken_as_target_and_beta_sc
 def test_diffusers_beta_without_its_half_is_half_of_ours() -> None:
     rows, u = made(), plain_u(made(), 2.0)  # -beta/2 with beta 2: the bare margin
     ours = OBJECTIVES["diffusion_dpo"](beta=5.0).losses(rows, TrainConfig()).loss_U
-    theirs = of_pairs(rows, lambda w, l: -torch.log(sigmoid(2.5 * u(w, l))))
+    theirs = of_pairs(rows, lambda w, lo: -torch.log(sigmoid(2.5 * u(w, lo))))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -312,12 +312,12 @@ def test_alpha_dpo_near_alpha_one_keeps_its_digits() -> None:
     rows = made(**{n: getattr(made(), n).float() for n in ("output_RCHW", "target_RCHW", "reference_RCHW", "weight_P")})
     loss = OBJECTIVES["alpha_dpo"](beta=7, alpha=1 - 1e-7, reweight=False).losses(rows, TrainConfig()).loss_U
     u = plain_u(made(), 7.0)
-    limit = of_pairs(rows, lambda w, l: sigmoid(u(w, l)) * torch.log(sigmoid(u(w, l))) - sigmoid(u(w, l)) + 1)
+    limit = of_pairs(rows, lambda w, lo: sigmoid(u(w, lo)) * torch.log(sigmoid(u(w, lo))) - sigmoid(u(w, lo)) + 1)
     torch.testing.assert_close(loss.double(), limit, rtol=1e-4, atol=1e-6)
 
 
 def test_the_safeguard_keeps_the_winners_error_from_rising_and_changes_no_value() -> None:
-    """One step down the loss in output space: with equal gradients of both, the loser's share would raise the winner."""
+    """One step down the loss in output space: where both gradients agree, the loser's share would raise the winner."""
     target, output = drawn(1, 6, *SHAPE), drawn(2, 6, *SHAPE)
     output[1] = target[1] + 3 * (output[0] - target[0])  # the loser pulls three times as hard, the same way
     rows = made(output_RCHW=output.clone().requires_grad_(), target_RCHW=target)
@@ -326,7 +326,7 @@ def test_the_safeguard_keeps_the_winners_error_from_rising_and_changes_no_value(
     scale_P = loser_scale(rows, mu=0.9)
     assert scale_P[0].item() == pytest.approx(0.1 / 3)
     g_w, g_l = output[0] - target[0], output[1] - target[1]
-    assert (g_w * (g_w - g_l)).sum() < 0  # both networks outputs moved by one shared step: the winner's error rises
+    assert (g_w * (g_w - g_l)).sum() < 0  # both outputs move by one shared step: the winner's error rises
     assert (g_w * (g_w - scale_P[0] * g_l)).sum() >= 0.9 * (g_w**2).sum() * (1 - 1e-6)
     apart = made(output_RCHW=torch.stack([output[0], 2 * target[1] - output[1], *output[2:]]), target_RCHW=target)
     assert loser_scale(apart, mu=0.9)[0] == 1  # gradients that point apart are left alone

@@ -37,8 +37,10 @@ from tests.core.training.test_trainer import (
 
 ADVANTAGES = [(1.2, -1.3, 0.1), (-1.0, 1.0)]
 # Strengths at which a tiny round is enough to see which way it goes.
-STRONG: dict[str, dict[str, Any]] = {"dspo": {"beta": 300.0}, "ddpo": {"clip_range": 0.05}, "grpo": {"clip_range": 0.05},
-          "dpok": {"clip_range": 0.05}, "rwr": {"temperature": 3.0}, "mapo": {"beta": 1.0}}  # fmt: skip
+STRONG: dict[str, dict[str, Any]] = {
+    "dspo": {"beta": 300.0}, "ddpo": {"clip_range": 0.05}, "grpo": {"clip_range": 0.05}, "dpok": {"clip_range": 0.05},
+    "rwr": {"temperature": 3.0}, "mapo": {"beta": 1.0},
+}  # fmt: skip
 
 
 def labelled(policy: Policy, objective: str) -> TrainingSet:
@@ -205,10 +207,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": {"objective": "kto", "settings": {"betta": 1}}}, "train.settings.betta is 1: .*settings of kto: beta, "),
     ({"train": {"objective": "kto", "settings": {"beta": -1}}}, "train.settings.beta is -1: .*greater than 0"),
     ({"train": {"settings": {"beta": 1}}}, "train.settings.beta is 1: .*settings of d3po: none"),
-    ({"train": {"objective": "kto", "beta": 5}}, "train.beta is 5.0 but train.objective is 'kto', which does not read it"),
+    ({"train": {"objective": "kto", "beta": 5}}, "train.beta is 5.0 but .*'kto', which does not read it"),
     ({"train": {"objective": "alpha_dpo", "settings": {"alpha": 1}}}, "train.settings.alpha is 1: .*must not be 1"),
     ({"train": {"objective": "mapo", "reference": "base"}}, "train.reference is 'base' but mapo has no reference"),
-    ({"train": {"objective": "nft", "reference": "base"}}, "'base' but nft learns from the policy that sampled the round"),
+    ({"train": {"objective": "nft", "reference": "base"}}, "nft learns from the policy that sampled the round"),
     ({"train": {"steps_per_image": 11}}, "train.steps_per_image is 11 but an image has 10 steps"),
     (
         {"train": {"objective": "ddpo"}, "judge": {"labeller": "human", "rewards": "scores"}},
