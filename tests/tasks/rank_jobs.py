@@ -71,10 +71,11 @@ def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: 
     update = next(updates)
     flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.weights.parameters()])
     seen = {key: getattr(update, key) for key in ("loss", "margin_before", "kl_before", "grad_norm", "num_pairs")}
+    known = [{key: value for key, value in row.items() if value is not None} for row in (seen, *update.per_step)]
     return {
         "gradient": flat.tolist(),
-        "seen": seen,
-        "per_step": update.per_step,
+        "seen": known[0],
+        "per_step": known[1:],
         "loss_scale": policy.loss_scale.factor,
     }
 
