@@ -27,7 +27,7 @@ from d3po_core.store.stages import read_record, stage_path, start_of
 
 VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
-DISPLACED = 2.0  # times the KL of the round
+DISPLACED = 2.0  # times what a random move as far would raise both errors by
 
 ALARM = 0.04 / 100  # one-sided, per test and round
 
@@ -84,15 +84,15 @@ def _nothing_learned(derived: DeriveRecord, trained: TrainRecord, evaluated: Eva
 def _displaced(trained: TrainRecord) -> list[str]:
     """Find a round whose policy left winners and losers alike.
 
-    A move in a random direction raises both errors by the round's KL, so only a larger rise of the winners' counts.
+    A move in a random direction raises both errors by the neutral amount, so only a larger rise counts.
     """
-    winner, loser, kl = trained.winner_error_after, trained.loser_error_after, trained.kl_after
-    if winner is None or loser is None or kl is None or min(winner, loser) <= DISPLACED * max(kl, 0):
+    winner, loser, neutral = trained.winner_error_after, trained.loser_error_after, trained.neutral_error_after
+    if winner is None or loser is None or neutral is None or min(winner, loser) <= DISPLACED * max(neutral, 0):
         return []
     return [
-        f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g} nats per "
-        f"element, at a KL of {kl:.3g} (likelihood displacement); lower train.learning_rate or beta, or see safeguard "
-        "in docs/explanation/objectives.md"
+        f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g}, and a random "
+        f"move as far by {neutral:.3g} nats per element (likelihood displacement); lower train.learning_rate or beta, or "
+        "see safeguard in docs/explanation/objectives.md"
     ]
 
 

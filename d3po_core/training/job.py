@@ -45,7 +45,7 @@ AVERAGED = (
     "loss", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction", "gradient_factor", "drowned",
 )  # fmt: skip
 
-MEASURED = ("margin", "pair_accuracy", "kl", "winner_error", "loser_error")
+MEASURED = ("margin", "pair_accuracy", "kl", "winner_error", "loser_error", "neutral_error")
 
 Rows = list[dict[str, Any]]
 

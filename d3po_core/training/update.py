@@ -23,6 +23,7 @@ class Seen:
         pair_accuracy: share of pairs and steps with a margin above 0; a margin of exactly 0 counts half.
         winner_error: minus the reward of winners: the rise of their error.
         loser_error: the same of losers; if both rise, the policy leaves both (likelihood displacement).
+        neutral_error: the rise of either error by a move as far in a random direction: the KL, with the steps' weights.
         kl: KL between the steps of the sampling policy and of this policy, nats per element and step.
         clip_fraction: share of ratios that were clamped.
         gradient_factor: mean share of the gradient at work; sigmoid(-u) for logistic losses, 1/2 at their start.
@@ -33,6 +34,7 @@ class Seen:
     pair_accuracy: float | None
     winner_error: float | None
     loser_error: float | None
+    neutral_error: float | None
     kl: float | None
     clip_fraction: float
     gradient_factor: float
@@ -40,8 +42,8 @@ class Seen:
 
 OF_UNITS = ("loss", "clip_fraction", "gradient_factor")
 OF_PAIRS = ("margin", "pair_accuracy", "winner_error", "loser_error")
-NAMES = (*OF_UNITS, *OF_PAIRS, "kl", "units", "pairs", "rows")
-COUNTS = {**dict.fromkeys(OF_UNITS, "units"), **dict.fromkeys(OF_PAIRS, "pairs"), "kl": "rows"}
+NAMES = (*OF_UNITS, *OF_PAIRS, "neutral_error", "kl", "units", "pairs", "rows")
+COUNTS = {**dict.fromkeys(OF_UNITS, "units"), **dict.fromkeys(OF_PAIRS, "pairs"), "neutral_error": "rows", "kl": "rows"}
 
 
 class UpdateTally:
@@ -65,6 +67,8 @@ class UpdateTally:
                   loser_error=-loser_P, pair_accuracy=0.5 * (1 + margin_P.sign()))  # fmt: skip
         if len(rows.kl_R):
             self._add(rows.step_R, rows=torch.ones_like(rows.kl_R), kl=rows.kl_R)
+        if len(rows.step_weight_R):
+            self._add(rows.step_R, neutral_error=rows.step_weight_R * rows.kl_R)
 
     def _add(self, step: torch.Tensor, **values: torch.Tensor) -> None:
         for name, value in values.items():

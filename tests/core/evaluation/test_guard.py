@@ -37,15 +37,15 @@ def test_a_judge_that_only_ties_is_found() -> None:
 
 
 def test_winners_and_losers_that_both_become_less_likely_are_found() -> None:
-    def of(winner: float, loser: float, kl: float = 1e-3) -> list[str]:
-        measured = {"winner_error_after": winner, "loser_error_after": loser, "kl_after": kl}
+    def of(winner: float, loser: float, neutral: float = 1e-3) -> list[str]:
+        measured = {"winner_error_after": winner, "loser_error_after": loser, "neutral_error_after": neutral}
         return findings(trained=TRAINED.model_copy(update=measured))
 
     (found,) = of(0.01, 0.02)
     assert found.startswith("winners became less likely too: their error rose by 0.01, the losers' by 0.02")
     assert of(-0.01, 0.02) == []  # what training is for
-    assert of(1e-3, 1e-3) == []  # the KL alone: any move does that
-    assert of(0.01, 0.02, kl=0.02) == []
+    assert of(1e-3, 1e-3) == []  # any move as far does that
+    assert of(0.01, 0.02, neutral=0.02) == []
 
 
 def test_groups_of_only_bad_images_can_teach_without_a_pair() -> None:

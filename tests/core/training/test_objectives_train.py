@@ -194,6 +194,17 @@ def test_noised_images_and_targets_are_those_of_diffusers(kind: str) -> None:
     torch.testing.assert_close(of_x0 * x0 + of_noise * noise, target, rtol=1e-5, atol=1e-5)
 
 
+def test_a_random_move_raises_both_errors_by_the_neutral_amount(policy: Policy) -> None:
+    """E[-log pi / pi_sampler] over the sampler's own steps is their KL."""
+    schedule, data = policy.schedule(NUM_STEPS, 1.0), labelled(policy, "d3po")
+    stir_lora(policy, seed=3, size=0.02)
+    learned = measure_learned(policy, schedule, data, settings(measured_share=1.0), 1.0, seed=7)
+    assert learned is not None
+    assert learned.neutral_error > 1e-3
+    for error in (learned.winner_error, learned.loser_error):
+        assert error == pytest.approx(learned.neutral_error, rel=0.4)
+
+
 def test_fewer_steps_per_image_are_drawn_anew_and_the_mean_is_over_them(policy: Policy) -> None:
     schedule, data = policy.schedule(NUM_STEPS, 1.0), labelled(policy, "d3po")
     update, _ = one_update(policy, schedule, data, settings(steps_per_image=1))
