@@ -91,8 +91,8 @@ def _displaced(trained: TrainRecord) -> list[str]:
         return []
     return [
         f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g}, and a random "
-        f"move as far by {neutral:.3g} nats per element (likelihood displacement); lower train.learning_rate or beta, or "
-        "see safeguard in docs/explanation/objectives.md"
+        f"move as far by {neutral:.3g} nats per element (likelihood displacement); lower train.learning_rate or beta, "
+        "or see safeguard in docs/explanation/objectives.md"
     ]
 
 
