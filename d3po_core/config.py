@@ -149,6 +149,11 @@ class JudgeConfig(_Section):
         {}, description="With combine 'weighted': weight per scorer; 1 by default"
     )
     pairs: Literal["all", "best_worst"] = Field("all", description="Which pairs of a group to use")
+    rewards: Literal["auto", "scores", "win_rate", "bradley_terry"] = Field(
+        "auto",
+        description="Where objectives without pairs take an image's number from: its scores, its share of won pairs or "
+        "its Bradley-Terry strength. auto: win rate where people decide, scores elsewhere",
+    )
     people: PeopleConfig = PeopleConfig()
 
     @model_validator(mode="after")
@@ -197,7 +202,10 @@ PAPERS_BETA = 0.1
 class TrainConfig(_Section):
     """How the policy learns from preferences."""
 
-    objective: str = Field("d3po", description="Loss over the round's pairs; d3po: Eq. 14")
+    objective: str = Field("d3po", description="What is learned; d3po: Eq. 14. All: docs/explanation/objectives.md")
+    settings: dict[str, bool | int | float | str] = Field(
+        {}, description="Settings of another objective than d3po, by name, such as {beta: 5000}"
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW, or AdamW with 8-bit moments: a quarter of their memory (extra adam8bit)"
     )
@@ -228,6 +236,9 @@ class TrainConfig(_Section):
         4, description="Optimizer steps per round, or one per group that has a pair"
     )
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the round's images")
+    steps_per_image: int | None = Field(
+        None, ge=1, le=1000, description="Denoising steps per image and pass, drawn at random; all by default"
+    )
     micro_batch: int = Field(64, ge=1, le=65536, description="Image-steps per pass through the network")
     carry_optimizer: bool = Field(True, description="Keep AdamW's moments from round to round")
     save_every_seconds: float = Field(60.0, ge=0, le=1e9, description="Seconds between saves of a running round")

@@ -68,7 +68,9 @@ class TrainRecord(Record):
 
     ``loss`` and fields ending in ``_before`` measure the policy before each update. Fields ending in ``_after`` measure
     the policy after the last update, on a share of the same pairs; None if not measured. Margins are log-ratios. KLs
-    are to the policy that sampled the round, in nats per element and step. ``drowned`` is the share of the weights
+    are to the policy that sampled the round, in nats per element and step. ``winner_error_after`` and
+    ``loser_error_after`` are minus the log-ratios of winners and losers; ``neutral_error_after`` is what a move in a
+    random direction of the same KL would raise both by. ``drowned`` is the share of the weights
     whose gradient was below AdamW's eps. ``failure`` says why training ended before its last update; the checkpoint
     is then that of the update before.
     """
@@ -84,6 +86,10 @@ class TrainRecord(Record):
     margin_after: float | None = None
     pair_accuracy_after: float | None = None
     kl_after: float | None = None
+    winner_error_after: float | None = None
+    loser_error_after: float | None = None
+    neutral_error_after: float | None = None
+    gradient_factor: float | None = None
     drowned: float | None = None
     failure: str | None = None
 

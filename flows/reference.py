@@ -17,6 +17,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.queries.views import VIEWS, connect_views
 from d3po_core.store.columns import MEANINGS, Entry, meaning
 from d3po_core.store.tables import SCHEMAS
+from d3po_core.training.objectives import OBJECTIVES
 
 
 def _sections(model: type[BaseModel] = CampaignConfig, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -71,7 +72,11 @@ def columns() -> list[Entry]:
 
 def undocumented() -> list[str]:
     """Fields, commands, options, tables and columns without a description."""
-    missing = [f"{e.section} {e.name}".strip() for e in [*fields(), *parameters(), *columns()] if not e.text.strip()]
+    missing = [
+        f"{e.section} {e.name}".strip()
+        for e in [*fields(), *objective_settings(), *parameters(), *columns()]
+        if not e.text.strip()
+    ]
     missing += [name for name in [*SCHEMAS, *VIEWS] if not MEANINGS.get(name, ("",))[0]]
     missing += [f"Campaign.{name}" for name, value in vars(Campaign).items() if name[0] != "_" and not value.__doc__]
     return missing + [path or "config" for path, model in _sections() if not inspect.getdoc(model)]
@@ -83,6 +88,39 @@ def configuration_page() -> str:
     for path, model in _sections():
         own = [e for e in entries if e.section == path]
         parts += [f"## {path or 'Campaign'}", inspect.getdoc(model) or "", _table(("field", "takes", "default"), own)]
+    return "\n\n".join(parts) + "\n"
+
+
+LABELS = {"pairs": "pairs", "numbers": "a number per image", "good_bad": "good and bad images"}
+SOURCES = {"trajectory": "stored steps", "fresh_noise": "final images", "own_noise": "final images and stored latents"}
+REFERENCES = {"any": "`train.reference`", "round_start": "the round's start", "none": "none"}
+
+
+def objective_settings() -> list[Entry]:
+    """Every setting of every objective with its default and description."""
+    return [
+        Entry(name, f"settings.{field}", (_type_name(known.annotation), _plain(known.default)), known.description or "")
+        for name, kind in OBJECTIVES.items()
+        for field, known in kind.model_fields.items()
+    ]
+
+
+def objectives_page() -> str:
+    """The page of the objectives, in Markdown."""
+    entries = objective_settings()
+    parts = [
+        "# Objectives",
+        "`--set train.objective=NAME` chooses one, `--set train.settings.FIELD=VALUE` sets it: "
+        "[choose an objective](../how-to/choose-an-objective.md), [formulas](../explanation/objectives.md).",
+    ]
+    for name, kind in OBJECTIVES.items():
+        own = [e for e in entries if e.section == name]
+        facts = (
+            f"Learns from {LABELS[kind.labels]} and {SOURCES[kind.source]}; trains the "
+            f"{'guided' if kind.guided else 'conditional'} prediction; reference: {REFERENCES[kind.reference]}."
+        )
+        parts += [f"## {name}", f"`{inspect.getdoc(kind)}`", facts]
+        parts += [_table(("setting", "takes", "default"), own)] if own else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,7 +174,8 @@ def _prose(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "configuration": configuration_page, "commands": commands_page, "tables": tables_page, "python": python_page,
+    "configuration": configuration_page, "objectives": objectives_page, "commands": commands_page,
+    "tables": tables_page, "python": python_page,
 }  # fmt: skip
 
 

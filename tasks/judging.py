@@ -12,9 +12,11 @@ from d3po.tasks.scoring import score_round, scored_early
 from d3po.tasks.stage import STAGE_OPTIONS, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
-from d3po_core.people.raters import earlier_gold
+from d3po_core.people.raters import earlier_gold, people_votes
 from d3po_core.preferences.deciding import decide
 from d3po_core.preferences.deriving import derive_preferences
+from d3po_core.preferences.gold import gold_scores, left_out
+from d3po_core.preferences.rewarding import image_labels
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
 from d3po_core.sampling.job import round_shards
 from d3po_core.store.stages import finish_stage, read_record
@@ -79,15 +81,20 @@ def _proxies_decide(config: CampaignConfig, round_number: int) -> bool:
 def _derive(config: CampaignConfig, round_number: int) -> DeriveRecord:
     judge = config.judge
     with connect(config.folder) as connection:
+        earlier, floor = earlier_gold(connection, round_number), judge.people.accuracy_floor
         decide_people = partial(
-            decide, combine=judge.people.combine, accuracy_floor=judge.people.accuracy_floor,
-            earlier_gold=earlier_gold(connection, round_number),
+            decide, combine=judge.people.combine, accuracy_floor=floor, earlier_gold=earlier
         )  # fmt: skip
+        proxies = _proxies_decide(config, round_number)
         derived = derive_preferences(
-            connection, round_number, judge.combine, judge.pairs, decide_people, _proxies_decide(config, round_number),
-            judge.scorer_weights,
+            connection, round_number, judge.combine, judge.pairs, decide_people, proxies, judge.scorer_weights
+        )  # fmt: skip
+        unheard = left_out(gold_scores(people_votes(connection, last_round=round_number)), floor)
+        labels = image_labels(
+            connection, round_number, derived.table, judge.rewards, proxies, judge.scorer_weights, unheard
         )  # fmt: skip
     write_table(config.folder, "preferences", round_number, derived.table)
+    write_table(config.folder, "image_labels", round_number, table_from_rows("image_labels", labels))
     agreement = derived.table["agreement"].to_numpy()
     return DeriveRecord(
         num_pairs=len(derived.table),

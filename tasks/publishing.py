@@ -62,7 +62,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     check_model(config.model)
     check_hub(config)
     optimizer_class(config.train)
-    check_objective(config.train)
+    check_objective(config)
     check_beta(config.train)
     check_launcher(config.model)
     check_processes(config.model)
@@ -161,6 +161,8 @@ def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:
             "loss_mean": trained.loss, "clip_fraction": trained.clip_fraction, "lora_sha256": trained.lora_sha256,
             "pair_accuracy_before": trained.pair_accuracy_before, "pair_accuracy_after": trained.pair_accuracy_after,
             "margin_after": trained.margin_after, "kl_after": trained.kl_after, "drowned": trained.drowned,
+            "winner_error_after": trained.winner_error_after, "loser_error_after": trained.loser_error_after,
+            "gradient_factor": trained.gradient_factor,
             "sample_seconds": sampled.seconds, "judge_seconds": judged.seconds, "derive_seconds": derived.seconds,
             "train_seconds": trained.seconds,
         }  # fmt: skip

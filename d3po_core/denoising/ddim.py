@@ -48,6 +48,22 @@ class Schedule:
         """Return a bool per step: True if it is random. Steps with sigma 0 have no density and are not trained on."""
         return self.sigma_T > 0
 
+    @property
+    def output_slope_T(self) -> torch.Tensor:
+        """Return c_t, the coefficient of the network's output in each step's mean ``[T]``, without clipping of x_0."""
+        return self.mean_x0_T * self.x0_output_T + self.mean_noise_T * self.noise_output_T
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the coefficients of x_0 and noise in x_t, and then those in the network's ideal output, each ``[T]``.
+
+        They solve the two estimates above for x_t and the output.
+        """
+        det_T = self.x0_latent_T * self.noise_output_T - self.x0_output_T * self.noise_latent_T
+        return (
+            self.noise_output_T / det_T, -self.x0_output_T / det_T, -self.noise_latent_T / det_T,
+            self.x0_latent_T / det_T,
+        )  # fmt: skip
+
     def step_weights(self, weighting: str) -> torch.Tensor:
         """Return the weight of each step's log-ratio ``[T]``: mean 1 over the trainable steps, 0 elsewhere.
 
@@ -57,8 +73,7 @@ class Schedule:
         trainable_T = self.trainable_T
         if weighting == "none":
             return trainable_T.float()
-        slope_T = self.mean_x0_T * self.x0_output_T + self.mean_noise_T * self.noise_output_T
-        weight_T = torch.where(trainable_T, self.sigma_T / slope_T.abs(), 0.0)
+        weight_T = torch.where(trainable_T, self.sigma_T / self.output_slope_T.abs(), 0.0)
         return weight_T / weight_T[trainable_T].mean()
 
 

@@ -27,6 +27,8 @@ from d3po_core.store.stages import read_record, stage_path, start_of
 
 VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
+DISPLACED = 2.0  # times what a random move as far would raise both errors by
+
 ALARM = 0.04 / 100  # one-sided, per test and round
 
 
@@ -50,6 +52,7 @@ def findings_of(
     """
     found = [f"training ended early: {trained.failure}"] if trained.failure else []
     found += _nothing_learned(derived, trained, evaluated)
+    found += _displaced(trained)
     for scorer, comparisons in against.items():
         found += _falls(config, scorer, comparisons, len(against))
     if evaluated.diversity and base.diversity:
@@ -67,7 +70,7 @@ def findings_of(
 
 def _nothing_learned(derived: DeriveRecord, trained: TrainRecord, evaluated: EvaluateRecord) -> list[str]:
     found = []
-    if derived.num_pairs == 0:
+    if derived.num_pairs == 0 and trained.num_updates == 0:
         ties = f", {derived.num_ties} ties" if derived.num_ties else ""
         found.append(f"no pairs to learn from{ties}: judges who tell images apart, or larger groups, would give some")
     elif trained.num_updates == 0 and not trained.failure:
@@ -76,6 +79,21 @@ def _nothing_learned(derived: DeriveRecord, trained: TrainRecord, evaluated: Eva
         found.append("all held-out images of a prompt are equal")
     odd = [scorer for scorer, score in evaluated.scores.items() if not math.isfinite(score.mean)]
     return found + [f"held-out {scorer} is not a finite number" for scorer in odd]
+
+
+def _displaced(trained: TrainRecord) -> list[str]:
+    """Find a round whose policy left winners and losers alike.
+
+    A move in a random direction raises both errors by the neutral amount, so only a larger rise counts.
+    """
+    winner, loser, neutral = trained.winner_error_after, trained.loser_error_after, trained.neutral_error_after
+    if winner is None or loser is None or neutral is None or min(winner, loser) <= DISPLACED * max(neutral, 0):
+        return []
+    return [
+        f"winners became less likely too: their error rose by {winner:.3g}, the losers' by {loser:.3g}, and a random "
+        f"move as far by {neutral:.3g} nats per element (likelihood displacement); lower train.learning_rate or beta, "
+        "or see safeguard in docs/explanation/objectives.md"
+    ]
 
 
 def _falls(config: GuardConfig, scorer: str, comparisons: Mapping[str, Comparison], num_scorers: int) -> list[str]:

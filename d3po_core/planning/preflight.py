@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from d3po_core.config import CampaignConfig
+from d3po_core.config import CampaignConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
 from d3po_core.models.places import check_path
@@ -19,7 +19,15 @@ LARGE_NETWORK = 400_000_000
 
 def problems(config: CampaignConfig) -> Iterator[D3POError]:
     """Find what would stop a run, one error for each check that fails; the hub is not asked (``check_hub``)."""
-    for check in (check_campaign_fits, check_prompts, check_scorers, check_model_path, check_disk, check_gpu):
+    for check in (
+        check_campaign_fits,
+        check_prompts,
+        check_scorers,
+        check_learning,
+        check_model_path,
+        check_disk,
+        check_gpu,
+    ):
         try:
             check(config)
         except D3POError as error:
@@ -52,6 +60,15 @@ def check_scorers(config: CampaignConfig) -> None:
     """Check that every scorer is known, or can be imported; D3POError if not."""
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         check_scorer(name, config.scoring)
+
+
+def check_learning(config: CampaignConfig) -> None:
+    """Check that the objective exists and fits the other settings; D3POError if not."""
+    if config.train == TrainConfig() and config.judge.rewards == "auto":  # needs no check, and torch a second to import
+        return
+    from d3po_core.training.objectives import check_objective
+
+    check_objective(config)
 
 
 def check_model_path(config: CampaignConfig) -> None:

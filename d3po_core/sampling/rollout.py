@@ -244,8 +244,8 @@ def replay_steps(
     step_B: torch.Tensor,
     guidance_scale: float,
     equal_B: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log_prob ``[B]`` and mean of stored steps under the current policy, with gradient if enabled.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log_prob ``[B]``, mean and network output of stored steps under the current policy, with gradient.
 
     Args:
         policy: the policy to score with.
@@ -264,4 +264,4 @@ def replay_steps(
     step_B, first_U, pass_B = (send(x, policy.device) for x in (step_B, first_U, pass_B))
     output = policy.predict(latent[first_U], schedule.timesteps_T[step_B[first_U]], conditioning)[pass_B]
     mean = step_mean(schedule, step_B, latent, output)
-    return log_prob(following, mean, schedule.sigma_T[step_B]), mean
+    return log_prob(following, mean, schedule.sigma_T[step_B]), mean, output

@@ -18,7 +18,8 @@ from d3po_core.store.integrity import noted_names, require_files, require_whole
 # 4: columns measured before an update end in `_before`; `kl`, which was no KL, became `kl_before`; `rounds` gained the
 # `_after` columns.
 # 5: judgements and comparisons gained `both_bad`; added the table image_reports.
-SCHEMA_VERSION = 5
+# 6: added the table image_labels, and `num_units`, `gradient_factor` and the winner's and loser's errors.
+SCHEMA_VERSION = 6
 
 
 def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
@@ -41,13 +42,17 @@ SCHEMAS: dict[str, pa.Schema] = {
     "preferences": _schema(
         pair_id=_text, group_id=_text, winner_id=_text, loser_id=_text, weight=_real, num_raters=_int, agreement=_real,
     ),
+    "image_labels": _schema(sample_id=_text, group_id=_text, reward=(_real, True), good=(_yes, True)),
     "updates": _schema(
-        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin_before=_real, pair_accuracy_before=_real,
-        kl_before=_real, clip_fraction=_real, grad_norm=_real, drowned=_real, seconds=_real, finished_at=_time,
+        update=_int, epoch=_int, num_pairs=_int, loss=_real, margin_before=(_real, True),
+        pair_accuracy_before=(_real, True), kl_before=(_real, True), clip_fraction=_real, grad_norm=_real,
+        drowned=_real, seconds=_real, finished_at=_time, num_units=(_int, True), winner_error_before=(_real, True),
+        loser_error_before=(_real, True), gradient_factor=(_real, True),
     ),
     "update_steps": _schema(
-        update=_int, step=_int, timestep=_int, margin_before=_real, pair_accuracy_before=_real, kl_before=_real,
-        clip_fraction=_real,
+        update=_int, step=_int, timestep=_int, margin_before=(_real, True), pair_accuracy_before=(_real, True),
+        kl_before=(_real, True), clip_fraction=_real, winner_error_before=(_real, True),
+        loser_error_before=(_real, True), gradient_factor=(_real, True),
     ),
     "evaluations": _schema(
         sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
@@ -70,7 +75,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         champion=(_int, True), verdict=(_text, True), findings=(_text, True), win_rate_base_low=(_real, True),
         win_rate_base_high=(_real, True), win_rate_before_low=(_real, True), win_rate_before_high=(_real, True),
         win_rate_champion_low=(_real, True), win_rate_champion_high=(_real, True), pair_accuracy_after=(_real, True),
-        margin_after=(_real, True), kl_after=(_real, True), drowned=(_real, True),
+        margin_after=(_real, True), kl_after=(_real, True), drowned=(_real, True), winner_error_after=(_real, True),
+        loser_error_after=(_real, True), gradient_factor=(_real, True),
     ),
 }  # fmt: skip
 
@@ -82,7 +88,11 @@ FORMER: dict[str, dict[str, str | None]] = {
 }
 
 # Columns that a row may leave out; they are null then.
-OPTIONAL = {"judgements": ("both_bad",), "comparisons": ("both_bad",)}
+_ERRORS = ("winner_error_before", "loser_error_before", "gradient_factor")
+OPTIONAL = {
+    "judgements": ("both_bad",), "comparisons": ("both_bad",), "updates": ("num_units", *_ERRORS),
+    "update_steps": _ERRORS, "rounds": ("winner_error_after", "loser_error_after", "gradient_factor"),
+}  # fmt: skip
 
 # Closed sets and ranges that a schema cannot express.
 ALLOWED = {

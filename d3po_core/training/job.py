@@ -26,25 +26,34 @@ from d3po_core.models.policy import Policy
 from d3po_core.processes.job import Tell
 from d3po_core.processes.ranks import check_agreement
 from d3po_core.store.stages import checkpoint_path, start_of
-from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.store.tables import table_from_rows, write_table
+from d3po_core.training.final_images import RoundStart
 from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.objectives import make_objective
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.trainer import Update, plan_updates
-from d3po_core.training.training_set import load_training_set, measure_round, train_round, training_seed
+from d3po_core.training.training_set import (
+    load_training_set,
+    measure_round,
+    num_groups,
+    train_round,
+    training_seed,
+)
 from d3po_core.training.update import Seen
 
-AVERAGED = ("loss", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction", "drowned")
+AVERAGED = (
+    "loss", "margin_before", "pair_accuracy_before", "kl_before", "clip_fraction", "gradient_factor", "drowned",
+)  # fmt: skip
 
-MEASURED = ("margin", "pair_accuracy", "kl")
+MEASURED = ("margin", "pair_accuracy", "kl", "winner_error", "loser_error", "neutral_error")
 
 Rows = list[dict[str, Any]]
 
 
 def count_updates(config: CampaignConfig, round_number: int) -> tuple[int, int]:
     """Return the round's number of updates, and how many an interrupted run has saved."""
-    pairs = read_rows(partition(config.folder, "preferences", round_number) / "part.parquet")
-    num_groups = len({pair["group_id"] for pair in pairs})
-    total = len(plan_updates(num_groups, config.train, training_seed(config, round_number)))
+    groups = num_groups(config, round_number)
+    total = len(plan_updates(groups, config.train, training_seed(config, round_number)))
     saved = [int(path.name.rpartition("=")[2]) for path in _progress_folders(_folder(config, round_number))]
     return total, max(saved, default=0)
 
@@ -59,11 +68,13 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
     checkpoint = _folder(config, round_number)
     policy = policy_at(config, start_of(config.folder, round_number))
     optimizer = make_optimizer(policy, config.train)
+    objective = make_objective(config.train)
+    start = RoundStart(policy) if objective.source != "trajectory" else None  # before an interrupted run's progress
     updates = _restore(config, round_number, policy, optimizer)
-    data = load_training_set(config.folder, round_number)
+    data = load_training_set(config.folder, round_number, labels=objective.takes())
     first, failure = policy.accelerator.is_main_process, None
     try:
-        _run_updates(config, round_number, policy, optimizer, data, updates, tell)
+        _run_updates(config, round_number, policy, optimizer, data, updates, tell, start)
     except NonFiniteLossError as error:
         if config.guard.policy != "reject":
             raise
@@ -87,17 +98,17 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
 def _after(learned: Seen | None) -> dict[str, float]:
     """Return the final measurements under their record names, without the non-finite ones of a failed round."""
     values = {f"{key}_after": getattr(learned, key) for key in MEASURED} if learned else {}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _run_updates(
     config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
-    updates: Rows, tell: Tell,
+    updates: Rows, tell: Tell, start: RoundStart | None,
 ) -> None:  # fmt: skip
     """Run the remaining updates, append each to ``updates``, and save progress at intervals."""
     total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
     saved_at = time.monotonic()
-    for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates)):
+    for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates), start=start):
         updates.append({**asdict(update), "finished_at": datetime.now(UTC).isoformat()})
         if not policy.accelerator.is_main_process:
             continue
@@ -120,8 +131,9 @@ def _check_ranks(policy: Policy, optimizer: torch.optim.Optimizer, checkpoint: P
 
 
 def _mean(updates: Rows, key: str) -> float | None:
-    pairs = sum(update["num_pairs"] for update in updates)
-    return sum(update[key] * update["num_pairs"] for update in updates) / pairs if pairs else None
+    known = [update for update in updates if update[key] is not None]
+    units = sum(update["num_units"] for update in known)
+    return sum(update[key] * update["num_units"] for update in known) / units if units else None
 
 
 def _restore(config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer) -> Rows:

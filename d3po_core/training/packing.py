@@ -11,15 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
+from d3po_core.devices import send
 from d3po_core.seeds import permutation
 
 
 @dataclass(frozen=True)
 class PairedGroup:
-    """One group's paired images, by index in the training set, and its pairs."""
+    """One group's labelled images, by index in the training set, and its pairs.
+
+    ``numbers`` has one label per image if the objective takes them: its advantage in the group, or 1 for good and -1
+    for bad.
+    """
 
     images: tuple[int, ...]
     pairs: tuple[tuple[int, int, float], ...]
+    numbers: tuple[float, ...] = ()
 
 
 Cell = tuple[PairedGroup, int]
@@ -86,8 +92,14 @@ def micro_batches(cells: list[Cell], start_N: list[int], rows: int) -> Iterator[
         waiting = left
 
 
-def pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return winner row, loser row, weight and step of every pair of a micro-batch, each ``[P]``."""
+def rows_of(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return image and step of every row of a micro-batch, each ``[R]``."""
+    image_R = torch.tensor([i for group, _ in cells for i in group.images], dtype=torch.long)
+    return image_R, torch.tensor([step for group, step in cells for _ in group.images], dtype=torch.long)
+
+
+def labels_of(cells: list[Cell], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return winner row, loser row, weight and step of every pair, and cell and number of every row, on a device."""
     winners, losers, weights, steps, first_row = [], [], [], [], 0
     for group, step in cells:
         row_of = {image: first_row + k for k, image in enumerate(group.images)}
@@ -97,4 +109,11 @@ def pair_rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             weights.append(weight)
             steps.append(step)
         first_row += len(group.images)
-    return torch.tensor(winners), torch.tensor(losers), torch.tensor(weights), torch.tensor(steps)
+    whole = {
+        "winner_P": winners, "loser_P": losers, "step_P": steps,
+        "cell_R": [cell for cell, (group, _) in enumerate(cells) for _ in group.images],
+    }  # fmt: skip
+    real = {"weight_P": weights, "number_R": [number for group, _ in cells for number in group.numbers]}
+    tensors = {name: torch.tensor(values, dtype=torch.long) for name, values in whole.items()}
+    tensors |= {name: torch.tensor(values, dtype=torch.float32) for name, values in real.items()}
+    return {name: send(tensor, device) for name, tensor in tensors.items()}

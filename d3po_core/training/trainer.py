@@ -1,6 +1,6 @@
-"""Train a round: preferences in, optimizer updates out.
+"""Train a round: preferences in, optimizer updates out, for every objective.
 
-One policy forward per image and step serves every pair that the image is in. The reference's log_probs come from
+One policy forward per image and step serves every pair that the image is in. D3PO's reference log_probs come from
 sampling (``round_start``) or from one pass of the base model (``base``).
 
 An update's metrics describe the policy before that update. After a round's last update, ``measure_learned`` measures
@@ -20,19 +20,21 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from d3po_core.config import TrainConfig
 from d3po_core.denoising.ddim import Schedule
-from d3po_core.devices import send
 from d3po_core.errors import NonFiniteLossError
 from d3po_core.models.policy import Policy
 from d3po_core.processes.ranks import own_share, sum_over_ranks
 from d3po_core.seeds import derive_seed, permutation
-from d3po_core.training.lesson import Lesson, TrainingSet, trainable_steps
-from d3po_core.training.objectives import OBJECTIVES
+from d3po_core.training.final_images import FinalImageLesson, RoundStart
+from d3po_core.training.lesson import Lesson, Signals, TrainingSet, TrajectoryLesson, trainable_steps
+from d3po_core.training.objectives import make_objective
+from d3po_core.training.objectives.d3po import D3po
 from d3po_core.training.optimizer import drowned_share
 from d3po_core.training.packing import (
     Cell,
@@ -40,8 +42,7 @@ from d3po_core.training.packing import (
     measured_cells,
     micro_batches,
     num_passes,
-    pair_rows,
-    shuffled_cells,
+    rows_of,
 )
 from d3po_core.training.update import Seen, UpdateTally
 
@@ -50,6 +51,7 @@ from d3po_core.training.update import Seen, UpdateTally
 class Update:
     """One optimizer update and its metrics; ``_before`` fields describe the policy before its weights moved.
 
+    ``num_pairs`` counts the pairs of its images, ``num_units`` what the loss is a mean over: pairs, or images.
     ``drowned`` is the share of the trained weights whose gradient was below AdamW's eps. ``per_step`` has one row per
     step. For the others see ``d3po_core.training.update.Seen``.
     """
@@ -57,11 +59,15 @@ class Update:
     update: int
     epoch: int
     num_pairs: int
+    num_units: int
     loss: float
-    margin_before: float
-    pair_accuracy_before: float
-    kl_before: float
+    margin_before: float | None
+    pair_accuracy_before: float | None
+    winner_error_before: float | None
+    loser_error_before: float | None
+    kl_before: float | None
     clip_fraction: float
+    gradient_factor: float
     grad_norm: float
     drowned: float
     seconds: float
@@ -93,23 +99,25 @@ def train_updates(
     guidance_scale: float,
     seed: int,
     first_update: int = 0,
+    start: RoundStart | None = None,
 ) -> Iterator[Update]:
-    """Train on a round's preferences and yield after every optimizer update.
+    """Train on a round's labels and yield after every optimizer update.
 
     Args:
         policy: the policy; its weights are changed.
         optimizer: from make_optimizer, possibly with earlier state.
         schedule: the T steps that the trajectories were sampled with, on the policy's device.
-        data: trajectories and pairs.
+        data: trajectories and labels.
         config: learning settings.
         guidance_scale: the guidance that the trajectories were sampled with.
-        seed: fixes the order of groups and steps.
+        seed: fixes the order of groups and steps, and fresh noise.
         first_update: skip this many updates, which an interrupted run has already made.
+        start: the weights that the round started from; the policy's by default.
 
     Raises:
         NonFiniteLossError: a loss or gradient is not finite; the weights stay those of the previous update.
     """
-    lesson = Lesson(policy, schedule, data, config, guidance_scale)
+    lesson = _lesson(policy, schedule, data, config, guidance_scale, start)
     for update, (epoch, groups) in enumerate(plan_updates(len(data.groups), config, seed)):
         if update < first_update:
             continue
@@ -121,12 +129,16 @@ def train_updates(
         yield Update(
             update=update,
             epoch=epoch,
-            num_pairs=tally.num_pairs,
+            num_pairs=sum(len(group.pairs) for group in chosen),
+            num_units=tally.num_units,
             loss=seen.loss,
             margin_before=seen.margin,
             pair_accuracy_before=seen.pair_accuracy,
+            winner_error_before=seen.winner_error,
+            loser_error_before=seen.loser_error,
             kl_before=seen.kl,
             clip_fraction=seen.clip_fraction,
+            gradient_factor=seen.gradient_factor,
             grad_norm=grad_norm,
             drowned=drowned,
             seconds=time.perf_counter() - started,
@@ -134,33 +146,42 @@ def train_updates(
         )
 
 
+def _lesson(
+    policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float,
+    start: RoundStart | None,
+) -> Lesson:  # fmt: skip
+    """Return what the objective learns from: stored steps or final images."""
+    objective = make_objective(config)
+    if objective.source == "trajectory" or not data.groups:
+        return TrajectoryLesson(policy, schedule, data, config, objective, guidance_scale)
+    return FinalImageLesson(policy, schedule, data, config, objective, guidance_scale, start)
+
+
 def measure_learned(
     policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float, seed: int
 ) -> Seen | None:
     """Return the trained policy's metrics on the round's pairs, or None if nothing is measured.
 
-    Every group passes once more at a share of its steps (``train.measured_share``). All steps count alike; the seed
-    decides which steps a group gets. A pass costs a third of training on it. Arguments as in ``train_updates``.
+    Every group with a pair passes once more at a share of its steps (``train.measured_share``). All steps count alike;
+    the seed decides which steps a group gets. A pass costs a third of training on it. Metrics are those of D3PO on the
+    stored steps whatever was learned, so that objectives can be compared. Arguments as in ``train_updates``.
     """
-    cells = measured_cells(data.groups, trainable_steps(schedule), config.measured_share, seed)
+    groups = [group for group in data.groups if group.pairs]
+    cells = measured_cells(groups, trainable_steps(schedule), config.measured_share, seed)
     if not cells:
         return None
     rows_R2 = torch.tensor([(image, step) for group, step in cells for image in group.images])
-    lesson = Lesson(policy, schedule, data, config, guidance_scale, rows_R2)
+    lesson = TrajectoryLesson(policy, schedule, data, config, D3po(), guidance_scale, rows_R2)
     own = cells[own_share(policy.accelerator)]
 
     def attempt(rows: int) -> UpdateTally:
-        tally = UpdateTally(len(lesson.weight_T), sum(len(group.pairs) for group, _ in cells), policy.device)
+        tally = UpdateTally(len(schedule.timesteps_T), sum(len(group.pairs) for group, _ in cells), policy.device)
         for micro_batch in micro_batches(own, lesson.start_N, rows):
-            image_R, step_R = _rows(micro_batch)
-            # Gradients are recorded but not used: no_grad would compile the network again for this alone.
-            replayed = [_detached(lesson.replay(*part)) for part in _parts(image_R, step_R, rows)]
-            log_prob_R, kl_R = (torch.cat(values) for values in zip(*replayed, strict=True))
-            _loss(lesson, micro_batch, log_prob_R, kl_R, image_R, step_R, tally)
+            _loss(lesson, micro_batch, _without_gradient(lesson, micro_batch, rows), tally)
         return tally
 
     tally = policy.training_rows.fit(config.micro_batch, attempt)
-    sum_over_ranks(policy.accelerator, [tally.sums_7T])
+    sum_over_ranks(policy.accelerator, [tally.sums_KT])
     return tally.seen()
 
 
@@ -168,14 +189,17 @@ def _take_gradient(
     lesson: Lesson, optimizer: torch.optim.Optimizer, groups: list[PairedGroup], seed: int
 ) -> UpdateTally:
     """Compute the gradient of one update's mean loss, independent of the micro-batch size that fits in memory."""
-    policy = lesson.policy
-    num_pairs = sum(len(group.pairs) for group in groups)
+    policy, num_units = lesson.policy, lesson.units(groups)
     # Split over ranks before packing, so a rank that halves its micro-batches keeps the same cells.
-    cells = shuffled_cells(groups, lesson.steps, seed)[own_share(policy.accelerator)]
+    cells = lesson.cells(groups, seed)[own_share(policy.accelerator)]
+    policy.training_rows.fit(lesson.config.micro_batch, partial(lesson.begin, cells, seed))
+    if lesson.objective.needs_mean():
+        lesson.update_mean = _mean_of_update(lesson, cells, num_units * lesson.steps_per_image)
 
     def attempt(rows: int) -> UpdateTally:
         optimizer.zero_grad(set_to_none=True)
-        tally = UpdateTally(len(lesson.weight_T), num_pairs, policy.device)
+        of_pairs = lesson.objective.takes() == "pairs"
+        tally = UpdateTally(len(lesson.schedule.timesteps_T), num_units, policy.device, of_pairs)
         for micro_batch in micro_batches(cells, lesson.start_N, rows):
             _accumulate(lesson, micro_batch, tally, rows)
         return tally
@@ -183,10 +207,26 @@ def _take_gradient(
     while True:
         tally = policy.training_rows.fit(lesson.config.micro_batch, attempt)
         policy.loss_scale.unscale()
-        sum_over_ranks(policy.accelerator, [*_gradients(policy), tally.sums_7T])
+        sum_over_ranks(policy.accelerator, [*_gradients(policy), tally.sums_KT])
         # An overflow on one rank shows in every rank's sum, so all ranks decide alike.
         if not policy.loss_scale.shrink():
             return tally
+
+
+def _mean_of_update(lesson: Lesson, cells: list[Cell], count: int) -> torch.Tensor:
+    """Return the mean of the objective's statistic over all ranks' units and steps, a number."""
+    policy = lesson.policy
+
+    def attempt(rows: int) -> torch.Tensor:
+        total = torch.zeros(1, device=policy.device)
+        for micro_batch in micro_batches(cells, lesson.start_N, rows):
+            seen = lesson.rows(micro_batch, _without_gradient(lesson, micro_batch, rows))
+            total += lesson.objective.statistic(seen).sum()
+        return total
+
+    total = policy.training_rows.fit(lesson.config.micro_batch, attempt)
+    sum_over_ranks(policy.accelerator, [total])
+    return total[0] / count
 
 
 def _gradients(policy: Policy) -> list[torch.Tensor]:
@@ -201,54 +241,48 @@ def _gradients(policy: Policy) -> list[torch.Tensor]:
 
 
 def _accumulate(lesson: Lesson, cells: list[Cell], tally: UpdateTally, rows: int) -> None:
-    """Run forward and backward of one micro-batch: one policy pass per row, then arithmetic per pair."""
+    """Run forward and backward of one micro-batch: one policy pass per row, then arithmetic per pair or image."""
     policy = lesson.policy
-    image_R, step_R = _rows(cells)
     if sum(num_passes(cell, lesson.start_N) for cell in cells) <= rows:
-        log_prob_R, kl_R = lesson.replay(image_R, step_R)
-        policy.loss_scale.backward(_loss(lesson, cells, log_prob_R, kl_R, image_R, step_R, tally))
+        policy.loss_scale.backward(_loss(lesson, cells, lesson.replay(*rows_of(cells)), tally))
         return
-    # The group does not fit. A first pass without activations gives the loss's gradient at the log_probs; a second
-    # pass carries it to the weights, some rows at a time.
-    parts = _parts(image_R, step_R, rows)
+    # The group does not fit. A first pass without activations gives the loss's gradient at what the network says; a
+    # second pass carries it to the weights, some rows at a time.
+    parts = _parts(cells, rows)
     with torch.no_grad():
-        replayed = [lesson.replay(*part) for part in parts]
-        log_prob_R, kl_R = (torch.cat(values) for values in zip(*replayed, strict=True))
-    log_prob_R.requires_grad_()
-    loss = _loss(lesson, cells, log_prob_R, kl_R, image_R, step_R, tally)
-    (slope_R,) = torch.autograd.grad(loss, log_prob_R)
-    for part, slope in zip(parts, slope_R.split(rows), strict=True):
-        policy.loss_scale.backward((slope * lesson.replay(*part)[0]).sum())
+        signals = tuple(torch.cat(values) for values in zip(*(lesson.replay(*part) for part in parts), strict=True))
+    signals = tuple(signal.requires_grad_() for signal in signals)
+    slopes = torch.autograd.grad(_loss(lesson, cells, signals, tally), signals, allow_unused=True)
+    used = [place for place, slope in enumerate(slopes) if slope is not None]
+    split = [slope.split(rows) for slope in slopes if slope is not None]
+    for number, part in enumerate(parts):
+        replayed = lesson.replay(*part)
+        products = [(slope[number] * replayed[place]).sum() for slope, place in zip(split, used, strict=True)]
+        policy.loss_scale.backward(torch.stack(products).sum() if len(products) > 1 else products[0])
 
 
-def _rows(cells: list[Cell]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return image and step of every row of a micro-batch, each ``[R]``."""
-    image_R = torch.tensor([i for group, _ in cells for i in group.images])
-    return image_R, torch.tensor([step for group, step in cells for _ in group.images])
+def _without_gradient(lesson: Lesson, cells: list[Cell], rows: int) -> Signals:
+    """Return what the network says of a micro-batch; gradients are recorded but not used.
+
+    Under no_grad, a compiled network would be compiled again for this alone.
+    """
+    replayed = [tuple(value.detach() for value in lesson.replay(*part)) for part in _parts(cells, rows)]
+    return tuple(torch.cat(values) for values in zip(*replayed, strict=True))
 
 
-def _parts(image_R: torch.Tensor, step_R: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Split rows into parts that each pass through the network at once."""
+def _parts(cells: list[Cell], rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split a micro-batch's rows, image and step, into parts that each pass through the network at once."""
+    image_R, step_R = rows_of(cells)
     return list(zip(image_R.split(rows), step_R.split(rows), strict=True))
 
 
-def _detached(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(value.detach() for value in values)
-
-
-def _loss(
-    lesson: Lesson, cells: list[Cell], log_prob_R: torch.Tensor, kl_R: torch.Tensor, image_R: torch.Tensor,
-    step_R: torch.Tensor, tally: UpdateTally,
-) -> torch.Tensor:  # fmt: skip
+def _loss(lesson: Lesson, cells: list[Cell], signals: Signals, tally: UpdateTally) -> torch.Tensor:
     """Return a micro-batch's part of the update's mean loss, and add its metrics to the tally."""
-    device, config = lesson.policy.device, lesson.config
-    winner_P, loser_P, weight_P, step_P = (send(values, device) for values in pair_rows(cells))
-    image_R, step_R = send(image_R, device), send(step_R, device)
-    log_ratio_R = lesson.weight_T[step_R] * (log_prob_R - lesson.reference_NT[image_R, step_R])
-    result = OBJECTIVES[config.objective](log_ratio_R, winner_P, loser_P, weight_P, config)
-    tally.add(step_P, step_R, result, kl_R)
-    # The mean is over the update's pairs and steps, so packing does not change it.
-    return result.loss_P.sum() / (tally.num_pairs * len(lesson.steps))
+    rows = lesson.rows(cells, signals)
+    losses = lesson.objective.losses(rows, lesson.config)
+    tally.add(rows, losses)
+    # The mean is over the update's units and their steps, so packing does not change it.
+    return losses.loss_U.sum() / (tally.num_units * lesson.steps_per_image)
 
 
 def _apply(
@@ -257,7 +291,7 @@ def _apply(
     """Clip the gradient and step the optimizer if all is finite; return gradient norm and drowned share."""
     parameters = [parameter for _, parameter in policy.weights.parameters()]
     grad_norm = float(policy.accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
-    loss = float(tally.loss_T.sum())
+    loss = float(tally.sum_T["loss"].sum())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteLossError(

@@ -1,5 +1,6 @@
 """Load a round's training data from its tables and files, and train on it in a fixed order."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,32 +10,42 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import derive_seed
 from d3po_core.store.integrity import require_files
 from d3po_core.store.tables import partition, read_rows
+from d3po_core.training.final_images import RoundStart
 from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.objective import Labels
+from d3po_core.training.objectives import make_objective
 from d3po_core.training.packing import PairedGroup
 from d3po_core.training.trainer import Update, measure_learned, train_updates
 from d3po_core.training.update import Seen
 
 ShardTensors = dict[str, torch.Tensor]
 
+SAME = 1e-9  # rewards that differ by less are equal up to rounding
+
 
 def load_training_set(
-    campaign: Path, round_number: int, load_shard: Callable[[str], ShardTensors] | None = None
-) -> TrainingSet:
-    """Return a round's trajectories and pairs, without the images that have no pair.
+    campaign: Path, round_number: int, load_shard: Callable[[str], ShardTensors] | None = None,
+    labels: Labels = "pairs",
+) -> TrainingSet:  # fmt: skip
+    """Return a round's trajectories and labels, without the images that have none.
 
     Args:
         campaign: the campaign's folder.
         round_number: the round.
         load_shard: returns ``latents`` and ``log_probs`` of a ``trajectory_path``; reads the file by default.
+        labels: what the objective learns from.
     """
     samples = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
     pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
-    paired = {pair[side] for pair in pairs for side in ("winner_id", "loser_id")}
+    label_of = image_numbers(campaign, round_number, labels)
+    paired = {pair[side] for pair in pairs for side in ("winner_id", "loser_id")} if labels == "pairs" else {*label_of}
     used = [sample for sample in samples if sample["sample_id"] in paired]
+    pairs = [pair for pair in pairs if pair["winner_id"] in paired and pair["loser_id"] in paired]
     index = {sample["sample_id"]: i for i, sample in enumerate(used)}
     pairs_of: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
     images_of: dict[str, list[int]] = defaultdict(list)
@@ -52,9 +63,57 @@ def load_training_set(
         prompts=[sample["prompt"] for sample in used],
         latents_NTCHW=torch.stack([shard["latents"][row] for shard, row in rows]) if rows else empty,
         log_probs_NT=torch.stack([shard["log_probs"][row] for shard, row in rows]) if rows else empty,
-        groups=[PairedGroup(tuple(images_of[group]), tuple(pairs_of[group])) for group in images_of],
+        groups=[
+            PairedGroup(
+                tuple(images),
+                tuple(pairs_of[group]),
+                tuple(label_of[used[i]["sample_id"]] for i in images) if label_of else (),
+            )
+            for group, images in images_of.items()
+        ],
         noise_seeds=[sample["seed"] for sample in used],
     )
+
+
+def image_numbers(campaign: Path, round_number: int, labels: Labels) -> dict[str, float]:
+    """Return the label of each labelled image by its id: its advantage in its group, or 1 for good and -1 for bad.
+
+    An advantage is (reward - mean) / (standard deviation + 1e-6) over the group. Groups of equal rewards have none.
+    With ``pairs``, no image has a label of its own.
+
+    Raises:
+        D3POError: the round was derived by an earlier version, which kept no labels of images.
+    """
+    if labels == "pairs":
+        return {}
+    path = partition(campaign, "image_labels", round_number) / "part.parquet"
+    if not path.exists():
+        raise D3POError(
+            f"round {round_number} of campaign {campaign.name!r} has no table image_labels, since an earlier version "
+            "derived it; train it with an objective that learns from pairs"
+        )
+    rows = read_rows(path)
+    if labels == "good_bad":
+        return {row["sample_id"]: 1.0 if row["good"] else -1.0 for row in rows if row["good"] is not None}
+    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["reward"] is not None:
+            groups[row["group_id"]][row["sample_id"]] = row["reward"]
+    found: dict[str, float] = {}
+    for rewards in groups.values():
+        mean, spread = statistics.fmean(rewards.values()), statistics.pstdev(rewards.values())
+        if spread > SAME:
+            found |= {image: (reward - mean) / (spread + 1e-6) for image, reward in rewards.items()}
+    return found
+
+
+def num_groups(config: CampaignConfig, round_number: int) -> int:
+    """Return the number of groups that the round's objective learns from."""
+    labels = make_objective(config.train).takes()
+    name = "preferences" if labels == "pairs" else "image_labels"
+    rows = read_rows(partition(config.folder, name, round_number) / "part.parquet")
+    label_of = image_numbers(config.folder, round_number, labels)
+    return len({row["group_id"] for row in rows if labels == "pairs" or row["sample_id"] in label_of})
 
 
 def _read_shard(campaign: Path, path: str) -> ShardTensors:
@@ -73,12 +132,13 @@ def train_round(
     config: CampaignConfig,
     round_number: int,
     first_update: int = 0,
+    start: RoundStart | None = None,
 ) -> Iterator[Update]:
     """Run a round's optimizer updates from the current policy and optimizer; see ``train_updates``."""
     schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
     seed = training_seed(config, round_number)
     return train_updates(
-        policy, optimizer, schedule, data, config.train, config.sample.guidance_scale, seed, first_update
+        policy, optimizer, schedule, data, config.train, config.sample.guidance_scale, seed, first_update, start
     )
 
 

@@ -1,6 +1,6 @@
 """An update's metrics: sums over its micro-batches, and their means.
 
-Tensor names carry their shape: T steps, R rows (one image at one step) of a micro-batch, P pairs.
+Tensor names carry their shape: T steps, R rows (one image at one step) of a micro-batch, P pairs, U units of the loss.
 """
 
 from dataclasses import dataclass
@@ -9,80 +9,87 @@ from typing import Any
 import torch
 
 from d3po_core.denoising.ddim import Schedule
-from d3po_core.training.loss import PairLoss
+from d3po_core.training.objective import Losses, Rows
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Means over pairs (loss, margin, pair_accuracy, clip_fraction) and over images (kl), for one policy.
+    """Means over pairs, over images (kl) or over the loss's units, for one policy; None without pairs or a known KL.
 
     Attributes:
-        loss: nats.
-        margin: log-ratio to the reference of winners minus that of losers.
+        loss: of the units; nats for logistic losses.
+        margin: reward of winners minus that of losers. On stored steps a reward is the log-ratio to the reference, on
+            final images how far the error fell below the reference's (below 0 if the objective has no reference).
         pair_accuracy: share of pairs and steps with a margin above 0; a margin of exactly 0 counts half.
+        winner_error: minus the reward of winners: the rise of their error.
+        loser_error: the same of losers; if both rise, the policy leaves both (likelihood displacement).
+        neutral_error: the rise of either error by a move as far in a random direction: the KL, with the steps' weights.
         kl: KL between the steps of the sampling policy and of this policy, nats per element and step.
-        clip_fraction: share of the pairs' ratios that were clamped.
+        clip_fraction: share of ratios that were clamped.
+        gradient_factor: mean share of the gradient at work; sigmoid(-u) for logistic losses, 1/2 at their start.
     """
 
     loss: float
-    margin: float
-    pair_accuracy: float
-    kl: float
+    margin: float | None
+    pair_accuracy: float | None
+    winner_error: float | None
+    loser_error: float | None
+    neutral_error: float | None
+    kl: float | None
     clip_fraction: float
+    gradient_factor: float
+
+
+OF_UNITS = ("loss", "clip_fraction", "gradient_factor")
+OF_PAIRS = ("margin", "pair_accuracy", "winner_error", "loser_error")
+NAMES = (*OF_UNITS, *OF_PAIRS, "neutral_error", "kl", "units", "pairs", "rows")
+COUNTS = {**dict.fromkeys(OF_UNITS, "units"), **dict.fromkeys(OF_PAIRS, "pairs"), "neutral_error": "rows", "kl": "rows"}
 
 
 class UpdateTally:
     """Per-step sums over micro-batches, kept on the policy's device to avoid an early synchronisation."""
 
-    def __init__(self, num_steps: int, num_pairs: int, device: torch.device) -> None:
-        self.num_pairs = num_pairs
-        self.sums_7T = torch.zeros(7, num_steps, device=device)
-        self.pairs_T, self.rows_T, *sums = self.sums_7T.unbind(0)
-        self.loss_T, self.margin_T, self.right_T, self.clipped_T, self.kl_T = sums
+    def __init__(self, num_steps: int, num_units: int, device: torch.device, of_pairs: bool = True) -> None:
+        self.num_units, self.of_pairs = num_units, of_pairs
+        self.sums_KT = torch.zeros(len(NAMES), num_steps, device=device)
+        self.sum_T = dict(zip(NAMES, self.sums_KT.unbind(0), strict=True))
 
-    def add(self, step_P: torch.Tensor, step_R: torch.Tensor, pairs: PairLoss, kl_R: torch.Tensor) -> None:
-        """Add a micro-batch's pairs and rows."""
-        loss_P = pairs.loss_P.detach()
+    def add(self, rows: Rows, losses: Losses) -> None:
+        """Add a micro-batch's units, pairs and rows."""
+        loss_U = losses.loss_U.detach()
+        winner_P, loser_P = losses.reward_R[rows.winner_P], losses.reward_R[rows.loser_P]
+        margin_P = winner_P - loser_P
+        step_U = rows.step_P if self.of_pairs else rows.step_R
+        self._add(step_U, units=torch.ones_like(loss_U), loss=loss_U, clip_fraction=losses.clipped_U,
+                  gradient_factor=losses.factor_U)  # fmt: skip
         # A margin of exactly 0 (the first update of a round, on-policy) is neither right nor wrong.
-        right_P = 0.5 * (1 + pairs.margin_P.sign())
-        for total_T, value_P in (
-            (self.pairs_T, torch.ones_like(loss_P)),
-            (self.loss_T, loss_P),
-            (self.margin_T, pairs.margin_P),
-            (self.right_T, right_P),
-            (self.clipped_T, pairs.clipped_P),
-        ):
-            total_T.index_add_(0, step_P, value_P.float())
-        self.kl_T.index_add_(0, step_R, kl_R)
-        self.rows_T.index_add_(0, step_R, torch.ones_like(kl_R))
+        self._add(rows.step_P, pairs=torch.ones_like(margin_P), margin=margin_P, winner_error=-winner_P,
+                  loser_error=-loser_P, pair_accuracy=0.5 * (1 + margin_P.sign()))  # fmt: skip
+        if len(rows.kl_R):
+            self._add(rows.step_R, rows=torch.ones_like(rows.kl_R), kl=rows.kl_R)
+        if len(rows.step_weight_R):
+            self._add(rows.step_R, neutral_error=rows.step_weight_R * rows.kl_R)
+
+    def _add(self, step: torch.Tensor, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self.sum_T[name].index_add_(0, step, value.float())
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float | None]:
+        return {name: sums[name] / sums[count] if sums[count] else None for name, count in COUNTS.items()}
 
     def seen(self) -> Seen:
         """Return the means over all steps."""
-        pairs, rows = self.pairs_T.sum().item(), self.rows_T.sum().item()
-        return Seen(
-            loss=self.loss_T.sum().item() / pairs,
-            margin=self.margin_T.sum().item() / pairs,
-            pair_accuracy=self.right_T.sum().item() / pairs,
-            kl=self.kl_T.sum().item() / rows,
-            clip_fraction=self.clipped_T.sum().item() / pairs,
-        )
+        means = self._means({name: sum_T.sum().item() for name, sum_T in self.sum_T.items()})
+        return Seen(**means)  # type: ignore[arg-type]  # an update always has units
 
     def per_step(self, update: int, schedule: Schedule) -> list[dict[str, Any]]:
-        """Return the rows of ``update_steps``: one per step that had pairs."""
-        pairs_T, margin_T, right_T, kl_T, rows_T, clipped_T = (
-            sums_T.cpu()
-            for sums_T in (self.pairs_T, self.margin_T, self.right_T, self.kl_T, self.rows_T, self.clipped_T)
-        )
+        """Return the rows of ``update_steps``: one per step that had units."""
+        sums = {name: sum_T.tolist() for name, sum_T in self.sum_T.items()}
         timesteps = schedule.timesteps_T.round().long().tolist()
-        return [
-            {
-                "update": update,
-                "step": step,
-                "timestep": timesteps[step],
-                "margin_before": (margin_T[step] / pairs_T[step]).item(),
-                "pair_accuracy_before": (right_T[step] / pairs_T[step]).item(),
-                "kl_before": (kl_T[step] / rows_T[step]).item(),
-                "clip_fraction": (clipped_T[step] / pairs_T[step]).item(),
-            }
-            for step in torch.nonzero(pairs_T).flatten().tolist()
-        ]
+        rows = []
+        for step in (step for step, units in enumerate(sums["units"]) if units):
+            means = self._means({name: values[step] for name, values in sums.items()})
+            before = {f"{name}_before": means[name] for name in (*OF_PAIRS, "kl")}
+            rest = {name: means[name] for name in ("clip_fraction", "gradient_factor")}
+            rows.append({"update": update, "step": step, "timestep": timesteps[step], **before, **rest})
+        return rows

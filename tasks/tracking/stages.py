@@ -26,7 +26,8 @@ from d3po_core.store.tables import connect, partition, read_rows
 
 # Values of the policy before each update, and after the round's last update.
 BEFORE = ("margin_before", "pair_accuracy_before", "kl_before")
-AFTER = ("margin_after", "pair_accuracy_after", "kl_after")
+AFTER = ("margin_after", "pair_accuracy_after", "kl_after", "winner_error_after", "loser_error_after")
+APART = ("winner_error_before", "loser_error_before", "gradient_factor")
 
 
 def _log_sample(client: Client, config: CampaignConfig, round_number: int, run_id: str) -> None:
@@ -75,12 +76,12 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
     record = read_record(config.folder, round_number, "train", TrainRecord)
     updates = read_rows(partition(config.folder, "updates", round_number) / "part.parquet")
     steps = read_rows(partition(config.folder, "update_steps", round_number) / "part.parquet")
-    columns = ("loss", *BEFORE, "clip_fraction", "grad_norm", "drowned", "seconds")
+    columns = ("loss", *BEFORE, *APART, "clip_fraction", "grad_norm", "drowned", "seconds")
     last = record.finished_at
-    # Rounds of an older version lack some columns.
+    # Rounds of an older version lack some columns, and objectives without pairs have no margin.
     rows = [
         (f"update/{name}", row[name], row["update"], row["finished_at"])
-        for row in updates for name in columns if name in row
+        for row in updates for name in columns if row.get(name) is not None
     ]  # fmt: skip
     rows += [
         (
@@ -90,11 +91,11 @@ def _log_train(client: Client, config: CampaignConfig, round_number: int, run_id
             last,
         )
         for timestep in sorted({row["timestep"] for row in steps})
-        for name in (*BEFORE, "clip_fraction")
-        if all(name in row for row in steps)
+        for name in (*BEFORE, *APART, "clip_fraction")
+        if all(row.get(name) is not None for row in steps)
     ]
     log_metrics(client, run_id, rows)
-    curves = {f"train/{name}": getattr(record, name) for name in ("loss", *BEFORE, *AFTER)}
+    curves = {f"train/{name}": getattr(record, name) for name in ("loss", *BEFORE, *AFTER, "gradient_factor")}
     # Nearly always 0; the guard says when they are not.
     own = {f"train/{name}": getattr(record, name) for name in ("clip_fraction", "drowned")}
     pair_steps = sum(row["num_pairs"] for row in updates) * len({row["step"] for row in steps})

@@ -101,7 +101,7 @@ class LittleCampaign:
         self.write("preferences", number, preferences[:pairs])
         self.judge(number, SCORER, "score", values, rater_kind="proxy")
         update = dict.fromkeys(SCHEMAS["updates"].names, 0.1) | {"finished_at": NOON}
-        self.write("updates", number, [update | {"update": 0, "epoch": 0, "num_pairs": pairs}])
+        self.write("updates", number, [update | {"update": 0, "epoch": 0, "num_pairs": pairs, "num_units": pairs}])
 
     def _round(self, number: int, by_scorer: dict[str, np.ndarray], pairs: int) -> dict[str, Any]:
         scorer, values = next(iter(by_scorer.items()))

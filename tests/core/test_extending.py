@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from d3po_core.config import CampaignConfig, ModelConfig, ScoringConfig
+from d3po_core.config import CampaignConfig, ModelConfig, ScoringConfig, TrainConfig
 from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
@@ -22,41 +22,47 @@ from d3po_core.processes.job import Job, Tell
 from d3po_core.scorers.finding import load_scorer
 from d3po_core.scorers.models import MODELS, Model
 from d3po_core.scorers.sources import Source
-from d3po_core.training.loss import PairLoss
+from d3po_core.training.objective import Losses, Objective, Rows
+from d3po_core.training.objective import Source as ObjectiveSource
 from d3po_core.training.objectives import OBJECTIVES, check_objective
 from tests.core.models.tiny_models import tiny_model
 from tests.core.training.test_trainer import GROUPS, NUM_STEPS, one_update, settings, training_set
 
 
-def squared(
-    log_ratio_R: torch.Tensor, winner_P: torch.Tensor, loser_P: torch.Tensor, weight_P: torch.Tensor, config: Any
-) -> PairLoss:
-    """IPO's loss: the margin is to be 1 / (2 beta)."""
-    margin_P = log_ratio_R[winner_P] - log_ratio_R[loser_P]
-    loss_P = weight_P * (margin_P - 1 / (2 * config.beta)) ** 2
-    return PairLoss(loss_P, margin_P.detach(), torch.zeros_like(margin_P))
+class Squared(Objective):
+    """IPO's loss on stored steps: the margin is to be 1 / (2 aim)."""
+
+    source: ClassVar[ObjectiveSource] = "trajectory"
+    guided: ClassVar[bool] = True
+    aim: float = 1.0
+
+    def losses(self, rows: Rows, train: TrainConfig) -> Losses:
+        """Return one loss per pair."""
+        ratio_R = rows.step_weight_R * (rows.log_prob_R - rows.reference_log_prob_R)
+        margin_P = ratio_R[rows.winner_P] - ratio_R[rows.loser_P]
+        return Losses.plain(rows.weight_P * (margin_P - 1 / (2 * self.aim)) ** 2, ratio_R)
 
 
-def test_an_objective_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OBJECTIVES, "squared", squared)
-    config = settings(objective="squared", beta=5.0)
-    check_objective(config)
+def test_an_objective_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES, "squared", Squared)
+    config = settings(objective="squared", settings={"aim": 5.0})
+    check_objective(CampaignConfig(train=config))
     policy = load_policy(ModelConfig(device="cpu", lora_rank=2), seed=0)
     schedule = policy.schedule(NUM_STEPS, 1.0)
     data = training_set(policy, schedule)
     update, gradient = one_update(policy, schedule, data, config)
-    # The policy is still the reference: every margin is 0, and every pair's loss its weight / (2 beta) squared.
+    # The policy is still the reference: every margin is 0, and every pair's loss its weight / (2 aim) squared.
     weights = [weight for group in GROUPS for *_, weight in group.pairs]
     assert update.loss == pytest.approx(float(np.mean(weights)) / (2 * 5.0) ** 2, rel=1e-3)
-    # The slope of every margin is -weight / beta there; that of D3PO without a clamp is -weight * beta / 2.
+    # The slope of every margin is -weight / aim there; that of D3PO without a clamp is -weight * beta / 2.
     _, of_d3po = one_update(policy, schedule, data, settings(beta=5.0, clip="none"))
     for name, value in gradient.items():
         torch.testing.assert_close(value, of_d3po[name] * (1 / 5.0) / (5.0 / 2), rtol=2e-3, atol=1e-9)
 
 
 def test_an_objective_that_is_none_is_one_line() -> None:
-    with pytest.raises(D3POError, match=r"train.objective is 'no such'; expected one of d3po"):
-        check_objective(settings(objective="no such"))
+    with pytest.raises(D3POError, match=r"train.objective is 'no such'; expected one of .*d3po"):
+        check_objective(CampaignConfig(train=settings(objective="no such")))
 
 
 class Painter(DiffusionPipeline):

@@ -33,11 +33,13 @@ def test_no_description_is_of_a_column_that_is_gone() -> None:
 
 
 def test_pages_say_what_the_code_says() -> None:
-    configuration, commands, tables, python = (page() for page in reference.PAGES.values())
+    configuration, objectives, commands, tables, python = (page() for page in reference.PAGES.values())
     assert "| `train.beta` | `float` | `300.0` |" in configuration
     assert "| `runs_dir` | `str or None` |" in configuration
     assert "## d3po discard-round" in commands
-    for page in (configuration, commands, tables, python):
+    assert "Learns from good and bad images and final images; trains the conditional prediction" in objectives
+    assert "| `settings.bad_weight` | `float` | `1.0` | Weight of bad images |" in objectives
+    for page in (configuration, objectives, commands, tables, python):
         assert not re.search(r"`[^`\n]*\\\|[^`\n]*`", page), "a backslash shows"
     assert (
         "| `--with-judgements, --no-with-judgements` | `False` | Even if people have judged the round already |"

@@ -12,6 +12,7 @@ from d3po_core.models.policy import Policy
 from d3po_core.processes.job import Tell
 from d3po_core.training import job as training
 from d3po_core.training.lesson import TrainingSet
+from d3po_core.training.objectives import make_objective
 from d3po_core.training.trainer import train_updates
 from d3po_core.training.training_set import load_training_set, training_seed
 from tests.core.sampling.drawing import stir_lora
@@ -19,7 +20,9 @@ from tests.core.sampling.drawing import stir_lora
 
 def gradient(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
     """The gradient of a round's first update, by a LoRA that matters, and what the update saw."""
-    return _gradient(config, loaded_policy(config), load_training_set(config.folder, round_number), steps=None)
+    labels = make_objective(config.train).takes()
+    data = load_training_set(config.folder, round_number, labels=labels)
+    return _gradient(config, loaded_policy(config), data, steps=None)
 
 
 def gradient_of_one_cell(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
@@ -68,10 +71,11 @@ def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: 
     update = next(updates)
     flat = torch.cat([parameter.grad.flatten() for _, parameter in policy.weights.parameters()])
     seen = {key: getattr(update, key) for key in ("loss", "margin_before", "kl_before", "grad_norm", "num_pairs")}
+    known = [{key: value for key, value in row.items() if value is not None} for row in (seen, *update.per_step)]
     return {
         "gradient": flat.tolist(),
-        "seen": seen,
-        "per_step": update.per_step,
+        "seen": known[0],
+        "per_step": known[1:],
         "loss_scale": policy.loss_scale.factor,
     }
 

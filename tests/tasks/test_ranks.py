@@ -146,12 +146,14 @@ def relative(found: list[float], expected: list[float]) -> float:
         (rank_jobs.gradient, {}, 1e-4),
         (rank_jobs.gradient, {"train": {"micro_batch": 2}}, 1e-4),
         (rank_jobs.gradient, {"train": {"reference": "base"}}, 1e-4),
+        (rank_jobs.gradient, {"train": {"objective": "kto", "settings": {"beta": 50}, "reference": "base"}}, 1e-4),
         (rank_jobs.gradient_of_one_cell, {}, 1e-4),
         (rank_jobs.gradient_short_of_memory, {}, 1e-4),
         (rank_jobs.gradient, {"model": {"precision": "fp16"}, "train": {"beta": 1.0}}, 1e-2),
         (rank_jobs.gradient, {"model": {"train": "full"}}, 1e-4),
     ],
-    ids=["plain", "groups larger than a micro-batch", "base as reference", "less to do than ranks",
+    ids=["plain", "groups larger than a micro-batch", "base as reference", "a mean over the update",
+         "less to do than ranks",
          "a rank short of memory", "half precision", "all weights"],
 )  # fmt: skip
 def test_gradient_over_ranks_is_that_of_one_process(

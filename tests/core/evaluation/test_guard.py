@@ -36,6 +36,22 @@ def test_a_judge_that_only_ties_is_found() -> None:
     assert found.startswith("no pairs to learn from, 28 ties")
 
 
+def test_winners_and_losers_that_both_become_less_likely_are_found() -> None:
+    def of(winner: float, loser: float, neutral: float = 1e-3) -> list[str]:
+        measured = {"winner_error_after": winner, "loser_error_after": loser, "neutral_error_after": neutral}
+        return findings(trained=TRAINED.model_copy(update=measured))
+
+    (found,) = of(0.01, 0.02)
+    assert found.startswith("winners became less likely too: their error rose by 0.01, the losers' by 0.02")
+    assert of(-0.01, 0.02) == []  # what training is for
+    assert of(1e-3, 1e-3) == []  # any move as far does that
+    assert of(0.01, 0.02, neutral=0.02) == []
+
+
+def test_groups_of_only_bad_images_can_teach_without_a_pair() -> None:
+    assert findings(pairs=0) == []
+
+
 def test_pairs_without_an_update_are_found() -> None:
     assert findings(trained=TRAINED.model_copy(update={"num_updates": 0})) == ["no update was made of 9 pairs"]
 
