@@ -10,10 +10,10 @@ from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.models.memory import plan_in_words
-from d3po_core.processes.pool import run_job
+from d3po_core.processes.engine import run_job
 from d3po_core.records import SampleRecord
 from d3po_core.reproducing.frozen import prompts_sha256
-from d3po_core.sampling.job import round_shards, sample_shards
+from d3po_core.sampling.job import SAMPLE, round_shards
 from d3po_core.sampling.prompts import load_prompts
 from d3po_core.store.files import atomic_path
 from d3po_core.store.images import load_pngs, sheet
@@ -40,7 +40,7 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
         model_turn(config),
         progress(config, round_number, "sample", total, "image", done) as bar,
     ):
-        run_job(sample_shards, config, round_number, bar.update)
+        run_job(SAMPLE, config, round_number, bar.update)
     if plan := plan_in_words(config):
         run_logger().info(plan)
     table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in shards])
