@@ -173,14 +173,10 @@ class Crew:
 
     def _unread(self, member: Member, error: Exception) -> str:
         self.kill(member)
-        kind = type(error).__name__
-        text = " ".join(str(getattr(error, "cause", None) or error).split())
-        if any(word in f"{kind} {text}" for word in ("ObjectStoreFull", "OutOfDisk", "object store")):
-            return (
-                f"{self.name(member)}: Ray's object store is full; give its nodes more (ray start "
-                "--object-store-memory, or a larger disk for what it spills), or lower sample.batch_size"
-            )
-        return f"{self.name(member)} cannot be heard ({kind}: {text[:300]}); {self.told_last(member)}"
+        if full := full_store(error):
+            return f"{self.name(member)}: {full}"
+        text = " ".join(str(error).split())[:300]
+        return f"{self.name(member)} cannot be heard ({type(error).__name__}: {text}); {self.told_last(member)}"
 
     def told_last(self, member: Member) -> str:
         """Return where a worker's log is, with its last lines if it is on this machine."""
@@ -212,3 +208,14 @@ def error_of(crew: Crew, member: Member, answer: dict[str, Any]) -> Exception:
         kind: Exception = getattr(errors, answer["kind"])(answer["text"])
         return kind
     return errors.RankError(f"{crew.name(member)} failed: {answer['text']}; {crew.told_last(member)}")
+
+
+def full_store(error: Exception) -> str | None:
+    """Return what to do if an error says that Ray's object store is full, else None."""
+    text = f"{type(error).__name__} {' '.join(str(error).split())}"
+    if not any(word in text for word in ("ObjectStoreFull", "OutOfDisk")):
+        return None
+    return (
+        "Ray's object store is full; give its nodes more (ray start --object-store-memory, or a larger disk for what "
+        "it spills), or lower sample.batch_size"
+    )

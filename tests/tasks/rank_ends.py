@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 from accelerate import PartialState
 
 from d3po_core.config import CampaignConfig
@@ -71,13 +70,6 @@ def squares(config: CampaignConfig, round_number: int, items: Iterable[int | Non
             yield Made(item, 1, {}, [item**2, os.getpid()])
 
 
-def large(config: CampaignConfig, round_number: int, items: Iterable[int | None]) -> Iterator[Made]:
-    """Items of as many MB as the round's number."""
-    for item in items:
-        if item is not None:
-            yield Made(item, 1, {"large": np.ones(round_number * 1_000_000, np.uint8)})
-
-
 def _queue(name: str, make: object) -> QueueJob:
     items = lambda config, round_number: list(range(ITEMS))  # noqa: E731
     return QueueJob(f"tests.tasks.rank_ends:{name}", items, _none, (), make, _keep, list)  # type: ignore[arg-type]
@@ -87,4 +79,4 @@ FAIL, MENDABLE, HANG, SIZE = (
     _gang(name, run)
     for name, run in (("FAIL", fail), ("MENDABLE", meet_a_mendable_error), ("HANG", hang_once), ("SIZE", size))
 )
-SQUARES, LARGE = _queue("SQUARES", squares), _queue("LARGE", large)
+SQUARES = _queue("SQUARES", squares)
