@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,9 @@ def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if config.address:
             try:
+                if config.address != "auto":  # Ray itself would try for minutes
+                    host, _, port = config.address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
                 ray.init(address=config.address, **options)
             except Exception as error:  # Ray raises several kinds
                 reason = " ".join(str(error).split())[:200]

@@ -70,13 +70,14 @@ def squares(config: CampaignConfig, round_number: int, items: Iterable[int | Non
             yield Made(item, 1, {}, [item**2, os.getpid()])
 
 
-def _queue(name: str, make: object) -> QueueJob:
-    items = lambda config, round_number: list(range(ITEMS))  # noqa: E731
-    return QueueJob(f"tests.tasks.rank_ends:{name}", items, _none, (), make, _keep, list)  # type: ignore[arg-type]
+def squares_of(count: int) -> QueueJob:
+    """A job of so many squares."""
+    items = lambda config, round_number: list(range(count))  # noqa: E731
+    return QueueJob("tests.tasks.rank_ends:SQUARES", items, _none, (), squares, _keep, list)
 
 
 FAIL, MENDABLE, HANG, SIZE = (
     _gang(name, run)
     for name, run in (("FAIL", fail), ("MENDABLE", meet_a_mendable_error), ("HANG", hang_once), ("SIZE", size))
 )
-SQUARES = _queue("SQUARES", squares)
+SQUARES = squares_of(ITEMS)

@@ -456,3 +456,15 @@ def test_the_same_file_typed_in_another_way_is_no_change(tmp_path: Path) -> None
     other = load_config({"runs_dir": str(tmp_path), "evaluate": {"prompts": str(tmp_path / shipped)}}, "test")
     with pytest.raises(D3POError, match=r"evaluate\.prompts = .*shapes_eval\.txt' \(now"):
         open_campaign(other)
+
+
+def test_a_round_of_an_earlier_version_opens_and_its_setting_typed_today_is_refused(tmp_path: Path) -> None:
+    values = CampaignConfig(campaign="old", runs_dir=str(tmp_path)).model_dump(mode="json")
+    del values["compute"]
+    values["model"] |= {"processes": 2, "launcher": "local"}
+    path = tmp_path / "old" / "stages" / "round=1" / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(values))
+    assert round_config(tmp_path / "old", 1).compute.processes == 2
+    with pytest.raises(D3POError, match=r"model\.processes is not a field; did you mean 'compute\.processes'\?"):
+        load_config({"model": {"processes": 2}}, "test")
