@@ -23,7 +23,14 @@ from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.records import DeriveRecord, TrainRecord
 from d3po_core.store import tables
-from d3po_core.store.campaign import begin_round, campaign_id, campaign_lock, campaign_named, open_campaign
+from d3po_core.store.campaign import (
+    begin_round,
+    campaign_id,
+    campaign_lock,
+    campaign_named,
+    open_campaign,
+    round_config,
+)
 from d3po_core.store.goals import end_run, rounds_to_do
 from d3po_core.store.leftovers import discard_round, sweep_leftovers
 from d3po_core.store.stages import (
