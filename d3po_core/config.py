@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from d3po_core.paths import data_folder, resolve_path
 from d3po_core.urls import schema_pattern
@@ -67,8 +67,20 @@ class ModelConfig(_Section):
         "auto: measure the GPU and take what fits",
     )
     compile: bool = Field(False, description="Compile the network's blocks: slower start, faster passes on a GPU")
-    processes: int = Field(1, ge=1, le=64, description="Processes that sample, train and evaluate, one per GPU")
-    launcher: str = Field("local", description="How several processes are started; local: on this machine")
+
+
+class ComputeConfig(_Section):
+    """The processes that sample, train and evaluate, and where they run."""
+
+    processes: int = Field(1, ge=1, le=1024, description="Processes that sample, train and evaluate, one per GPU")
+    address: str | None = Field(
+        None, description="Ray cluster: auto, or the head's host:port; by default Ray is private to this machine"
+    )
+    min_processes: int = Field(1, ge=1, le=1024, description="Fewest processes that training goes on with after a loss")
+    start_seconds: float = Field(300.0, gt=0, le=1e6, description="Longest wait for the processes to start")
+    hang_seconds: float = Field(
+        3600.0, gt=0, le=1e6, description="Silence after which a process counts as hanging; longer than any compilation"
+    )
 
 
 class SampleConfig(_Section):
@@ -324,6 +336,7 @@ class CampaignConfig(_Section):
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of all randomness in the campaign")
     model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
     sample: SampleConfig = SampleConfig()
     judge: JudgeConfig = JudgeConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -331,6 +344,9 @@ class CampaignConfig(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     guard: GuardConfig = GuardConfig()
     store: StoreConfig = StoreConfig()
+
+    # On a worker: the campaign's folder there, and the digest of the run's own configuration.
+    _elsewhere: tuple[Path, str] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -346,6 +362,8 @@ class CampaignConfig(_Section):
     @property
     def folder(self) -> Path:
         """Return the campaign's folder."""
+        if self._elsewhere:
+            return self._elsewhere[0]
         runs = resolve_path(self.runs_dir) if self.runs_dir else data_folder() / "runs"
         return runs / self.campaign
 
@@ -356,8 +374,16 @@ class CampaignConfig(_Section):
 
     def sha256(self) -> str:
         """Return the digest of the resolved configuration, the same for equal configurations."""
+        if self._elsewhere:
+            return self._elsewhere[1]
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def on_worker(self, folder: Path, sha256: str) -> Self:
+        """Return this configuration for a worker, with the campaign's folder there and the run's digest."""
+        there = self.model_copy()
+        there._elsewhere = folder, sha256
+        return there
 
 
 # Fields that decide what a campaign's numbers mean: rounds are comparable only while these stay unchanged.
@@ -372,7 +398,7 @@ PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "eval
 
 # Fields that may change even within a round, since they change no number.
 FREE_FIELDS = (
-    "accept_changes",
+    "accept_changes", "compute.address", "compute.min_processes", "compute.start_seconds", "compute.hang_seconds",
     "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
     "scoring.tries",
     "store.mirror", "store.mirror_images", "store.mirror_trajectories", "store.lease_seconds", "store.timeout_seconds",

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from d3po_core.config import ModelConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 
 if TYPE_CHECKING:  # torch takes a second to import, and most commands need none
@@ -19,21 +19,23 @@ def send(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     return tensor.to(device)
 
 
-def check_processes(config: ModelConfig) -> None:
-    """Check that every process gets its own GPU, unless the device is the CPU.
+def check_processes(config: CampaignConfig) -> None:
+    """Check that every process gets its own GPU on this machine; a cluster is asked when the run starts.
 
     Raises:
         D3POError: there are more processes than GPUs.
     """
-    if config.processes == 1 or device_type(config.device) == "cpu":
+    processes = config.compute.processes
+    if processes == 1 or config.compute.address or device_type(config.model.device) == "cpu":
         return
     import torch
 
     gpus = torch.cuda.device_count()
-    if config.processes > gpus:
+    if processes > gpus:
         raise D3POError(
-            f"model.processes is {config.processes} but {gpus} CUDA device{'s are' if gpus != 1 else ' is'} visible; "
-            "expected one a process: lower model.processes, or see what CUDA_VISIBLE_DEVICES hides"
+            f"compute.processes is {processes} but {gpus} CUDA device{'s are' if gpus != 1 else ' is'} visible; "
+            "expected one a process: lower compute.processes, see what CUDA_VISIBLE_DEVICES hides, or set "
+            "compute.address to a cluster with more"
         )
 
 

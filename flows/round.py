@@ -22,7 +22,7 @@ from d3po.tasks.waiting import require_deployment, require_no_sleeper, wait_for_
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.model_files import with_model_defaults
-from d3po_core.processes.pool import ranks_end_here
+from d3po_core.processes.engine import processes_end_here
 from d3po_core.store.campaign import begin_round, campaign_lock
 from d3po_core.store.goals import end_run
 
@@ -45,7 +45,7 @@ def d3po(rounds: int = 1, config: FormConfig = None) -> State:
         for warning in check_campaign(campaign):
             logger.warning(warning)
         busy = campaign_lock(campaign.folder, who=f"flow run {flow_run.id}")
-        with busy, ranks_end_here(), counts_as_running(), mirrored(campaign):
+        with busy, processes_end_here(), counts_as_running(), mirrored(campaign):
             numbers = plan_rounds(campaign, rounds, run_id=str(flow_run.id))
             require_deployment(campaign, numbers)
             require_no_sleeper(campaign, numbers)

@@ -10,9 +10,9 @@ from d3po.tasks.scoring import SCORE_BATCH
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress, scoring_turn
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
-from d3po_core.evaluation.job import draw_held_out, held_out_path, held_out_seeds
+from d3po_core.evaluation.job import EVALUATE, held_out_path, held_out_seeds
 from d3po_core.intervals import score_intervals
-from d3po_core.processes.pool import run_job
+from d3po_core.processes.engine import run_job
 from d3po_core.records import EvaluateRecord
 from d3po_core.scorers.finding import load_scorers
 from d3po_core.store.files import atomic_path
@@ -37,7 +37,7 @@ def evaluate_checkpoint(config: CampaignConfig, round_number: int) -> EvaluateRe
 def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
     seeds = held_out_seeds(config)
     with model_turn(config), progress(config, round_number, "evaluate", len(seeds), "image") as bar:
-        drift = run_job(draw_held_out, config, round_number, bar.update)
+        drift = run_job(EVALUATE, config, round_number, bar.update)
     paths = [held_out_path(round_number, index) for index in range(len(seeds))]
     images = load_pngs([config.folder / path for path in paths])
     all_prompts = [seed.prompt for seed in seeds]

@@ -20,7 +20,6 @@ from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
 from d3po_core.paths import running_clone
 from d3po_core.planning.preflight import check_hub
-from d3po_core.processes.pool import check_launcher
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -64,8 +63,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     optimizer_class(config.train)
     check_objective(config)
     check_beta(config.train)
-    check_launcher(config.model)
-    check_processes(config.model)
+    check_processes(config)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)

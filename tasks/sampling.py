@@ -12,10 +12,10 @@ from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.memory import plan_in_words
-from d3po_core.processes.pool import run_job
+from d3po_core.processes.engine import run_job
 from d3po_core.records import SampleRecord
 from d3po_core.reproducing.frozen import prompts_sha256
-from d3po_core.sampling.job import Shard, round_shards, sample_shards
+from d3po_core.sampling.job import SAMPLE, Shard, round_shards
 from d3po_core.sampling.prompts import load_prompts
 from d3po_core.store.files import atomic_path
 from d3po_core.store.images import load_pngs, sheet
@@ -63,7 +63,7 @@ def _sample_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
         model_turn(config),
         progress(config, round_number, "sample", total, "image", done) as bar,
     ):
-        run_job(sample_shards, config, round_number, bar.update)
+        run_job(SAMPLE, config, round_number, bar.update)
     return shards
 
 

@@ -6,10 +6,10 @@ from d3po.tasks import mirroring
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
-from d3po_core.processes.pool import run_job
+from d3po_core.processes.engine import run_job
 from d3po_core.records import TrainRecord
 from d3po_core.store.stages import checkpoint_path, finish_stage
-from d3po_core.training.job import count_updates, train_checkpoint
+from d3po_core.training.job import TRAIN, count_updates
 from d3po_core.training.optimizer import drowned_warning
 
 
@@ -28,5 +28,5 @@ def train_policy(config: CampaignConfig, round_number: int) -> TrainRecord:
 def _train(config: CampaignConfig, round_number: int) -> TrainRecord:
     total, done = count_updates(config, round_number)
     with model_turn(config), progress(config, round_number, "train", total, "update", done) as bar:
-        trained = run_job(train_checkpoint, config, round_number, bar.update)
+        trained = run_job(TRAIN, config, round_number, bar.update)
     return TrainRecord(checkpoint=checkpoint_path(round_number), **trained)

@@ -1,5 +1,7 @@
-"""Draw a round's held-out images batch by batch and measure the drift; ranks take batches in turn."""
+"""Draw a round's held-out images batch by batch and measure the drift."""
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,15 @@ from d3po_core.config import CampaignConfig
 from d3po_core.image_ids import held_out_id
 from d3po_core.models.loaded import policy_at
 from d3po_core.models.policy import Policy
-from d3po_core.processes.job import Tell
-from d3po_core.processes.ranks import own_share, sum_over_ranks
+from d3po_core.processes.job import Made, QueueJob
+from d3po_core.processes.parcel import keep_files
 from d3po_core.sampling.drawing import draw_and_write
 from d3po_core.sampling.drift import kl_from_base
 from d3po_core.sampling.prompts import load_prompts
-from d3po_core.sampling.rollout import Trajectories
+from d3po_core.sampling.rollout import Drawn, FirstOutputs, Trajectories
 from d3po_core.seeds import ImageSeed, evaluation_seeds
-from d3po_core.store.images import save_pngs
+from d3po_core.store.images import pngs_bytes
+from d3po_core.store.stages import policy_files
 
 
 def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:
@@ -31,46 +34,57 @@ def held_out_path(round_number: int, index: int) -> Path:
     return Path(f"images/round={round_number}/{held_out_id(round_number, index)}.png")
 
 
-def draw_held_out(config: CampaignConfig, round_number: int, tell: Tell) -> float | None:
-    """Draw and write the held-out images with the round's checkpoint, and report the number of images.
+def _batches(config: CampaignConfig, round_number: int) -> list[int]:
+    return list(range(0, len(held_out_seeds(config)), config.sample.batch_size))
 
-    Returns:
-        The drift: mean KL from the base over the trajectories of a fixed subset of images; None if the subset is empty.
-    """
+
+def _make(config: CampaignConfig, round_number: int, items: Iterable[int | None]) -> Iterator[Made]:
+    """Draw batches as they come, each known by its first image's place, and measure the drift of chosen images."""
     policy = policy_at(config, round_number)
-    seeds = held_out_seeds(config)
+    seeds, size = held_out_seeds(config), config.sample.batch_size
     wanted = min(config.evaluate.drift_images, len(seeds))
-    chosen = np.linspace(0, len(seeds) - 1, wanted).round().astype(int).tolist()
-    latents: dict[int, torch.Tensor] = {}  # [T+1, C, H, W] of the chosen images that this rank draws
-    size = config.sample.batch_size
-    starts = range(0, len(seeds), size)[own_share(policy.accelerator)]
+    chosen = set(np.linspace(0, len(seeds) - 1, wanted).round().astype(int).tolist())
 
-    def write(index: int, trajectories: Trajectories, images: np.ndarray) -> int:
-        places = range(starts[index], starts[index] + len(images))
-        save_pngs(images, [config.folder / held_out_path(round_number, i) for i in places])
-        latents.update({i: trajectories.latents_BTCHW[i - places[0]] for i in places if i in chosen})
-        return len(images)
+    def measure(start: int, drawn: Drawn) -> list[float]:
+        own = [i for i in range(start, min(start + size, len(seeds))) if i in chosen]
+        if not own:
+            return []
+        latents_BTCHW = drawn.wait()[0].latents_BTCHW[[i - start for i in own]]
+        return _kl(config, policy, [seeds[i] for i in own], latents_BTCHW).tolist()
 
-    batches = [seeds[start : start + size] for start in starts]
-    for count in draw_and_write(policy, config.sample, batches, torch.float32, write):
-        tell(count)
-    return _drift(config, policy, seeds, chosen, latents) if wanted else None
+    def write(start: int, trajectories: Trajectories, images: np.ndarray, kl: list[float]) -> Made:
+        paths = [held_out_path(round_number, start + i).as_posix() for i in range(len(images))]
+        return Made(start, len(images), dict(zip(paths, pngs_bytes(images), strict=True)), kl)
+
+    first = FirstOutputs(policy, config.sample, seeds, torch.float32)
+    batches = (None if item is None else (item, seeds[item : item + size]) for item in items)
+    return draw_and_write(policy, config.sample, batches, first, write, measure)
 
 
-def _drift(
-    config: CampaignConfig, policy: Policy, seeds: list[ImageSeed], chosen: list[int], latents: dict[int, torch.Tensor]
-) -> float:
-    own = [place for place, i in enumerate(chosen) if i in latents]
-    kl_D = torch.zeros(len(chosen))
-    if own:
-        schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
-        own_seeds = [seeds[chosen[place]] for place in own]
-        latents_BTCHW = torch.stack([latents[chosen[place]] for place in own])
-        guidance = config.sample.guidance_scale
-        kl_D[own] = policy.sampling_rows.fit(
-            config.sample.batch_size,
-            lambda rows: kl_from_base(policy, schedule, own_seeds, latents_BTCHW, guidance, rows),
-        )
-    kl_D = kl_D.to(policy.device)
-    sum_over_ranks(policy.accelerator, [kl_D])  # one rank fills each entry; the others hold 0
-    return float(kl_D.cpu().mean())
+def _kl(config: CampaignConfig, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor) -> torch.Tensor:
+    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    return policy.sampling_rows.fit(
+        config.sample.batch_size,
+        lambda rows: kl_from_base(policy, schedule, seeds, latents_BTCHW, config.sample.guidance_scale, rows),
+    )
+
+
+def _mean(kls: list[list[float]]) -> float | None:
+    kl_D = list(chain(*kls))
+    return float(np.mean(kl_D)) if kl_D else None
+
+
+EVALUATE = QueueJob(
+    name="d3po_core.evaluation.job:EVALUATE",
+    items=_batches,
+    needs=lambda config, round_number: policy_files(config.folder, round_number, round_number),
+    inputs=("evaluate.prompts",),
+    make=_make,
+    keep=keep_files,
+    finish=_mean,
+)
+"""Draw the held-out images with the round's checkpoint; the units are images.
+
+Its result is the drift: the mean KL from the base over the trajectories of a fixed subset of images; None if that is
+empty.
+"""

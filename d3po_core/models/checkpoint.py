@@ -1,8 +1,10 @@
 """Checkpoints: trained weights and optimizer state in a folder that is written atomically."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,29 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     Raises:
         D3POError: the disk is full or read-only; nothing is left behind.
     """
+    with whole_folder(folder) as temporary:
+        policy.weights.save(temporary)
+        save_file(optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
+        record = {
+            **record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale.factor,
+            "optimizer_sha256": sha256_of(temporary / OPTIMIZER_FILE),
+        }  # fmt: skip
+        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``folder`` when all is on disk.
+
+    Raises:
+        D3POError: the disk is full or read-only; nothing is left behind.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True)
-            policy.weights.save(temporary)
-            save_file(optimizer_state(policy, optimizer), temporary / OPTIMIZER_FILE)
-            record = {
-                **record, "lora_sha256": weights_sha256(temporary), "loss_scale": policy.loss_scale.factor,
-                "optimizer_sha256": sha256_of(temporary / OPTIMIZER_FILE),
-            }  # fmt: skip
-            (temporary / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+            yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file():
                     as_readable_as_usual(path)

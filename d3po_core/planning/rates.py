@@ -39,7 +39,7 @@ class Rate:
         if self.half and model.device == "cpu":
             return False
         return (self.family, self.pixels, self.half, "lora", 1) == (
-            facts.family, facts.pixels, model.precision != "no", model.train, model.processes,
+            facts.family, facts.pixels, model.precision != "no", model.train, config.compute.processes,
         ) and self._has_mode(model, gpu_bytes)  # fmt: skip
 
     def _has_mode(self, model: ModelConfig, gpu_bytes: int | None) -> bool:

@@ -4,12 +4,57 @@ A process gets its rank and the number of ranks from accelerate. With one proces
 """
 
 import hashlib
+import os
+import socket
 from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from d3po_core.errors import RankError
+
+_stores: dict[str, Any] = {}
+
+
+def open_store(host: str) -> tuple[str, int]:
+    """Open the store at which the ranks of a group meet, on this address only; return host and port."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    _stores["own"] = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return host, port
+
+
+def join(gang: dict[str, Any]) -> None:
+    """Make this process a rank of a new group, instead of any earlier one; its accelerator follows.
+
+    Args:
+        gang: ``rank``, ``size``, ``store`` (host and port), ``device`` and ``seconds`` (the patience of a collective).
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (host, port), rank, size = gang["store"], gang["rank"], gang["size"]
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
+    if size == 1:
+        for name in place:
+            os.environ.pop(name, None)
+    else:
+        os.environ |= {name: str(value) for name, value in place.items()}
+        store = _stores["own"] if rank == 0 else torch.distributed.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+        patience = timedelta(seconds=gang["seconds"])
+        PartialState(cpu=gang["device"] == "cpu", store=store, rank=rank, world_size=size, timeout=patience)
+    Accelerator(cpu=gang["device"] == "cpu")  # every policy's accelerator shares its state
+
+
+def free_memory() -> None:
+    """Return the GPU memory that PyTorch keeps for its next pass: scorers need some of it now."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def own_share(accelerator: Accelerator) -> slice:

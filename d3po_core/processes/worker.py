@@ -1,92 +1,173 @@
-"""One rank of a pool (pool.py), a process that runs jobs: ``python -m d3po_core.processes.worker``.
+"""A worker: a Ray actor that has a GPU of its own and does jobs in a folder of its own, for as long as the run lasts.
 
-Jobs arrive as JSON lines on stdin. The worker answers on stdout with ``{"done": units}`` now and then, and at the end
-with ``{"result": ...}`` or ``{"error": text, "kind": a class of d3po_core.errors, or null}``. All other output goes to
-stderr, which is the rank's log. When stdin ends, as it does when the parent is killed, the process ends at once.
+The run's side starts a job (``begin``), gives it items (``give``) and asks for what happened (``events``), which waits
+until something did. Models stay loaded from job to job. A worker never writes into the campaign.
 """
 
+import contextlib
 import faulthandler
 import importlib
-import json
 import os
 import queue
-import signal
-import sys
+import shutil
+import tempfile
 import threading
 import traceback
-from datetime import timedelta
-from typing import IO, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-# For a rank that hangs; the pool notices a dead one. It is longer than any rank waits for a slower one.
-PATIENCE = timedelta(hours=1)
+# A job with work on its device looks this often whether there is another item.
+LOOK_EVERY_SECONDS = 0.02
 
-
-def main(device: str) -> None:
-    """Join the other ranks, on ``cuda`` or ``cpu``, and run jobs."""
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal: the parent decides
-    orders, answers = _take_pipes()
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
-    _join_ranks(device)
-    while True:
-        answer = _run(jobs.get(), answers)
-        _give_back(device)
-        _say(answers, answer)
+Event = tuple[str, Any]
 
 
-def _take_pipes() -> tuple[IO[str], IO[str]]:
-    """Move the pool's pipes to other descriptors, so that libraries cannot read from or print to them."""
-    orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return orders, answers
+class Worker:
+    """See the module's description; Ray makes it an actor.
 
+    Args:
+        threads: CPU threads of its computations.
+        log: the file that gets all it prints; None for Ray's own log.
+    """
 
-def _listen(orders: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in orders:
-        jobs.put(json.loads(line))
-    os._exit(0)
+    def __init__(self, threads: int, log: str | None) -> None:
+        # Before torch is imported, which reads this once.
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        if log:
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+        faulthandler.enable(2)
+        self._folder = Path(tempfile.mkdtemp(prefix="d3po-worker-"))
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._items: queue.Queue[int | None] = queue.Queue()
+        self._shipped: dict[str, str] = {}
 
+    def look(self, models: dict[str, dict[str, str]]) -> dict[str, Any]:
+        """Return where this worker runs, its versions, and how each model's place looks here.
 
-def _join_ranks(device: str) -> None:
-    """Make the process group that accelerate uses, and with it every policy of this process."""
-    import torch
-    from accelerate import PartialState
+        Args:
+            models: the digests of the models' files, by their place on the run's machine.
+        """
+        import ray
 
-    port = int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    PartialState(cpu=device == "cpu", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+        from d3po_core.processes.parcel import digests, versions
 
+        context = ray.get_runtime_context()
+        found = {place: digests(Path(place)) if Path(place).exists() else {} for place in models}
+        return {
+            "node": ray.util.get_node_ip_address(), "node_id": context.get_node_id(), "pid": os.getpid(),
+            "versions": versions(),
+            "lacks": [place for place in models if not found[place]],
+            "differs": [place for place, wanted in models.items() if found[place] and found[place] != wanted],
+        }  # fmt: skip
 
-def _run(order: dict[str, Any], answers: IO[str]) -> dict[str, Any]:
-    from d3po_core.config import CampaignConfig
+    def take_model(self, place: str, files: list[tuple[str, Any]], single: bool) -> None:
+        """Get a model that this node lacks; one worker of a node writes it for all.
 
-    module, _, name = order["job"].partition(":")
-    try:
-        job = getattr(importlib.import_module(module), name)
-        config = CampaignConfig.model_validate(order["config"])
-        return {"result": job(config, order["round"], lambda count: _say(answers, {"done": count}))}
-    except Exception as error:
-        traceback.print_exc()
-        kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "d3po_core.errors"]
-        return {"error": str(error) or type(error).__name__, "kind": next(iter(kinds), None)}
+        Args:
+            place: where it lies on the run's machine.
+            files: its files' paths, each with a reference to its bytes.
+            single: whether it is one file.
+        """
+        import ray
 
+        from d3po_core.store.files import exclusive
 
-def _give_back(device: str) -> None:
-    """Return the GPU memory that PyTorch keeps for its next pass: the parent's scorers need some of it now."""
-    if device == "cuda":
-        import torch
+        session = Path(tempfile.gettempdir()) / f"d3po-models-{ray.get_runtime_context().get_job_id()}"
+        folder = session / Path(place).name
+        with exclusive(session / ".lock"):
+            if not folder.exists():
+                writing = folder.with_name(f".{folder.name}.tmp")
+                shutil.rmtree(writing, ignore_errors=True)
+                for path, ref in files:
+                    (writing / path).parent.mkdir(parents=True, exist_ok=True)
+                    (writing / path).write_bytes(ray.get(ref))
+                writing.rename(folder)
+        self._shipped[place] = str(folder / files[0][0] if single else folder)
 
-        torch.cuda.empty_cache()
+    def address(self) -> tuple[str, int]:
+        """Open the store at which a gang meets, on this node's address only; return host and port."""
+        import ray
 
+        from d3po_core.processes.ranks import open_store
 
-def _say(answers: IO[str], answer: dict[str, Any]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+        return open_store(ray.util.get_node_ip_address())
 
+    def begin(self, order: dict[str, Any], files: list[tuple[str, Any]]) -> None:
+        """Start a job in a thread.
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+        Args:
+            order: ``job`` (its name), ``letter`` (the configuration), ``round``, ``gang`` (see ``ranks.join``) or
+                ``items``.
+            files: the files that the job reads, each with a reference to its bytes.
+        """
+        self._items = queue.Queue()
+        self.give(order.get("items", []))
+        threading.Thread(target=self._do, args=(order, files), daemon=True, name="job").start()
+
+    def give(self, items: list[int | None]) -> None:
+        """Give the running job more items; None is the last."""
+        for item in items:
+            self._items.put(item)
+
+    def events(self) -> list[Event]:
+        """Wait for events and return all there are; ``ended`` and ``error`` are a job's last."""
+        found = [self._events.get()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._events.get_nowait())
+        return found
+
+    def _do(self, order: dict[str, Any], files: list[tuple[str, Any]]) -> None:
+        try:
+            result = self._run(order, files)
+            self._events.put(("ended", result))
+        except BaseException as error:
+            traceback.print_exc()
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "d3po_core.errors"]
+            text = str(error) or type(error).__name__
+            self._events.put(("error", {"text": text, "kind": next(iter(kinds), None)}))
+
+    def _run(self, order: dict[str, Any], files: list[tuple[str, Any]]) -> Any:
+        import ray
+
+        from d3po_core.processes.job import GangJob, QueueJob
+        from d3po_core.processes.parcel import read_letter, unpack
+        from d3po_core.processes.ranks import free_memory, join
+
+        folder = self._folder / "campaign"
+        unpack(folder, dict(zip((path for path, _ in files), ray.get([ref for _, ref in files]), strict=True)))
+        config = read_letter(order["letter"], folder, self._shipped)
+        module, _, name = order["job"].partition(":")
+        job: QueueJob | GangJob = getattr(importlib.import_module(module), name)
+        if isinstance(job, GangJob):
+            join(order["gang"])
+            kept = lambda paths: self._keep(folder, paths)  # noqa: E731
+            result = job.run(config, order["round"], lambda count: self._events.put(("told", count)), kept)
+        else:
+            result = None
+            for made in job.make(config, order["round"], self._in_hand()):
+                self._events.put(("made", vars(made)))
+        self._keep(folder, ["memory.json"])
+        free_memory()
+        return result
+
+    def _in_hand(self) -> Iterator[int | None]:
+        """Yield the items as they come, and None if there is none now."""
+        while True:
+            try:
+                item = self._items.get(timeout=LOOK_EVERY_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
+            yield item
+
+    def _keep(self, folder: Path, paths: list[str]) -> None:
+        from d3po_core.processes.parcel import bytes_of, files_below
+
+        if files := files_below(folder, paths):
+            self._events.put(("kept", {path: bytes_of(folder / path) for path in files}))

@@ -1,18 +1,18 @@
 """Draw batches of images and write them from another thread, so that the device never waits for files."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from d3po_core.config import SampleConfig
 from d3po_core.models.policy import Policy
 from d3po_core.sampling.rollout import Drawn, FirstOutputs, Trajectories, start_drawing
 from d3po_core.seeds import ImageSeed
 
+Measured = TypeVar("Measured")
 Written = TypeVar("Written")
 
 MOST_IN_MEMORY = 3
@@ -22,18 +22,21 @@ MOST_IN_MEMORY = 3
 def draw_and_write(
     policy: Policy,
     config: SampleConfig,
-    batches: list[list[ImageSeed]],
-    latent_dtype: torch.dtype,
-    write: Callable[[int, Trajectories, np.ndarray], Written],
+    batches: Iterable[tuple[int, list[ImageSeed]] | None],
+    first: FirstOutputs,
+    write: Callable[[int, Trajectories, np.ndarray, Measured], Written],
+    measure: Callable[[int, Drawn], Measured],
 ) -> Iterator[Written]:
     """Sample, decode and write batches, in order.
 
     Args:
         policy: the policy.
         config: steps and guidance.
-        batches: the image seeds of each batch.
-        latent_dtype: dtype in which latents are stored.
-        write: called with a batch's index, its trajectories and its images, uint8 ``[B, height, width, 3]``.
+        batches: a number and the image seeds of each batch; None if no other batch is there yet.
+        first: the first outputs of these images.
+        write: called in another thread with a batch's number, its trajectories, its images, uint8
+            ``[B, height, width, 3]``, and what was measured.
+        measure: called in this thread with a batch's number and images that the device still computes.
 
     Yields:
         The return value of ``write`` for each batch.
@@ -42,16 +45,19 @@ def draw_and_write(
         D3POError: not even one image fits into memory.
     """
 
-    def write_when_there(index: int, drawn: Drawn) -> Written:
-        return write(index, *drawn.wait())
+    def write_when_there(number: int, drawn: Drawn, measured: Measured) -> Written:
+        return write(number, *drawn.wait(), measured)
 
-    first = FirstOutputs(policy, config, [seed for batch in batches for seed in batch], latent_dtype)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: deque[Future[Written]] = deque()
-        for index, batch in enumerate(batches):
-            drawn = start_drawing(policy, config, batch, first)
-            while writing and (writing[0].done() or len(writing) == MOST_IN_MEMORY - 1):
+        for batch in batches:
+            if batch is not None:
+                number, seeds = batch
+                drawn = start_drawing(policy, config, seeds, first)
+                measured = measure(number, drawn)
+            while writing and (writing[0].done() or (batch is not None and len(writing) == MOST_IN_MEMORY - 1)):
                 yield writing.popleft().result()
-            writing.append(writer.submit(write_when_there, index, drawn))
+            if batch is not None:
+                writing.append(writer.submit(write_when_there, number, drawn, measured))
         for last in writing:
             yield last.result()

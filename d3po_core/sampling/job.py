@@ -1,5 +1,7 @@
-"""Sample a round's images shard by shard; ranks take shards in turn."""
+"""Sample a round's images shard by shard."""
 
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -8,21 +10,19 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from d3po_core.config import CampaignConfig
 from d3po_core.image_ids import group_id, sample_id
 from d3po_core.models.loaded import policy_at
-from d3po_core.models.policy import Policy
-from d3po_core.processes.job import Tell
-from d3po_core.processes.ranks import own_share
+from d3po_core.processes.job import Files, Made, QueueJob
+from d3po_core.processes.parcel import keep_files
 from d3po_core.sampling.drawing import draw_and_write
 from d3po_core.sampling.prompts import draw_prompts, load_prompts
-from d3po_core.sampling.rollout import Trajectories
+from d3po_core.sampling.rollout import FirstOutputs, Trajectories
 from d3po_core.seeds import ImageSeed, member_seed
-from d3po_core.store.files import atomic_path
-from d3po_core.store.images import save_pngs
-from d3po_core.store.stages import checkpoint_path, start_of
+from d3po_core.store.images import pngs_bytes
+from d3po_core.store.stages import checkpoint_path, policy_files, start_of
 from d3po_core.store.tables import SCHEMAS, table_from_rows
 
 
@@ -84,38 +84,37 @@ def round_members(config: CampaignConfig, round_number: int) -> list[list[Member
     return groups
 
 
-def sample_shards(config: CampaignConfig, round_number: int, tell: Tell) -> None:
-    """Sample and write the missing shards, each on one rank, and report the number of images."""
+def _missing(config: CampaignConfig, round_number: int) -> list[int]:
+    return [shard.index for shard in round_shards(config, round_number) if not shard.rows_path.exists()]
+
+
+def _make(config: CampaignConfig, round_number: int, items: Iterable[int | None]) -> Iterator[Made]:
+    """Sample shards as they come."""
     policy = policy_at(config, start_of(config.folder, round_number))
-    own = round_shards(config, round_number)[own_share(policy.accelerator)]
-    shards = [shard for shard in own if not shard.rows_path.exists()]
-
-    def write(index: int, trajectories: Trajectories, images: np.ndarray) -> int:
-        return _write_shard(config, round_number, policy, shards[index], trajectories, images)
-
-    batches = [[member.seed for member in shard.members] for shard in shards]
-    for count in draw_and_write(policy, config.sample, batches, getattr(torch, config.sample.latent_dtype), write):
-        tell(count)
-
-
-def _write_shard(
-    config: CampaignConfig, round_number: int, policy: Policy, shard: Shard, trajectories: Trajectories,
-    images: np.ndarray,
-) -> int:  # fmt: skip
+    shards = round_shards(config, round_number)
+    seeds = [[member.seed for member in shard.members] for shard in shards]
+    first = FirstOutputs(policy, config.sample, list(chain(*seeds)), getattr(torch, config.sample.latent_dtype))
     # Use the family's schedule on the CPU: reading the policy's from the GPU would wait for the next shard.
-    schedule = policy.family.schedule(config.sample.num_steps, config.sample.eta)
+    timesteps_T = policy.family.schedule(config.sample.num_steps, config.sample.eta).timesteps_T
+
+    def write(index: int, trajectories: Trajectories, images: np.ndarray, _: None) -> Made:
+        files = _files(config, round_number, shards[index], trajectories, images, timesteps_T)
+        return Made(index, len(images), files)
+
+    batches = (None if item is None else (item, seeds[item]) for item in items)
+    return draw_and_write(policy, config.sample, batches, first, write, lambda index, drawn: None)
+
+
+def _files(
+    config: CampaignConfig, round_number: int, shard: Shard, trajectories: Trajectories, images: np.ndarray,
+    timesteps_T: torch.Tensor,
+) -> Files:  # fmt: skip
+    """Return a shard's files, its rows last."""
     trajectory_path = f"trajectories/round={round_number}/shard-{shard.index:04d}.safetensors"
-    with atomic_path(config.folder / trajectory_path) as temporary:
-        save_file(
-            {
-                "latents": trajectories.latents_BTCHW.contiguous(),
-                "log_probs": trajectories.log_probs_BT,
-                "timesteps": schedule.timesteps_T,
-            },
-            temporary,
-        )
+    tensors = {"latents": trajectories.latents_BTCHW.contiguous(), "log_probs": trajectories.log_probs_BT}
+    files: Files = {trajectory_path: save({**tensors, "timesteps": timesteps_T})}
     image_paths = [f"images/round={round_number}/{member.sample_id}.png" for member in shard.members]
-    save_pngs(images, [config.folder / path for path in image_paths])
+    files |= zip(image_paths, pngs_bytes(images), strict=True)
     rows, checkpoint = [], checkpoint_path(start_of(config.folder, round_number))
     for row, member in enumerate(shard.members):
         rows.append(
@@ -126,6 +125,22 @@ def _write_shard(
                 "checkpoint": checkpoint,
             }
         )  # fmt: skip
-    with atomic_path(shard.rows_path) as temporary:
-        pq.write_table(table_from_rows("samples", rows).cast(SCHEMAS["samples"]), temporary)
-    return len(shard.members)
+    sink = io.BytesIO()
+    pq.write_table(table_from_rows("samples", rows).cast(SCHEMAS["samples"]), sink)
+    return files | {shard.rows_path.relative_to(config.folder).as_posix(): sink.getvalue()}
+
+
+def _needs(config: CampaignConfig, round_number: int) -> list[str]:
+    return policy_files(config.folder, round_number, start_of(config.folder, round_number))
+
+
+SAMPLE = QueueJob(
+    name="d3po_core.sampling.job:SAMPLE",
+    items=_missing,
+    needs=_needs,
+    inputs=("sample.prompts",),
+    make=_make,
+    keep=keep_files,
+    finish=lambda results: None,
+)
+"""Sample the round's missing shards; the units are images."""

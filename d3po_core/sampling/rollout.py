@@ -102,7 +102,7 @@ class FirstOutputs:
     Args:
         policy: the current policy.
         config: steps and guidance.
-        to_come: all images whose outputs will be requested, in that order.
+        to_come: all images whose outputs may be requested, most of them in that order.
         latent_dtype: dtype in which latents are stored.
     """
 
@@ -123,7 +123,10 @@ class FirstOutputs:
         """
         if not self._to_come and not self._known:
             return None
-        while any(_start(seed) not in self._known for seed in seeds):
+        while missing := [start for start in map(_start, seeds) if start not in self._known]:
+            # Skip those before it, which others draw or have drawn.
+            place = self._to_come.index(missing[0])
+            self._to_come = self._to_come[place:] + self._to_come[:place]
             self._known |= self._policy.sampling_rows.fit(len(seeds), self._next)
         return torch.stack([self._known[_start(seed)] for seed in seeds])
 

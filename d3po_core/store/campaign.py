@@ -52,7 +52,17 @@ def campaign_names() -> list[str]:
 
 
 def _saved_config(path: Path) -> CampaignConfig:
-    return load_config(_identity(path)["config"], str(path))
+    return load_config(_renamed(_identity(path)["config"]), str(path))
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration with today's names: processes were the model's, with a launcher."""
+    model = {**values.get("model", {})}
+    model.pop("launcher", None)
+    if "processes" not in model:
+        return {**values, "model": model}
+    compute = {"processes": model.pop("processes"), **values.get("compute", {})}
+    return {**values, "model": model, "compute": compute}
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -76,7 +86,7 @@ def round_config(campaign: Path, round_number: int) -> CampaignConfig:
         raise D3POError(
             f"{path}: cannot be read ({error}); restore it, the round cannot be made again without"
         ) from None
-    return _lying_in(load_config(values, str(path)), campaign)
+    return _lying_in(load_config(_renamed(values), str(path)), campaign)
 
 
 def rules_of(campaign: Path, round_number: int | None = None) -> CampaignConfig:

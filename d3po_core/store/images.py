@@ -43,10 +43,10 @@ def save_png(image: np.ndarray, path: Path) -> None:
         temporary.write_bytes(png_bytes(image))
 
 
-def save_pngs(images: np.ndarray, paths: list[Path]) -> None:
-    """Write uint8 images ``[B, height, width, 3]``, several at a time; packing one releases the GIL."""
+def pngs_bytes(images: np.ndarray) -> list[bytes]:
+    """Return uint8 images ``[B, height, width, 3]`` as PNG files, packed several at a time beside a busy device."""
     with beside_a_gpu():
-        at_once(save_png, images, paths)
+        return at_once(png_bytes, images)
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -106,6 +106,18 @@ def start_of(campaign: Path, round_number: int) -> int:
     return read_record(campaign, before, "guard", GuardRecord).go_on_from
 
 
+def policy_files(campaign: Path, round_number: int, start: int) -> list[str]:
+    """Return the files with which a worker has a round's policy, by path in the campaign; folders stand for all.
+
+    Args:
+        campaign: the campaign's folder.
+        round_number: the round, whose predecessor's guard says where it starts.
+        start: the round whose checkpoint is loaded.
+    """
+    guard = stage_path(campaign, round_number - 1, "guard").relative_to(campaign).as_posix()
+    return [guard, "memory.json", *filter(None, [checkpoint_path(start)])]
+
+
 def finished_numbers(campaign: Path) -> list[int]:
     """Return the numbers of the finished rounds, in order: those with a row in ``rounds``; 0 is the base."""
     rows = {path.parent.name for path in campaign.glob("rounds/round=*/*.parquet")}

@@ -1,9 +1,10 @@
-"""Train a round's checkpoint: each rank computes its share of every update, rank 0 writes."""
+"""Train a round's checkpoint: each rank computes its share of every update, the first one's files are kept."""
 
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +21,14 @@ from d3po_core.models.checkpoint import (
     load_round,
     optimizer_state,
     save_checkpoint,
+    whole_folder,
 )
 from d3po_core.models.loaded import policy_at
 from d3po_core.models.policy import Policy
-from d3po_core.processes.job import Tell
+from d3po_core.processes.job import Files, GangJob, Tell
+from d3po_core.processes.parcel import keep_files
 from d3po_core.processes.ranks import check_agreement
-from d3po_core.store.stages import checkpoint_path, start_of
+from d3po_core.store.stages import checkpoint_path, policy_files, start_of
 from d3po_core.store.tables import table_from_rows, write_table
 from d3po_core.training.final_images import RoundStart
 from d3po_core.training.lesson import TrainingSet
@@ -33,6 +36,7 @@ from d3po_core.training.objectives import make_objective
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.trainer import Update, plan_updates
 from d3po_core.training.training_set import (
+    labelled_samples,
     load_training_set,
     measure_round,
     num_groups,
@@ -58,8 +62,16 @@ def count_updates(config: CampaignConfig, round_number: int) -> tuple[int, int]:
     return total, max(saved, default=0)
 
 
-def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
+def train_checkpoint(
+    config: CampaignConfig, round_number: int, tell: Tell, kept: Callable[[list[str]], None] = lambda paths: None
+) -> dict[str, Any]:
     """Train on the round's preferences, write checkpoint and tables, and report each update.
+
+    Args:
+        config: the campaign's configuration.
+        round_number: the round.
+        tell: called after each update, by the first rank.
+        kept: called by the first rank with the paths of what it has just written.
 
     Raises:
         NonFiniteLossError: the loss or gradient became non-finite, and ``guard.policy`` is not ``reject``.
@@ -74,7 +86,7 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
     data = load_training_set(config.folder, round_number, labels=objective.takes())
     first, failure = policy.accelerator.is_main_process, None
     try:
-        _run_updates(config, round_number, policy, optimizer, data, updates, tell, start)
+        _run_updates(config, round_number, policy, optimizer, data, updates, tell, start, kept)
     except NonFiniteLossError as error:
         if config.guard.policy != "reject":
             raise
@@ -87,6 +99,8 @@ def train_checkpoint(config: CampaignConfig, round_number: int, tell: Tell) -> d
         record = {"round": round_number, "config_sha256": config.sha256(), "memory": memory, **computed_on(policy)}
         save_checkpoint(checkpoint, policy, optimizer, record)
         _drop_progress(checkpoint)
+        tables = [f"{table}/round={round_number}" for table in ("updates", "update_steps")]
+        kept([*tables, checkpoint.relative_to(config.folder).as_posix()])
         digest = json.loads((checkpoint / RECORD_FILE).read_text())["lora_sha256"]
     means = {key: _mean(updates, key) for key in AVERAGED}
     return {
@@ -103,7 +117,7 @@ def _after(learned: Seen | None) -> dict[str, float]:
 
 def _run_updates(
     config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
-    updates: Rows, tell: Tell, start: RoundStart | None,
+    updates: Rows, tell: Tell, start: RoundStart | None, kept: Callable[[list[str]], None],
 ) -> None:  # fmt: skip
     """Run the remaining updates, append each to ``updates``, and save progress at intervals."""
     total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
@@ -114,7 +128,8 @@ def _run_updates(
             continue
         tell(1)
         if time.monotonic() - saved_at >= config.train.save_every_seconds and len(updates) < total:
-            _save_progress(_folder(config, round_number), policy, optimizer, updates)
+            saved = _save_progress(_folder(config, round_number), policy, optimizer, updates)
+            kept([saved.relative_to(config.folder).as_posix()])
             saved_at = time.monotonic()
 
 
@@ -168,12 +183,13 @@ def _drop_progress(checkpoint: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _save_progress(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, updates: Rows) -> None:
+def _save_progress(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, updates: Rows) -> Path:
     older = _progress_folders(checkpoint)
     folder = checkpoint.with_name(f"{checkpoint.name}-update={len(updates):06d}")
     save_checkpoint(folder, policy, optimizer, {"updates": updates})
     for path in older:
         shutil.rmtree(path)
+    return folder
 
 
 def _write_updates(config: CampaignConfig, round_number: int, updates: Rows) -> None:
@@ -182,3 +198,40 @@ def _write_updates(config: CampaignConfig, round_number: int, updates: Rows) -> 
     write_table(config.folder, "updates", round_number, table_from_rows("updates", rows))
     per_step = [row for update in updates for row in update["per_step"]]
     write_table(config.folder, "update_steps", round_number, table_from_rows("update_steps", per_step))
+
+
+def _needs(config: CampaignConfig, round_number: int) -> list[str]:
+    checkpoint = _folder(config, round_number)
+    labels = make_objective(config.train).takes()
+    used = labelled_samples(config.folder, round_number, labels)
+    trajectories = sorted({sample["trajectory_path"] for sample in used})
+    names = ("samples", "preferences") if labels == "pairs" else ("samples", "preferences", "image_labels")
+    tables = [f"{table}/round={round_number}" for table in names]
+    progress = [path.relative_to(config.folder).as_posix() for path in _progress_folders(checkpoint)[-1:]]
+    start = start_of(config.folder, round_number)
+    return [*policy_files(config.folder, round_number, start), *tables, *trajectories, *progress]
+
+
+def _keep(config: CampaignConfig, round_number: int, files: Files) -> None:
+    """Write tables, then a checkpoint or progress as a whole folder; older progress is then of no use."""
+    checkpoint = _folder(config, round_number)
+    folders: dict[Path, Files] = {}
+    for path, content in files.items():
+        top, name = config.folder / Path(*Path(path).parts[:2]), Path(*Path(path).parts[2:]).as_posix()
+        if top.parent == checkpoint.parent:
+            folders.setdefault(top, {})[name] = content
+        else:
+            keep_files(config, round_number, {path: content})
+    for folder, contents in folders.items():
+        older = _progress_folders(checkpoint)
+        with whole_folder(folder) as temporary:
+            for name, content in contents.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
+        for old in older:
+            if old != folder:
+                shutil.rmtree(old)
+
+
+TRAIN = GangJob(name="d3po_core.training.job:TRAIN", needs=_needs, run=train_checkpoint, keep=_keep)
+"""Train the round's checkpoint; the units are updates."""

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -40,12 +41,11 @@ def load_training_set(
         load_shard: returns ``latents`` and ``log_probs`` of a ``trajectory_path``; reads the file by default.
         labels: what the objective learns from.
     """
-    samples = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
-    pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
     label_of = image_numbers(campaign, round_number, labels)
-    paired = {pair[side] for pair in pairs for side in ("winner_id", "loser_id")} if labels == "pairs" else {*label_of}
-    used = [sample for sample in samples if sample["sample_id"] in paired]
-    pairs = [pair for pair in pairs if pair["winner_id"] in paired and pair["loser_id"] in paired]
+    used = labelled_samples(campaign, round_number, labels)
+    known = {sample["sample_id"] for sample in used}
+    pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
+    pairs = [pair for pair in pairs if pair["winner_id"] in known and pair["loser_id"] in known]
     index = {sample["sample_id"]: i for i, sample in enumerate(used)}
     pairs_of: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
     images_of: dict[str, list[int]] = defaultdict(list)
@@ -73,6 +73,16 @@ def load_training_set(
         ],
         noise_seeds=[sample["seed"] for sample in used],
     )
+
+
+def labelled_samples(campaign: Path, round_number: int, labels: Labels) -> list[dict[str, Any]]:
+    """Return the rows of ``samples`` of the images that have a label, in the table's order."""
+    samples = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
+    known = {*image_numbers(campaign, round_number, labels)}
+    if labels == "pairs":
+        pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
+        known = {pair[side] for pair in pairs for side in ("winner_id", "loser_id")}
+    return [sample for sample in samples if sample["sample_id"] in known]
 
 
 def image_numbers(campaign: Path, round_number: int, labels: Labels) -> dict[str, float]:

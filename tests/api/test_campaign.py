@@ -15,7 +15,7 @@ from PIL import Image
 
 import d3po
 from d3po_core.config import TrainConfig
-from d3po_core.evaluation.job import draw_held_out, held_out_path, held_out_seeds
+from d3po_core.evaluation.job import EVALUATE, held_out_path, held_out_seeds
 from d3po_core.models.checkpoint import save_checkpoint
 from d3po_core.models.loaded import loaded_policy
 from d3po_core.paths import PROJECT_ROOT
@@ -110,7 +110,7 @@ def trained(data: Path) -> Path:
     (row,) = read_rows(partition(folder, "rounds", 4) / "part.parquet")
     digest = json.loads((folder / str(checkpoint_path(4)) / "checkpoint.json").read_text())["lora_sha256"]
     write_table(folder, "rounds", 4, table_from_rows("rounds", [row | {"lora_sha256": digest}]))
-    draw_held_out(config, 4, lambda _: None)
+    EVALUATE.alone(config, 4, lambda _: None)
     return folder
 
 

@@ -3,10 +3,11 @@
     python tests/benchmarks/gpu_processes.py                    1, 2 and 4 processes; needs as many GPUs
     python tests/benchmarks/gpu_processes.py --device cpu       the embedded model on CPU processes: only that it works
 
-Through the same pool and jobs as a round. On GPUs Stable Diffusion's architecture with random weights, 512 px, 20
-steps, guidance 5, LoRA rank 4. The work is the same for every number of processes; with the defaults an update's
+Through the same engine (Ray) and jobs as a round. On GPUs Stable Diffusion's architecture with random weights, 512 px,
+20 steps, guidance 5, LoRA rank 4. The work is the same for every number of processes; with the defaults an update's
 passes are little less than a multiple of what four ranks take at once. Sampling is timed from the job's start to its
-end, with files; training by its updates' seconds. The first turn of each is not counted: it loads and compiles.
+end, with files; training by its updates' seconds. The first turn of each is not counted: it starts the workers,
+loads and compiles.
 """
 
 import argparse
@@ -28,13 +29,13 @@ from rich.table import Table
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
 from d3po_core.models.loading import DTYPES
-from d3po_core.processes.pool import RankPool
-from d3po_core.sampling.job import round_shards, sample_shards
+from d3po_core.processes.engine import end_processes, run_job
+from d3po_core.sampling.job import SAMPLE, round_shards
 from d3po_core.store.campaign import begin_round, open_campaign
 from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
-from d3po_core.training.job import train_checkpoint
+from d3po_core.training.job import TRAIN
 
-GOALS = {2: {"sampling": 1.9, "training": 1.8}, 4: {"sampling": 3.6, "training": 3.4}}
+GOALS = {2: {"sampling": 1.9, "training": 1.9}, 4: {"sampling": 3.8, "training": 3.8}}
 GROUP_SIZE, UPDATES = 2, 2
 Results = dict[str, Any]
 
@@ -51,7 +52,7 @@ def main() -> None:
             if arguments.device == "cuda" and processes > gpus:
                 print(f"{processes} processes: left out, there are {gpus} GPUs", flush=True)
                 continue
-            results[str(processes)] = measure(arguments, model | {"processes": processes}, Path(folder))
+            results[str(processes)] = measure(arguments, model, processes, Path(folder))
             write_json(arguments.output, vars(arguments), before, {"processes": results})
     report(results)
 
@@ -85,25 +86,23 @@ def _model(arguments: argparse.Namespace, folder: Path) -> Results:
     }  # fmt: skip
 
 
-def measure(arguments: argparse.Namespace, model: Results, folder: Path) -> Results:
+def measure(arguments: argparse.Namespace, model: Results, processes: int, folder: Path) -> Results:
     """Rates of one number of processes."""
-    processes = model["processes"]
-    pool = RankPool(processes, arguments.device, folder / f"logs-{processes}")
     turns: dict[str, list[float]] = {"sampling": [], "training": []}
     first: dict[str, float] = {}
     try:
         for turn in range(-1, arguments.repeats):
             sizes = _first_turn(arguments, processes) if turn < 0 else arguments
-            config = _campaign(sizes, model, folder / "runs", f"{processes}-{turn + 1}")
+            config = _campaign(sizes, model, processes, folder / "runs", f"{processes}-{turn + 1}")
             for name, work in (("sampling", _sample), ("training", _train)):
                 started = time.perf_counter()
-                rate = work(pool, config, sizes)
+                rate = work(config, sizes)
                 if turn < 0:
                     first[name] = time.perf_counter() - started
                 else:
                     turns[name].append(rate)
     finally:
-        pool.close()
+        end_processes()
     rates = {name: spread(values) for name, values in turns.items()}
     shown = f"sampling {show(rates['sampling'], 2)} images/s, training {show(rates['training'], 1)} pair-steps/s"
     print(f"{processes} processes: {shown}; first turns {sum(first.values()):.0f} s", flush=True)
@@ -117,9 +116,9 @@ def _first_turn(arguments: argparse.Namespace, processes: int) -> argparse.Names
     return argparse.Namespace(**vars(arguments) | sizes)
 
 
-def _campaign(arguments: argparse.Namespace, model: Results, runs: Path, name: str) -> CampaignConfig:
+def _campaign(arguments: argparse.Namespace, model: Results, processes: int, runs: Path, name: str) -> CampaignConfig:
     values = {
-        "campaign": name, "runs_dir": str(runs), "model": model,
+        "campaign": name, "runs_dir": str(runs), "model": model, "compute": {"processes": processes},
         "sample": {
             "groups_per_round": arguments.shards * (arguments.batch // GROUP_SIZE), "group_size": GROUP_SIZE,
             "num_steps": arguments.steps, "guidance_scale": 5.0, "batch_size": arguments.batch,
@@ -133,17 +132,17 @@ def _campaign(arguments: argparse.Namespace, model: Results, runs: Path, name: s
     return config
 
 
-def _sample(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+def _sample(config: CampaignConfig, arguments: argparse.Namespace) -> float:
     """Images a second of a round's sampling, PNGs and trajectories written."""
     started = time.perf_counter()
-    pool.run(sample_shards, config, 1, lambda count: None)
+    run_job(SAMPLE, config, 1, lambda count: None)
     seconds = time.perf_counter() - started
     table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in round_shards(config, 1)])
     write_table(config.folder, "samples", 1, table)
     return len(table) / seconds
 
 
-def _train(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace) -> float:
+def _train(config: CampaignConfig, arguments: argparse.Namespace) -> float:
     """Pair-steps a second of the updates of a round in which the first image of every group wins."""
     samples = read_rows(partition(config.folder, "samples", 1) / "part.parquet")
     groups = [list(members) for _, members in itertools.groupby(samples, key=lambda row: row["group_id"])]
@@ -154,7 +153,7 @@ def _train(pool: RankPool, config: CampaignConfig, arguments: argparse.Namespace
         for winner, loser in groups[: arguments.groups]
     ]  # fmt: skip
     write_table(config.folder, "preferences", 1, table_from_rows("preferences", preferences))
-    pool.run(train_checkpoint, config, 1, lambda count: None)
+    run_job(TRAIN, config, 1, lambda count: None)
     updates = read_rows(partition(config.folder, "updates", 1) / "part.parquet")
     steps = len({row["step"] for row in read_rows(partition(config.folder, "update_steps", 1) / "part.parquet")})
     return sum(row["num_pairs"] for row in updates) * steps / sum(row["seconds"] for row in updates)

@@ -11,14 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from d3po_core.config import CampaignConfig, ModelConfig, ScoringConfig, TrainConfig
-from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 from d3po_core.models.loaded import load_policy
-from d3po_core.processes import pool
-from d3po_core.processes.job import Job, Tell
 from d3po_core.scorers.finding import load_scorer
 from d3po_core.scorers.models import MODELS, Model
 from d3po_core.scorers.sources import Source
@@ -140,39 +137,3 @@ def test_a_scorer_is_a_function_or_a_class_and_a_line(tmp_path: Path, monkeypatc
     monkeypatch.setitem(MODELS, "reddest", Model("", "", (), Reddest))
     score = load_scorer("reddest", ScoringConfig(models={"reddest": str(tmp_path)}), "cpu")
     assert score(images, prompts).tolist() == [20, 20]
-
-
-class Threadless:
-    """A launcher that starts nothing: every process's job is done here, one after the other."""
-
-    alive = True
-    made: ClassVar[list[tuple[int, str]]] = []
-
-    def __init__(self, processes: int, device: str, logs: Path) -> None:
-        self.made.append((processes, device))
-        self.processes = processes
-
-    def run(self, job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> Any:
-        results = [job(config, round_number, tell) for _ in range(self.processes)]
-        return results[0]
-
-    def close(self) -> None:
-        self.made.append((0, "closed"))
-
-
-def test_a_launcher_is_a_class_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pool.LAUNCHERS, "threadless", Threadless)
-    model = {"device": "cpu", "processes": 3, "launcher": "threadless"}
-    config = load_config({"campaign": "c", "runs_dir": str(tmp_path), "model": model}, "test")
-    told: list[int] = []
-
-    def job(config: CampaignConfig, round_number: int, tell: Tell) -> int:
-        tell(round_number)
-        return 7
-
-    with pool.ranks_end_here():
-        assert [pool.run_job(job, config, 4, told.append) for _ in range(2)] == [7, 7]
-    assert told == [4] * 6
-    assert Threadless.made == [(3, "cpu"), (0, "closed")]
-    with pytest.raises(D3POError, match=r"model.launcher is 'slurm'; expected one of local, threadless"):
-        pool.check_launcher(ModelConfig(launcher="slurm"))

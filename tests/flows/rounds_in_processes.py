@@ -55,17 +55,22 @@ def run_rounds(
 
 
 def _kill_a_rank_once(stage: str, note: Path) -> None:
-    from d3po_core.processes.pool import RankPool
+    from d3po_core.processes import engine
+    from d3po_core.processes.job import GangJob
 
-    run = RankPool.run
+    kind = GangJob if stage == "train" else engine.QueueJob
+    take = engine._Gang._once
 
-    def killing(pool: RankPool, job: Any, config: Any, round_number: int, tell: Any) -> Any:
+    def killing(gang: Any, members: Any) -> Any:
+        tell = gang.tell
+
         def told(count: int) -> None:
             tell(count)
-            if stage in job.__name__ and not note.exists():
-                os.kill(pool.ranks[1].process.pid, signal.SIGKILL)
+            if isinstance(gang.job, kind) and not note.exists():
+                os.kill(members[1].pid, signal.SIGKILL)
                 note.write_text("rank 1")
 
-        return run(pool, job, config, round_number, told)
+        gang.tell = told
+        return take(gang, members)
 
-    RankPool.run = killing  # type: ignore[method-assign]
+    engine._Gang._once = killing  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A round by two processes through the flow; one of them is killed, and the task's retry goes on."""
+"""A round by two processes through the flow; one of them is killed, and the training goes on."""
 
 import json
 from collections.abc import Callable
@@ -11,20 +11,20 @@ import pytest
 from d3po_core.store.stages import finished_rounds
 from tests.flows.test_kill import SMALL, outcome
 
-MODEL = {"device": "cpu", "processes": 2}
+MODEL, COMPUTE = {"device": "cpu"}, {"processes": 2}
 
 
 def rounds(run_rounds: Callable[..., int], data: Path, name: str, **how: Any) -> Path:
-    assert run_rounds({**SMALL, "campaign": name, "model": MODEL}, 1, **how) == 0
+    assert run_rounds({**SMALL, "campaign": name, "model": MODEL, "compute": COMPUTE}, 1, **how) == 0
     return data / "runs" / name
 
 
 def ranks_of(data: Path) -> list[psutil.Process]:
-    """Ranks that are alive on the tests' data."""
+    """Raylets that are alive on the tests' data."""
     found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         command, environment = process.info["cmdline"] or [], process.info["environ"] or {}
-        if "d3po_core.processes.worker" in command and environment.get("D3PO_DATA") == str(data):
+        if "raylet" in " ".join(command[:1]) and environment.get("D3PO_DATA") == str(data):
             found.append(process)
     return found
 
@@ -36,7 +36,7 @@ def test_round_of_two_processes_ends_alike_when_one_of_them_was_killed(
     undisturbed = rounds(run_rounds, data, "two-processes")
     assert [record.round for record in finished_rounds(undisturbed)] == [0, 1]
     assert json.loads((undisturbed / "checkpoints/round=1/checkpoint.json").read_text())["processes"] == 2
-    assert {path.name for path in (undisturbed / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    assert {path.name for path in (undisturbed / "logs").iterdir()} == {"worker-0.log", "worker-1.log"}
     disturbed = rounds(run_rounds, data, "two-processes-one-killed", kill_rank_in="train")
     assert outcome(disturbed) == outcome(undisturbed)
     assert (data / "two-processes-one-killed.killed").read_text() == "rank 1"

@@ -1,16 +1,19 @@
-"""Jobs for tests: they run in ranks, which import them by name. Not tests by themselves."""
+"""Jobs for tests: they run on workers, which import them by name. Not tests by themselves."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from d3po_core.config import CampaignConfig
 from d3po_core.models.checkpoint import load_round
 from d3po_core.models.loaded import loaded_policy
 from d3po_core.models.policy import Policy
-from d3po_core.processes.job import Tell
+from d3po_core.models.weights import weights_sha256
+from d3po_core.processes.job import GangJob, Tell
 from d3po_core.training import job as training
+from d3po_core.training.job import TRAIN
 from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.objectives import make_objective
 from d3po_core.training.trainer import train_updates
@@ -80,10 +83,13 @@ def _gradient(config: CampaignConfig, policy: Policy, data: TrainingSet, steps: 
     }
 
 
-def save_own_lora(config: CampaignConfig, round_number: int, tell: Tell) -> None:
-    """Every rank writes the LoRA that it holds."""
+def digests_of_lora(config: CampaignConfig, round_number: int, tell: Tell) -> list[str]:
+    """What every rank holds."""
     policy = loaded_policy(config)
-    policy.weights.save(config.folder / f"of-rank-{policy.accelerator.process_index}")
+    own = config.folder / f"of-rank-{policy.accelerator.process_index}"
+    policy.weights.save(own)
+    found: list[str] = gather_object([weights_sha256(own)])
+    return found
 
 
 def train_apart(config: CampaignConfig, round_number: int, tell: Tell) -> Any:
@@ -95,4 +101,19 @@ def train_apart(config: CampaignConfig, round_number: int, tell: Tell) -> Any:
         return make(policy, settings.model_copy(update={"learning_rate": factor * settings.learning_rate}))
 
     training.make_optimizer = faster
-    return training.train_checkpoint(config, round_number, tell)
+    try:
+        return training.train_checkpoint(config, round_number, tell)
+    finally:
+        training.make_optimizer = make
+
+
+def _gang(name: str, run: Any) -> GangJob:
+    return GangJob(f"tests.tasks.rank_jobs:{name}", TRAIN.needs, lambda c, r, tell, kept: run(c, r, tell), TRAIN.keep)
+
+
+GRADIENT = _gang("GRADIENT", gradient)
+ONE_CELL = _gang("ONE_CELL", gradient_of_one_cell)
+SHORT_OF_MEMORY = _gang("SHORT_OF_MEMORY", gradient_short_of_memory)
+OVERFLOWING_ONCE = _gang("OVERFLOWING_ONCE", gradient_overflowing_once)
+DIGESTS = _gang("DIGESTS", digests_of_lora)
+APART = _gang("APART", train_apart)

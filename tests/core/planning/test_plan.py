@@ -104,7 +104,7 @@ def test_presets_times_are_near_the_measured_whole_round() -> None:
 
 
 def test_a_mode_that_was_not_measured_has_no_time() -> None:
-    for change in ("model.memory=small", "model.train=full", "model.processes=2", "model.device=cpu"):
+    for change in ("model.memory=small", "model.train=full", "compute.processes=2", "model.device=cpu"):
         config = deployment_config("sd15", None, [f"--set {change}".split()[1]])
         assert measured_rate(config, facts_of(config.model)) is None
         timing = estimate(config, round_work(config, 200), facts_of(config.model))

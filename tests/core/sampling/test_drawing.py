@@ -8,26 +8,36 @@ import torch
 
 from d3po_core.config import ModelConfig, SampleConfig
 from d3po_core.models.loaded import load_policy
+from d3po_core.models.policy import Policy
 from d3po_core.sampling import drawing
 from d3po_core.sampling.drawing import MOST_IN_MEMORY, draw_and_write
-from d3po_core.sampling.rollout import Drawn, Trajectories, draw_images
+from d3po_core.sampling.rollout import Drawn, FirstOutputs, Trajectories, draw_images
 from tests.core.sampling.drawing import image_seed
 
 CONFIG = SampleConfig(num_steps=2)
-BATCHES = [[image_seed("a red circle on a gray background", 2 * batch + k) for k in range(2)] for batch in range(5)]
+SEEDS = [[image_seed("a red circle on a gray background", 2 * batch + k) for k in range(2)] for batch in range(5)]
+BATCHES = list(enumerate(SEEDS))
+
+
+def nothing(number: int, drawn: Drawn) -> None:
+    pass
+
+
+def first(policy: Policy) -> FirstOutputs:
+    return FirstOutputs(policy, CONFIG, [seed for batch in SEEDS for seed in batch], torch.float32)
 
 
 def test_every_batch_is_written_as_it_is_drawn_alone() -> None:
     policy = load_policy(ModelConfig(device="cpu"), seed=0)
     written: dict[int, tuple[Trajectories, np.ndarray]] = {}
 
-    def write(index: int, trajectories: Trajectories, images: np.ndarray) -> int:
+    def write(index: int, trajectories: Trajectories, images: np.ndarray, _: None) -> int:
         assert threading.current_thread() is not threading.main_thread()
         written[index] = trajectories, images
         return index
 
-    assert list(draw_and_write(policy, CONFIG, BATCHES, torch.float32, write)) == [0, 1, 2, 3, 4]
-    for index, batch in enumerate(BATCHES):
+    assert list(draw_and_write(policy, CONFIG, [None, *BATCHES], first(policy), write, nothing)) == [0, 1, 2, 3, 4]
+    for index, batch in BATCHES:
         trajectories, images = draw_images(policy, CONFIG, batch, torch.float32)
         assert torch.equal(written[index][0].latents_BTCHW, trajectories.latents_BTCHW)
         assert (written[index][1] == images).all()
@@ -52,7 +62,7 @@ def test_drawing_waits_for_a_slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         written += 1
 
     monkeypatch.setattr(drawing, "start_drawing", draw)
-    in_turn = draw_and_write(policy, CONFIG, BATCHES, torch.float32, write)
+    in_turn = draw_and_write(policy, CONFIG, BATCHES, first(policy), write, nothing)
     for _ in range(3):  # as many as were drawn beyond the first two
         next(in_turn)
     may_write.release(2)
@@ -67,4 +77,4 @@ def test_a_file_that_cannot_be_written_ends_the_drawing() -> None:
         raise OSError(f"batch {index}")
 
     with pytest.raises(OSError, match="batch 0"):
-        list(draw_and_write(policy, CONFIG, BATCHES, torch.float32, write))
+        list(draw_and_write(policy, CONFIG, BATCHES, first(policy), write, nothing))

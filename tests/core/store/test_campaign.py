@@ -23,7 +23,14 @@ from d3po_core.errors import CampaignBusyError, D3POError
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.records import DeriveRecord, TrainRecord
 from d3po_core.store import tables
-from d3po_core.store.campaign import begin_round, campaign_id, campaign_lock, campaign_named, open_campaign
+from d3po_core.store.campaign import (
+    begin_round,
+    campaign_id,
+    campaign_lock,
+    campaign_named,
+    open_campaign,
+    round_config,
+)
 from d3po_core.store.goals import end_run, rounds_to_do
 from d3po_core.store.leftovers import discard_round, sweep_leftovers
 from d3po_core.store.stages import (
@@ -456,3 +463,15 @@ def test_the_same_file_typed_in_another_way_is_no_change(tmp_path: Path) -> None
     other = load_config({"runs_dir": str(tmp_path), "evaluate": {"prompts": str(tmp_path / shipped)}}, "test")
     with pytest.raises(D3POError, match=r"evaluate\.prompts = .*shapes_eval\.txt' \(now"):
         open_campaign(other)
+
+
+def test_a_round_of_an_earlier_version_opens_and_its_setting_typed_today_is_refused(tmp_path: Path) -> None:
+    values = CampaignConfig(campaign="old", runs_dir=str(tmp_path)).model_dump(mode="json")
+    del values["compute"]
+    values["model"] |= {"processes": 2, "launcher": "local"}
+    path = tmp_path / "old" / "stages" / "round=1" / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(values))
+    assert round_config(tmp_path / "old", 1).compute.processes == 2
+    with pytest.raises(D3POError, match=r"model\.processes is not a field; did you mean 'compute\.processes'\?"):
+        load_config({"model": {"processes": 2}}, "test")
