@@ -109,12 +109,12 @@ def _card(
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
         drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
-        noise=f"\n    eta={sample.eta}," if family.STEP_NOISE else "",
+        call=family.CALL.format(guidance=sample.guidance_scale, over_one=sample.guidance_scale - 1, eta=sample.eta),
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
         scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
         labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
-        guidance=sample.guidance_scale, beta=train.beta, rate=train.learning_rate,
+        beta=train.beta, rate=train.learning_rate,
         extent=f"Rank {config.model.lora_rank}, alpha {config.model.lora_alpha or config.model.lora_rank}"
                if part == "LoRA" else f"All weights of the {part}",
         images=sample.images_per_round, size=sample.group_size,
@@ -155,7 +155,7 @@ import diffusers, torch
 image = pipe(
     {prompt},
     num_inference_steps={steps},
-    guidance_scale={guidance},{noise}
+    {call}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```

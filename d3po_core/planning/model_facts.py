@@ -20,22 +20,24 @@ class ModelFacts:
 
     Attributes:
         family: the class of its diffusers pipeline.
-        latent: channels, height and width of a latent.
+        latent: shape of a latent; its last two dimensions are height and width.
         per_side: the pixel width of one latent element.
         network_bytes: size of the trained network's files.
     """
 
     family: str | None = None
-    latent: tuple[int, int, int] | None = None
+    latent: tuple[int, ...] | None = None
     per_side: int | None = None
     network_bytes: int | None = None
 
     @property
     def pixels(self) -> int | None:
         """Return the width of an image in pixels."""
-        return self.latent[2] * self.per_side if self.latent and self.per_side else None
+        return self.latent[-1] * self.per_side if self.latent and self.per_side else None
 
 
+# Pipelines whose transformer reads four latent elements as one token.
+PACKED = ("FluxPipeline",)
 # The presets' models, for a plan made before they are downloaded.
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelFacts("StableDiffusionPipeline", (4, 64, 64), 8),
@@ -62,14 +64,17 @@ def facts_of(config: ModelConfig) -> ModelFacts:
     variant = [file for file in files if config.variant and f".{config.variant}" in file.stem]
     return ModelFacts(
         family=index.get("_class_name"),
-        latent=_latent(network, part),
+        latent=_latent(network, str(index.get("_class_name")), part),
         per_side=2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 1,
         network_bytes=sum(file.stat().st_size for file in variant or files if file.exists()) or None,
     )
 
 
-def _latent(network: dict[str, Any], part: str) -> tuple[int, int, int] | None:
+def _latent(network: dict[str, Any], family: str, part: str) -> tuple[int, ...] | None:
     """Return a network's latent shape; diffusers' own defaults stand for fields that its file omits."""
+    if family in PACKED:
+        side = network.get("sample_size", 128)
+        return (network.get("in_channels", 64) // 4, side, side)
     channels, side = (16, 128) if part == "transformer" else (4, None)
     size = network.get("sample_size", side)
     sides = (size, size) if isinstance(size, int) else size

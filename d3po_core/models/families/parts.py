@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Channels = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+NATIVE_SIDE = 128
 Factor = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
@@ -26,11 +27,16 @@ class Network(Part):
     """A trained network."""
 
     in_channels: Channels
-    out_channels: Channels
+    out_channels: Channels | None
+
+    @property
+    def predicted_channels(self) -> int | None:
+        """Return the channels of a prediction, counted as in ``in_channels``."""
+        return self.out_channels
 
     @model_validator(mode="after")
     def _predicts_what_it_gets(self) -> Self:
-        if self.in_channels != self.out_channels:
+        if self.in_channels != self.predicted_channels:
             raise ValueError(
                 f"in_channels is {self.in_channels} and out_channels {self.out_channels}; expected the same number: "
                 "inpainting networks and those that predict a variance are not supported"
@@ -38,8 +44,8 @@ class Network(Part):
         return self
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent: the size that the network was trained with."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one stored latent: the size that the network was trained with."""
         raise NotImplementedError
 
 
@@ -66,7 +72,7 @@ class UNet(Network):
     addition_embed_type: Any = None
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent."""
         height, width = (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
         return (self.in_channels, height, width)
@@ -95,9 +101,36 @@ class Transformer(Network):
     patch_size: Channels = 2
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent."""
         return (self.in_channels, self.sample_size, self.sample_size)
+
+
+def native_side(config: Any) -> int:
+    """Return the side of the latents that a transformer draws if nothing asks for others.
+
+    Transformers without places of their own do not say; their pipelines then draw 1,024 pixels.
+    """
+    return int(config.get("sample_size") or NATIVE_SIDE)
+
+
+class PackedTransformer(Network):
+    """A transformer that reads patches of 2 x 2 latent elements as tokens: FLUX.1."""
+
+    sample_size: Annotated[int, Field(strict=True, ge=2, le=4096, multiple_of=2)] = NATIVE_SIDE
+    in_channels: Annotated[int, Field(strict=True, ge=4, le=4096, multiple_of=4)] = 64
+    out_channels: Channels | None = None
+    guidance_embeds: bool = False
+
+    @property
+    def predicted_channels(self) -> int | None:
+        """Return the channels of a prediction; those of the input if the file names none."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one latent before packing."""
+        return (self.in_channels // 4, self.sample_size, self.sample_size)
 
 
 class Vae(Part):

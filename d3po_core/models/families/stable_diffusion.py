@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_core.denoising.ddim import Schedule, make_schedule
 from d3po_core.denoising.schedulers import chain_of
-from d3po_core.models.families.family import Embedding
+from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
 
 WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encoders
@@ -34,20 +34,29 @@ class StableDiffusion:
         "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
 
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("no", "fp16", "bf16")
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {}
     TEXT_STATES: ClassVar[str] = "encoder_hidden_states"
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
 
     DRAWING: ClassVar[str] = """\
 pipe = diffusers.DiffusionPipeline.from_pretrained({base}, safety_checker=None)
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
-    STEP_NOISE: ClassVar[bool] = True
+    CALL: ClassVar[str] = "guidance_scale={guidance},\n    eta={eta},"
+    COMFYUI: ClassVar[bool] = False
     FIRST_AUTHORS_NAMES: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def guidance(self) -> Guidance:
+        """Classifier-free guidance, by a second pass for the empty prompt."""
+        return "two passes"
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent: the size that the UNet was trained with."""
         config = self.pipeline.unet.config
         size = config.sample_size
@@ -68,8 +77,8 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Build the scheduler whose steps are trained from the model's own configuration."""
         return chain_of(config, prediction_type, zero_snr)
 
-    @staticmethod
-    def default_eta(num_steps: int, scheduler: Any) -> float:
+    @classmethod
+    def default_eta(cls, num_steps: int, scheduler: Any, latent_shape: Sequence[int]) -> float:
         """Return DDIM's full noise, which its last steps remove again."""
         return 1.0
 
@@ -77,6 +86,16 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Return the text encoder's states ``[L, D]``."""
         text_1LD, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text_1LD[0]}
+
+    @staticmethod
+    def stack(embeddings: Sequence[Embedding]) -> Embedding:
+        """Return embeddings with a batch dimension; all have one length."""
+        return {name: torch.stack([embedding[name] for embedding in embeddings]) for name in embeddings[0]}
+
+    @staticmethod
+    def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the prediction led away from that of the empty prompt. Source: arXiv 2207.12598."""
+        return without_BCHW + scale * (with_BCHW - without_BCHW)
 
     def predict(
         self,
