@@ -106,6 +106,29 @@ def flow_chain_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
     return scheduler
 
 
+def flow_levels_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Euler's configuration for a multistep DPM-Solver over a flow, which has the same noise levels.
+
+    We train Euler's steps with the solver's shift, as DDIM's over other solvers' noise for models with a UNet. Another
+    class's configuration comes back unchanged.
+
+    Raises:
+        D3POError: the solver is not one over a flow, or asks for other noise levels.
+    """
+    name = str(config.get("_class_name"))
+    if name != "DPMSolverMultistepScheduler":
+        return config
+    needed = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_karras_sigmas": False,
+              "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+              "use_dynamic_shifting": False, "thresholding": False}  # fmt: skip
+    for field, wanted in needed.items():
+        if config.get(field, wanted if wanted is False else None) != wanted:
+            raise D3POError(f"scheduler {name}: {field} is {config.get(field)!r}, which the trained steps cannot "
+                            f"follow; expected {wanted!r} (scheduler/scheduler_config.json)")  # fmt: skip
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config.get("flow_shift", 1.0),
+            "num_train_timesteps": config.get("num_train_timesteps", 1000)}  # fmt: skip
+
+
 def default_noise_level(
     scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, levels: Levels = SCHEDULERS_OWN
 ) -> float:

@@ -207,6 +207,7 @@ class Policy:
                 "guidance: it was distilled to draw without; set it to 1"
             )
         self._texts_kept.embed(list(dict.fromkeys([*prompts, ""])))
+        # Together, so that texts of unequal length become equal.
         both = self.family.stack([self._texts_kept[prompt] for prompt in [*prompts, ""]])
         stacked = {name: value[:-1].to(self.device) for name, value in both.items()}
         empty = {name: value[-1].to(self.device) for name, value in both.items()}

@@ -57,10 +57,15 @@ class FlowFamily(StableDiffusion):
     @staticmethod
     def chain(config: Mapping[str, Any], prediction_type: str | None = None, zero_snr: bool | None = None) -> Any:
         """Return the flow's Euler steps; other solvers choose other noise levels and are refused."""
+        FlowFamily.refuse_unet_settings(prediction_type, zero_snr)
+        return flow_chain_of(config)
+
+    @staticmethod
+    def refuse_unet_settings(prediction_type: str | None, zero_snr: bool | None) -> None:
+        """Refuse what only a UNet's file may leave open."""
         if prediction_type or zero_snr is not None:
             raise D3POError("model.prediction_type and model.zero_terminal_snr are for models with a UNet; this one "
                             "predicts a flow: leave them out")  # fmt: skip
-        return flow_chain_of(config)
 
     @classmethod
     def default_eta(cls, num_steps: int, scheduler: Any, latent_shape: Sequence[int]) -> float:
