@@ -21,6 +21,7 @@ class Flux2Klein(FlowFamily):
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer": 512}
     # Most of its blocks have one projection for queries, keys, values and the feed-forward's input.
     LORA_TARGETS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
+    COMFYUI: ClassVar[bool] = False  # it reads the authors' names alone (export/native_names.py)
     FROM_ONE: ClassVar[bool] = True
     PATCH: ClassVar[int] = 1  # stored latents are patches already
 
