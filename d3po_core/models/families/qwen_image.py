@@ -12,6 +12,8 @@ from d3po_core.models.families.packing import packed, unpacked
 from d3po_core.models.families.padded import STATES, stack_padded
 from d3po_core.models.families.parts import Part, QwenTransformer, QwenVae, native_side
 
+WIDTH = 3072  # of the published transformer's tokens; Stable Diffusion 3's are narrower
+
 
 class QwenImage(FlowFamily):
     """See Family. Guidance leads away from a single space, as its authors do."""
@@ -33,7 +35,8 @@ class QwenImage(FlowFamily):
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer of two streams as wide as the published one's."""
         wide = any(name.endswith("to_q.lora_A.weight") and shape[-1] == WIDTH for name, shape in shapes.items())
-        return wide and any(name.startswith("transformer.transformer_blocks.0.attn.") for name in shapes)
+        single = any("single_transformer_blocks." in name for name in shapes)
+        return wide and not single and any(name.startswith("transformer.transformer_blocks.0.attn.") for name in shapes)
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """Return the language model's states ``[L, D]``, without padding."""
@@ -80,6 +83,3 @@ class QwenImage(FlowFamily):
             latent_BCHW.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
         )
         return latent_BCHW * std_C11 + mean_C11
-
-
-WIDTH = 3072  # of the published transformer's tokens; Stable Diffusion 3's are narrower

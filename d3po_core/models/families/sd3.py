@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
 from d3po_core.models.families.parts import Part, ShiftedVae, Transformer
+from d3po_core.models.families.qwen_image import QwenImage
 
 
 class StableDiffusion3(FlowFamily):
@@ -31,7 +32,11 @@ class StableDiffusion3(FlowFamily):
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer whose blocks see text and image at once."""
-        return any("transformer_blocks.0.attn.to" in name for name in shapes)
+        return (
+            not QwenImage.trained(shapes)
+            and any(name.startswith("transformer.transformer_blocks.0.attn.to") for name in shapes)
+            and not any("single_transformer_blocks." in name for name in shapes)
+        )
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """Return states of the three encoders ``[L, D]`` and the pooled state ``[P]``."""

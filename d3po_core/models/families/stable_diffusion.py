@@ -16,7 +16,8 @@ WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encode
 
 def widest_text(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the text width of a UNet's cross-attention, from its trained weights; 0 if they are not a UNet's."""
-    return max((shape[-1] for name, shape in shapes.items() if "attn2.to_k" in name), default=0)
+    texts = (shape[-1] for name, shape in shapes.items() if "attentions." in name and "attn2.to_k" in name)
+    return max(texts, default=0)
 
 
 class StableDiffusion:

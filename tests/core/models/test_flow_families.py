@@ -1,6 +1,8 @@
 """Flow-matching families, small and random: against diffusers' pipelines, called whole, and other derivations."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from d3po_core.config import ModelConfig
+from d3po_core.config_values import load_config
 from d3po_core.denoising.ddim import step_mean
 from d3po_core.errors import D3POError
+from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
+from d3po_core.models.model_files import check_folder, family_of, with_model_defaults
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
 from d3po_core.sampling.rollout import replay_steps, sample_trajectories
@@ -73,16 +78,19 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def policy_of(folder_of: Callable[[str], Path]) -> Callable[[str], Policy]:
+def policy_of(folder_of: Callable[[str], Path]) -> Callable[..., Policy]:
     """Policies with a LoRA that matters."""
     loaded: dict[str, Policy] = {}
 
-    def policy(name: str) -> Policy:
-        if name not in loaded:
-            config = ModelConfig(path=str(folder_of(name)), device="cpu", lora_rank=2, lora_alpha=3.0)
-            loaded[name] = load_policy(config, seed=0)
-            stir_lora(loaded[name], seed=1, size=0.1)
-        return loaded[name]
+    def policy(name: str, **settings: Any) -> Policy:
+        key = f"{name} {settings}"
+        if key not in loaded:
+            path, lora = str(folder_of(name)), {"lora_rank": 2, "lora_alpha": 3.0}
+            targets = family_of(ModelConfig(path=path), folder_of(name)).LORA_TARGETS
+            config = ModelConfig(path=path, device="cpu", **lora, lora_targets=targets, **settings)
+            loaded[key] = load_policy(config, seed=0)
+            stir_lora(loaded[key], seed=1, size=0.1)
+        return loaded[key]
 
     return policy
 
@@ -101,7 +109,7 @@ def deterministic(policy: Policy, latent: torch.Tensor, prompts: list[str], guid
 
 @pytest.mark.parametrize("name", FLOW_NAMES)
 def test_deterministic_images_with_the_lora_are_those_of_the_pipeline(
-    name: str, policy_of: Callable[[str], Policy], folder_of: Callable[[str], Path], tmp_path: Path
+    name: str, policy_of: Callable[..., Policy], folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The pipeline, called whole, loads the LoRA's file and draws from the same latents and prompts."""
     policy, pipeline = policy_of(name), pipeline_of(folder_of(name))
@@ -133,7 +141,7 @@ def test_deterministic_images_with_the_lora_are_those_of_the_pipeline(
 
 
 @pytest.mark.parametrize("name", FLOW_NAMES)
-def test_log_probs_are_those_of_flow_grpo_and_replay(name: str, policy_of: Callable[[str], Policy]) -> None:
+def test_log_probs_are_those_of_flow_grpo_and_replay(name: str, policy_of: Callable[..., Policy]) -> None:
     """The SDE as Flow-GRPO's authors state it, from noise levels that the scheduler's timesteps say."""
     policy, guidance, level = policy_of(name), guidance_of(name), 0.6
     schedule = policy.schedule(STEPS, level)
@@ -161,7 +169,7 @@ def test_log_probs_are_those_of_flow_grpo_and_replay(name: str, policy_of: Calla
 
 
 @pytest.mark.parametrize("name", FLOW_NAMES)
-def test_every_layer_of_the_lora_gets_a_gradient(name: str, policy_of: Callable[[str], Policy]) -> None:
+def test_every_layer_of_the_lora_gets_a_gradient(name: str, policy_of: Callable[..., Policy]) -> None:
     policy = policy_of(name)
     for _, parameter in policy.weights.parameters():
         parameter.grad = None
@@ -172,6 +180,118 @@ def test_every_layer_of_the_lora_gets_a_gradient(name: str, policy_of: Callable[
     assert [name for name, value in weights if value.grad is None or not value.grad.any()] == []
 
 
-def test_guidance_of_a_model_distilled_without_any_is_refused(policy_of: Callable[[str], Policy]) -> None:
+def test_guidance_of_a_model_distilled_without_any_is_refused(policy_of: Callable[..., Policy]) -> None:
     with pytest.raises(D3POError, match=r"guidance_scale is 3.5, and model.path .* takes no guidance.*set it to 1"):
         policy_of("flux-schnell").encode(PROMPTS, 3.5)
+
+
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_half_precision_and_recomputing_agree_with_single_precision(
+    name: str, policy_of: Callable[..., Policy]
+) -> None:
+    """bfloat16 keeps 8 bits; gradients of the LoRA are compared as one vector."""
+    latent, t_B = (
+        torch.stack([gaussian(i, *policy_of(name).latent_shape) for i in range(2)]),
+        torch.tensor([900.0, 400]),
+    )
+    outputs, gradients = [], []
+    for settings in ({}, {"memory": "small"}, {"precision": "bf16"}):
+        policy = policy_of(name, **settings)
+        for _, parameter in policy.weights.parameters():
+            parameter.grad = None
+        outputs.append(policy.predict(latent, t_B, policy.encode(PROMPTS, guidance_of(name))))
+        outputs[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for _, p in policy.weights.parameters() if p.grad is not None]))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+    assert (outputs[2] - outputs[0]).norm() < 0.05 * outputs[0].norm()
+    assert torch.nn.functional.cosine_similarity(gradients[2], gradients[0], dim=0) > 0.98
+
+
+Change = Callable[[Path], Any]
+
+
+def setting(file: str, **fields: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def gone(name: str) -> Change:
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+TRANSFORMER, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+REFUSED: dict[str, tuple[str, Change, str]] = {
+    "FLUX that fills": ("flux-dev", setting(TRANSFORMER, in_channels=32, out_channels=16), "expected the same number"),
+    "FLUX without T5": ("flux-dev", gone("text_encoder_2"), "text_encoder_2/.* is missing"),
+    "FLUX, T5 is null": ("flux-dev", setting("model_index.json", text_encoder_2=[None, None]), "part text_encoder_2"),
+    "FLUX with Euler of another kind": ("flux-dev", setting(SCHEDULER, **EULER), "other noise levels"),
+    "FLUX, VAE without shift": ("flux-dev", setting("vae/config.json", shift_factor=None), "shift_factor"),
+    "FLUX, odd side": ("flux-schnell", setting(TRANSFORMER, sample_size=7), "sample_size.*multiple of 2"),
+    "FLUX.2 dev's network": ("klein", setting(TRANSFORMER, guidance_embeds=True), "told its guidance, as FLUX.2 dev"),
+    "FLUX.2 without tokenizer": ("klein", gone("tokenizer"), "tokenizer/.* is missing"),
+    "Qwen-Image for layers": ("qwen", setting(TRANSFORMER, use_layer3d_rope=True), "the network draws layers"),
+    "Qwen-Image for editing": ("qwen", setting(TRANSFORMER, zero_cond_t=True), "wants an image to edit"),
+    "Qwen-Image with noise of its own": ("qwen", setting(SCHEDULER, stochastic_sampling=True), "stochastic_sampling"),
+    "Z-Image Omni": ("z-image", setting(TRANSFORMER, siglip_feat_dim=8), "the network wants an image"),
+    "Z-Image, patches of 4": ("z-image", setting(TRANSFORMER, all_patch_size=[4]), "all_patch_size"),
+    "SANA Sprint's network": ("sana", setting(TRANSFORMER, guidance_embeds=True), "as SANA Sprint does"),
+    "SANA, not over a flow": ("sana", setting(SCHEDULER, use_flow_sigmas=False), "use_flow_sigmas is False"),
+    "SANA with Karras's levels": ("sana", setting(SCHEDULER, use_karras_sigmas=True), "use_karras_sigmas is True"),
+    "SANA Sprint's solver": ("sana", setting(SCHEDULER, _class_name="SCMScheduler"), "other noise levels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_a_family_cannot_do_is_one_line_before_loading(
+    case: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name, change, message = REFUSED[case]
+    folder = shutil.copytree(folder_of(name), tmp_path / "model")
+    change(folder)
+    with pytest.raises(D3POError, match=message) as caught:
+        check_folder(ModelConfig(path=str(folder), device="cpu"), folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW_NAMES if name != "sd35"])
+def test_what_overflows_or_is_not_verified_is_refused(name: str, folder_of: Callable[[str], Path]) -> None:
+    for settings, message in (({"precision": "fp16"}, "overflows; expected 'bf16' or 'no'"),
+                              ({"compile": True}, "model.compile is not verified for a")):  # fmt: skip
+        config = ModelConfig(path=str(folder_of(name)), device="cpu", **settings)
+        with pytest.raises(D3POError, match=message):
+            check_folder(config, folder_of(name))
+
+
+def test_klein_trains_its_joined_projections_unless_told_otherwise(folder_of: Callable[[str], Path]) -> None:
+    values = {"model": {"path": str(folder_of("klein"))}}
+    assert "to_qkv_mlp_proj" in with_model_defaults(load_config(values, "test")).model.lora_targets
+    values["model"]["lora_targets"] = ["to_q"]
+    assert with_model_defaults(load_config(values, "test")).model.lora_targets == ("to_q",)
+
+
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_noise_level_is_the_families_own_unless_told(name: str, folder_of: Callable[[str], Path]) -> None:
+    """With 28 steps 0.7, Flow-GRPO's; with few, no more than leaves no grain."""
+    etas = []
+    for steps in (4, 28):
+        values = {"model": {"path": str(folder_of(name))}, "sample": {"num_steps": steps}}
+        etas.append(with_model_defaults(load_config(values, "test")).sample.eta)
+    assert 0.05 <= etas[0] < etas[1] <= 0.7
+
+
+def test_every_lora_names_its_family(policy_of: Callable[..., Policy], tmp_path: Path) -> None:
+    """For a model card when the base is not on this machine: by layer names, and by the published widths."""
+    for name in FLOW_NAMES:
+        policy = policy_of(name)
+        file = policy.weights.save(tmp_path / name)
+        shapes = {key: tuple(value.shape) for key, value in load_file(file).items()}
+        if name == "qwen":  # told from Stable Diffusion 3 by its width
+            shapes = {key: (shape[0], 3072) for key, shape in shapes.items()}
+        found = [family for family in FAMILIES.values() if family.trained(shapes)]
+        assert found == [type(policy.family)], name
