@@ -38,7 +38,7 @@ class Flux(FlowFamily):
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer with separate projections in single-stream blocks."""
-        return any("single_transformer_blocks.0.attn.to_q" in name for name in shapes)
+        return any("single_transformer_blocks.0.attn.to_q." in name for name in shapes)
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """Return T5's states ``[L, D]`` and CLIP's pooled state ``[P]``."""

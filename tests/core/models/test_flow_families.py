@@ -189,7 +189,7 @@ def test_guidance_of_a_model_distilled_without_any_is_refused(policy_of: Callabl
 def test_half_precision_and_recomputing_agree_with_single_precision(
     name: str, policy_of: Callable[..., Policy]
 ) -> None:
-    """bfloat16 keeps 8 bits; gradients of the LoRA are compared as one vector."""
+    """bfloat16 keeps 8 bits, also of the timestep and the guidance; a LoRA's gradient is compared as one vector."""
     latent, t_B = (
         torch.stack([gaussian(i, *policy_of(name).latent_shape) for i in range(2)]),
         torch.tensor([900.0, 400]),
@@ -205,7 +205,7 @@ def test_half_precision_and_recomputing_agree_with_single_precision(
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
     assert (outputs[2] - outputs[0]).norm() < 0.05 * outputs[0].norm()
-    assert torch.nn.functional.cosine_similarity(gradients[2], gradients[0], dim=0) > 0.98
+    assert torch.nn.functional.cosine_similarity(gradients[2], gradients[0], dim=0) > 0.9
 
 
 Change = Callable[[Path], Any]
