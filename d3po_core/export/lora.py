@@ -11,12 +11,13 @@ from d3po_core.export.cards import card, hub_model, public_config
 from d3po_core.export.kohya import READERS, write_for_others
 from d3po_core.export.native_names import NATIVE, write_native
 from d3po_core.export.native_names import READERS as NATIVE_READERS
-from d3po_core.models.families import FAMILIES, Family
+from d3po_core.models.families import FAMILIES, Family, Part
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 from d3po_core.models.model_files import (
     absent_parts,
     family_of,
     layers_per_block,
+    parts_of,
     scheduler_of,
     tensor_shapes,
 )
@@ -126,7 +127,7 @@ def _card(
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
         drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
-        call=family.CALL.format(guidance=sample.guidance_scale, over_one=sample.guidance_scale - 1, eta=sample.eta),
+        call=family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
         scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
@@ -137,6 +138,11 @@ def _card(
         images=sample.images_per_round, size=sample.group_size,
     )  # fmt: skip
     return card(header, body)
+
+
+def _network(config: ModelConfig, family: type[Family]) -> Part | None:
+    folder = model_folder(config)
+    return parts_of(config, folder, family)[family.NETWORK] if folder else None
 
 
 def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
@@ -170,7 +176,7 @@ import diffusers, torch
 {drawing}
 {line}  # this folder, or the id it is uploaded as
 image = pipe(
-    {prompt},
+    prompt={prompt},
     num_inference_steps={steps},
     {call}
     generator=torch.Generator().manual_seed(0),

@@ -48,11 +48,6 @@ class Family(Protocol):
 
     ``{chain}`` stands for what the model's own scheduler does not say of them.
     """
-    CALL: ClassVar[str]
-    """Arguments of the pipeline's call for a model card; ``{guidance}``, ``{over_one}`` and ``{eta}`` are numbers.
-
-    ``{over_one}`` is the guidance less 1, as pipelines count that add guidance to the prompt's own prediction.
-    """
     COMFYUI: ClassVar[bool]
     """Whether ComfyUI reads the network's LoRA under diffusers' names."""
     FIRST_AUTHORS_NAMES: ClassVar[bool]
@@ -71,6 +66,11 @@ class Family(Protocol):
     @property
     def guidance(self) -> Guidance:
         """How the loaded network is guided."""
+        ...
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return arguments of the pipeline's call for a model card; ``network`` is None if its file is not here."""
         ...
 
     @staticmethod

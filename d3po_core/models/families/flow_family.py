@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.denoising.flow import Levels, default_noise_level, flow_chain_of, make_flow_schedule
 from d3po_core.errors import D3POError
+from d3po_core.models.families.parts import Part
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 
 
@@ -21,13 +22,17 @@ class FlowFamily(StableDiffusion):
     PRECISIONS: ClassVar[tuple[str, ...]] = ("no", "bf16")  # fp16 ends at 65,504, which their activations exceed
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = False
     DRAWING: ClassVar[str] = "pipe = diffusers.DiffusionPipeline.from_pretrained({base})"
-    CALL: ClassVar[str] = "guidance_scale={guidance},"  # pipelines take the flow's deterministic steps
     COMFYUI: ClassVar[bool] = True
 
     PATCH: ClassVar[int] = 2
     """Width of an image token, in elements of a stored latent."""
     FROM_ONE: ClassVar[bool] = False
     """Whether the pipeline spaces noise levels from 1 to 1/T itself."""
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return the guidance under the pipeline's name; pipelines take the flow's deterministic steps."""
+        return f"guidance_scale={guidance},"
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """Return the steps of the flow's SDE; ``eta`` is its noise level."""

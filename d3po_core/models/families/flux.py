@@ -35,6 +35,12 @@ class Flux(FlowFamily):
         """Whether the network is told its guidance (dev) or was distilled without any (schnell)."""
         return "told" if self.pipeline.transformer.config.guidance_embeds else "none"
 
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return the guidance, and for schnell the number of tokens, which its pipeline does not know."""
+        schnell = isinstance(network, PackedTransformer) and not network.guidance_embeds
+        return f"max_sequence_length={SCHNELL_TOKENS}," if schnell else f"guidance_scale={guidance},"
+
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer with separate projections in single-stream blocks."""

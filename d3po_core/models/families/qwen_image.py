@@ -22,7 +22,6 @@ class QwenImage(FlowFamily):
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": QwenTransformer, "vae": QwenVae}
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer": 1024}
-    CALL: ClassVar[str] = 'true_cfg_scale={guidance},\n    negative_prompt=" ",'
     FROM_ONE: ClassVar[bool] = True
 
     @property
@@ -30,6 +29,11 @@ class QwenImage(FlowFamily):
         """Channels, height and width of one latent before packing; 1,024 pixels unless the transformer says other."""
         config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
         return (config.in_channels // 4, side, side)
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return the guidance under the pipeline's names."""
+        return f'true_cfg_scale={guidance},\n    negative_prompt=" ",'
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

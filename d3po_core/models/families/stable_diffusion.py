@@ -44,7 +44,6 @@ class StableDiffusion:
     DRAWING: ClassVar[str] = """\
 pipe = diffusers.DiffusionPipeline.from_pretrained({base}, safety_checker=None)
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
-    CALL: ClassVar[str] = "guidance_scale={guidance},\n    eta={eta},"
     COMFYUI: ClassVar[bool] = False
     FIRST_AUTHORS_NAMES: ClassVar[bool] = False
 
@@ -63,6 +62,11 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (config.in_channels, height, width)
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return guidance and step noise under the pipeline's names."""
+        return f"guidance_scale={guidance},\n    eta={eta},"
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

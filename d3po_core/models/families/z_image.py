@@ -19,7 +19,6 @@ class ZImage(FlowFamily):
     TEXT_PARTS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": PatchTransformer, "vae": ShiftedVae}
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer": 512}
-    CALL: ClassVar[str] = "guidance_scale={over_one},"
     FROM_ONE: ClassVar[bool] = True
 
     @property
@@ -27,6 +26,11 @@ class ZImage(FlowFamily):
         """Channels, height and width of one latent; 1,024 pixels unless the transformer says other."""
         config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
         return (config.in_channels, side, side)
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return the guidance as the pipeline counts it, from 0."""
+        return f"guidance_scale={guidance - 1},"
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -19,7 +19,7 @@ from d3po_core.denoising.ddim import step_mean
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
-from d3po_core.models.model_files import check_folder, family_of, with_model_defaults
+from d3po_core.models.model_files import check_folder, family_of, parts_of, with_model_defaults
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
 from d3po_core.sampling.rollout import replay_steps, sample_trajectories
@@ -31,7 +31,7 @@ PROMPTS = ["a red circle on a gray background", "a blue cross"]
 STEPS = 3
 SEEDS = [image_seed(prompt, member) for prompt in PROMPTS for member in range(2)]
 GUIDANCE = {"flux-schnell": 1.0, "klein": 1.0}  # others: 3.5
-# The pipeline's own words for guidance, and how a batch of its latents is laid out.
+# The pipeline's own words for guidance.
 CALLS: dict[str, Callable[[float], dict[str, Any]]] = {
     "flux-dev": lambda scale: {"guidance_scale": scale},
     "sd35": lambda scale: {"guidance_scale": scale},
@@ -283,6 +283,19 @@ def test_noise_level_is_the_families_own_unless_told(name: str, folder_of: Calla
         values = {"model": {"path": str(folder_of(name))}, "sample": {"num_steps": steps}}
         etas.append(with_model_defaults(load_config(values, "test")).sample.eta)
     assert 0.05 <= etas[0] < etas[1] <= 0.7
+
+
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_a_model_card_calls_the_pipeline_in_its_own_words(name: str, folder_of: Callable[[str], Path]) -> None:
+    config = ModelConfig(path=str(folder_of(name)))
+    family = family_of(config, folder_of(name))
+    network = parts_of(config, folder_of(name), family)["transformer"]
+    said = eval(f"dict({family.call(guidance_of(name), 0.5, network)})")
+    wanted = CALLS[name](guidance_of(name))
+    if name == "qwen":
+        wanted["negative_prompt"] = " "
+    said.pop("use_resolution_binning", None), wanted.pop("use_resolution_binning", None)
+    assert said == (wanted or {"guidance_scale": 1.0})  # a distilled klein ignores it
 
 
 def test_every_lora_names_its_family(policy_of: Callable[..., Policy], tmp_path: Path) -> None:
