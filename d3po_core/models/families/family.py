@@ -63,6 +63,14 @@ class Family(Protocol):
         """Shape of one stored latent: channels first, then as many dimensions as the family has."""
         ...
 
+    def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one stored latent of an image of this many pixels.
+
+        Raises:
+            D3POError: the size is off the family's grid.
+        """
+        ...
+
     @property
     def guidance(self) -> Guidance:
         """How the loaded network is guided."""

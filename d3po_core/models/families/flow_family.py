@@ -25,7 +25,6 @@ class FlowFamily(StableDiffusion):
     COMFYUI: ClassVar[bool] = True
 
     PATCH: ClassVar[int] = 2
-    """Width of an image token, in elements of a stored latent."""
     FROM_ONE: ClassVar[bool] = False
     """Whether the pipeline spaces noise levels from 1 to 1/T itself."""
 

@@ -23,7 +23,8 @@ class Flux2Klein(FlowFamily):
     LORA_TARGETS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
     COMFYUI: ClassVar[bool] = False  # it reads the authors' names alone (export/native_names.py)
     FROM_ONE: ClassVar[bool] = True
-    PATCH: ClassVar[int] = 1  # stored latents are patches already
+    PATCH: ClassVar[int] = 1
+    ELEMENT: ClassVar[int] = 2  # stored latents are patches already
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_core.denoising.ddim import Schedule, make_schedule
 from d3po_core.denoising.schedulers import chain_of
+from d3po_core.errors import D3POError
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
 
@@ -38,6 +39,10 @@ class StableDiffusion:
     PRECISIONS: ClassVar[tuple[str, ...]] = ("no", "fp16", "bf16")
     LORA_TARGETS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {}
+    PATCH: ClassVar[int] = 1
+    """Width of the smallest piece that the network takes, in elements of a stored latent."""
+    ELEMENT: ClassVar[int] = 1
+    """Width of an element of a stored latent, in elements of the VAE's."""
     TEXT_STATES: ClassVar[str] = "encoder_hidden_states"
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
 
@@ -67,6 +72,17 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
         """Return guidance and step noise under the pipeline's names."""
         return f"guidance_scale={guidance},\n    eta={eta},"
+
+    def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one stored latent of an image of this many pixels."""
+        pixels = self.pipeline.vae_scale_factor * self.ELEMENT
+        grid = pixels * self.PATCH
+        if height % grid or width % grid or min(height, width) < grid:
+            raise D3POError(
+                f"an image of {height} x {width} pixels does not fit a {self.PIPELINE.__name__}; expected multiples of "
+                f"{grid}"
+            )
+        return (self.latent_shape[0], height // pixels, width // pixels)
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

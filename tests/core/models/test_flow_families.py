@@ -298,6 +298,39 @@ def test_a_model_card_calls_the_pipeline_in_its_own_words(name: str, folder_of: 
     assert said == (wanted or {"guidance_scale": 1.0})  # a distilled klein ignores it
 
 
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_an_images_size_gives_its_latents_shape(name: str, policy_of: Callable[..., Policy]) -> None:
+    """Against the VAE itself, which decodes such a latent to just this size."""
+    family, side = policy_of(name).family, 2 * side_of(name)
+    assert family.latent_shape_at(side, side) == family.latent_shape
+    shape = family.latent_shape_at(side, 2 * side)
+    with torch.no_grad():
+        assert family.decode(gaussian(0, 1, *shape)).shape == (1, 3, side, 2 * side)
+    with pytest.raises(D3POError, match=f"{side + 1} x {side} pixels does not fit .*; expected multiples of"):
+        family.latent_shape_at(side + 1, side)
+
+
+def test_weights_in_shards_and_variants_load_as_whole_ones(
+    folder_of: Callable[[str], Path], policy_of: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """As the hub has networks of many GB; text encoders may lack the variant."""
+    pipeline = pipeline_of(folder_of("qwen"))
+    pipeline.transformer.to(torch.bfloat16)
+    shutil.copytree(folder_of("qwen"), tmp_path / "model")
+    for part in ("transformer", "vae"):
+        shutil.rmtree(tmp_path / "model" / part)
+        getattr(pipeline, part).save_pretrained(tmp_path / "model" / part, variant="bf16", max_shard_size="60KB")
+    setting(TRANSFORMER, sample_size=side_of("qwen"))(tmp_path / "model")
+    pipeline.text_encoder.save_pretrained(tmp_path / "model" / "text_encoder", variant="bf16", max_shard_size="60KB")
+    assert len(list((tmp_path / "model/transformer").glob("*.bf16*.safetensors"))) > 1
+    sharded = load_policy(ModelConfig(path=str(tmp_path / "model"), device="cpu", variant="bf16"), seed=0)
+    whole = policy_of("qwen", precision="bf16")
+    latent, t_B = gaussian(0, 1, *whole.latent_shape), torch.tensor([500.0])
+    with torch.no_grad(), whole.base(), sharded.base():
+        ours, other = (p.predict(latent, t_B, p.encode(PROMPTS[:1], 1.0)) for p in (sharded, whole))
+    assert (ours - other).norm() < 0.05 * ours.norm()
+
+
 def test_every_lora_names_its_family(policy_of: Callable[..., Policy], tmp_path: Path) -> None:
     """For a model card when the base is not on this machine: by layer names, and by the published widths."""
     for name in FLOW_NAMES:
