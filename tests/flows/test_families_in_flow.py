@@ -76,7 +76,7 @@ def test_other_families_go_through_a_round(
     assert all(np.isfinite(update["loss"]) and update["grad_norm"] > 0 for update in updates)
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "qwen", "z-image", "sana", "klein"])
+@pytest.mark.parametrize("name", ["flux-dev", "sd35", "qwen", "z-image", "sana", "klein"])
 def test_flow_families_go_through_a_round_and_export(
     name: str, run_rounds: Callable[..., int], data: Path, tmp_path: Path
 ) -> None:

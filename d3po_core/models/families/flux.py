@@ -8,8 +8,9 @@ from diffusers import FluxPipeline
 
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.flow_family import FlowFamily
+from d3po_core.models.families.flow_parts import PackedTransformer, native_side
 from d3po_core.models.families.packing import packed, places, unpacked
-from d3po_core.models.families.parts import PackedTransformer, Part, ShiftedVae, native_side
+from d3po_core.models.families.parts import Part, ShiftedVae
 
 # The tokens that T5 reads. schnell, which is told no guidance, was distilled with fewer (its model card).
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256

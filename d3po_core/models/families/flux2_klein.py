@@ -9,7 +9,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.parts import Flux2Transformer, Flux2Vae, Part, native_side
+from d3po_core.models.families.flow_parts import Flux2Transformer, Flux2Vae, native_side
+from d3po_core.models.families.parts import Part
 
 
 class Flux2Klein(FlowFamily):

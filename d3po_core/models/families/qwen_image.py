@@ -8,9 +8,10 @@ from diffusers import QwenImagePipeline
 
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
+from d3po_core.models.families.flow_parts import QwenTransformer, QwenVae, native_side
 from d3po_core.models.families.packing import packed, unpacked
 from d3po_core.models.families.padded import STATES, stack_padded
-from d3po_core.models.families.parts import Part, QwenTransformer, QwenVae, native_side
+from d3po_core.models.families.parts import Part
 
 WIDTH = 3072  # of the published transformer's tokens; Stable Diffusion 3's are narrower
 

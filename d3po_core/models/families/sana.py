@@ -10,7 +10,8 @@ from diffusers import SanaPipeline
 from d3po_core.denoising.flow import flow_chain_of, flow_levels_of
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.parts import DeepVae, Part, SanaTransformer
+from d3po_core.models.families.flow_parts import DeepVae, SanaTransformer
+from d3po_core.models.families.parts import Part
 
 # The request that the pipeline puts before every prompt but the empty one.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

@@ -8,8 +8,9 @@ from diffusers import ZImagePipeline
 
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
+from d3po_core.models.families.flow_parts import PatchTransformer, native_side
 from d3po_core.models.families.padded import MASK, STATES, stack_padded
-from d3po_core.models.families.parts import Part, PatchTransformer, ShiftedVae, native_side
+from d3po_core.models.families.parts import Part, ShiftedVae
 
 
 class ZImage(FlowFamily):
