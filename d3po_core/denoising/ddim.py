@@ -8,7 +8,8 @@ of 144 held-out images that the embedded model draws right (standard error 0.04)
 0.611, 0.507 by our rule and 0.417, 0.597, 0.521 by theirs; trailing 0.465, 0.625, 0.521 and 0.465, 0.625, 0.528. The
 shares do not differ clearly, so we use the exact rule.
 
-Tensor names carry their shape: B rows, T steps (index 0 is the noisiest), C H W latent channels, height, width.
+Tensor names carry their shape: B rows, T steps (index 0 is the noisiest), C H W latent channels, height, width; no
+function here assumes that a latent has just these three dimensions.
 """
 
 import math
@@ -150,6 +151,16 @@ def finite(schedule: Schedule) -> Schedule:
     return schedule
 
 
+def per_row(values_B: torch.Tensor, latent_BCHW: torch.Tensor) -> torch.Tensor:
+    """Return one value per row in a shape that multiplies latents, whatever the number of their dimensions."""
+    return values_B.view(-1, *[1] * (latent_BCHW.ndim - 1))
+
+
+def _after(leading: int, latent_BCHW: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions of a latent itself, after so many leading ones."""
+    return tuple(range(leading, latent_BCHW.ndim))
+
+
 def step_mean(
     schedule: Schedule, step_B: torch.Tensor, latent_BCHW: torch.Tensor, output_BCHW: torch.Tensor
 ) -> torch.Tensor:
@@ -166,7 +177,7 @@ def step_mean(
     """
 
     def rows(values_T: torch.Tensor) -> torch.Tensor:
-        return values_T[step_B][:, None, None, None]
+        return per_row(values_T[step_B], latent_BCHW)
 
     latent_BCHW, output_BCHW = latent_BCHW.float(), output_BCHW.float()
     x0_BCHW = rows(schedule.x0_latent_T) * latent_BCHW + rows(schedule.x0_output_T) * output_BCHW
@@ -181,20 +192,20 @@ def log_prob(value_BCHW: torch.Tensor, mean_BCHW: torch.Tensor, sigma_B: torch.T
 
     The paper's log_prob is the sum; multiply by C*H*W to get it. Rows with sigma 0 give 0.
     """
-    sigma_B111 = sigma_B[:, None, None, None]
+    sigma_B111 = per_row(sigma_B, mean_BCHW)
     safe = sigma_B111.where(sigma_B111 > 0, 1.0)
     z_BCHW = (value_BCHW.float() - mean_BCHW) / safe
     density_BCHW = -0.5 * z_BCHW**2 - safe.log() - 0.5 * math.log(2 * math.pi)
-    return torch.where(sigma_B > 0, density_BCHW.mean(dim=(1, 2, 3)), 0.0)
+    return torch.where(sigma_B > 0, density_BCHW.mean(dim=_after(1, density_BCHW)), 0.0)
 
 
 def gaussian_kl(mean_BCHW: torch.Tensor, other_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
     """Return the KL of two steps with equal sigma, *averaged* over C, H, W: nats per element, ``[B]``.
 
-    It is exact and symmetric. Rows may have several leading dimensions; every sigma is above 0.
+    It is exact and symmetric. Rows have as many leading dimensions as sigma; every sigma is above 0.
     Source: the KL of two normal distributions with equal variance, (mean - other)^2 / (2 sigma^2) per element.
     """
-    return ((mean_BCHW - other_BCHW) ** 2).mean(dim=(-3, -2, -1)) / (2 * sigma_B**2)
+    return ((mean_BCHW - other_BCHW) ** 2).mean(dim=_after(sigma_B.ndim, mean_BCHW)) / (2 * sigma_B**2)
 
 
 def rounding_kl(stored_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
@@ -205,4 +216,4 @@ def rounding_kl(stored_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tenso
     """
     exponent_BCHW = torch.frexp(stored_BCHW.float()).exponent - 1
     spacing_BCHW = torch.finfo(stored_BCHW.dtype).eps * torch.exp2(exponent_BCHW.float())
-    return (spacing_BCHW**2).mean(dim=(1, 2, 3)) / (24 * sigma_B**2)
+    return (spacing_BCHW**2).mean(dim=_after(1, spacing_BCHW)) / (24 * sigma_B**2)

@@ -9,8 +9,10 @@ noise = x_t + (1 - t) v, the mean is (1 - t - dt) x_0 + (t + dt + s^2 dt / (2 t)
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -21,20 +23,45 @@ from d3po_core.errors import D3POError
 FINE_DETAIL, MOST_LEFT = 0.01, 1.3
 
 
-def make_flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, noise_level: float) -> Schedule:
+@dataclass(frozen=True)
+class Levels:
+    """What a pipeline tells its scheduler about the noise levels of T steps.
+
+    Attributes:
+        from_one: whether levels are spaced from 1 to 1/T before shifting; else the scheduler spaces them.
+        mu: the shift for the image's size, for a scheduler that shifts dynamically.
+    """
+
+    from_one: bool = False
+    mu: float | None = None
+
+
+SCHEDULERS_OWN = Levels()
+
+
+def set_levels(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, levels: Levels) -> None:
+    """Give the scheduler its T noise levels, as the model's pipeline does."""
+    sigmas = np.linspace(1.0, 1 / num_steps, num_steps) if levels.from_one else None
+    scheduler.set_timesteps(num_steps, sigmas=sigmas, mu=levels.mu)
+
+
+def make_flow_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, noise_level: float, levels: Levels = SCHEDULERS_OWN
+) -> Schedule:
     """Return ``scheduler``'s steps with noise added; coefficients are computed in float64 and stored in float32.
 
     Args:
         scheduler: the model's scheduler, with its shifts and spacings.
         num_steps: number of steps T.
         noise_level: the factor a of s, above 0. At t = 1, where s is unbounded, s uses the next step's t.
+        levels: what the pipeline tells the scheduler.
 
     Raises:
         D3POError: the noise level is not above 0, or the scheduler's numbers are not finite.
     """
     if noise_level <= 0:
         raise D3POError(f"eta is {noise_level}; expected above 0, since a deterministic step has no log_prob")
-    scheduler.set_timesteps(num_steps)
+    set_levels(scheduler, num_steps, levels)
     sigmas = scheduler.sigmas.cpu().double()
     t_T, dt_T = sigmas[:-1], sigmas.diff()
     bounded_T = torch.where(t_T == 1, t_T[1], t_T)
@@ -59,7 +86,7 @@ def flow_chain_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
     """Return the scheduler of a flow's Euler steps from a configuration.
 
     Raises:
-        D3POError: it is another solver, or its steps depend on the image's size or add their own noise.
+        D3POError: it is another solver, or its steps run backwards or add their own noise.
     """
     name = str(config.get("_class_name"))
     if name != "FlowMatchEulerDiscreteScheduler":
@@ -67,26 +94,52 @@ def flow_chain_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
             f"scheduler {name}: a flow's trained steps are FlowMatchEulerDiscreteScheduler's, and others choose other "
             "noise levels; put that scheduler's file into scheduler/scheduler_config.json"
         )
-    for field in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
+    for field in ("invert_sigmas", "stochastic_sampling"):
         if config.get(field):
             raise D3POError(f"scheduler {name}: {field} is {config[field]!r}, which is not supported; set it false "
                             "(scheduler/scheduler_config.json)")  # fmt: skip
     try:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-        scheduler.set_timesteps(4)
+        scheduler.set_timesteps(4, mu=1.0)
     except Exception as error:  # the library raises anything on invalid numbers
         raise D3POError(f"scheduler {name}: its configuration cannot be used ({error})") from None
     return scheduler
 
 
-def default_noise_level(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int) -> float:
+def flow_levels_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Euler's configuration for a multistep DPM-Solver over a flow, which has the same noise levels.
+
+    We train Euler's steps with the solver's shift, as DDIM's over other solvers' noise for models with a UNet. Another
+    class's configuration comes back unchanged.
+
+    Raises:
+        D3POError: the solver is not one over a flow, or asks for other noise levels.
+    """
+    name = str(config.get("_class_name"))
+    if name != "DPMSolverMultistepScheduler":
+        return config
+    needed = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_karras_sigmas": False,
+              "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+              "use_dynamic_shifting": False, "thresholding": False}  # fmt: skip
+    for field, wanted in needed.items():
+        if config.get(field, wanted if wanted is False else None) != wanted:
+            raise D3POError(f"scheduler {name}: {field} is {config.get(field)!r}, which the trained steps cannot "
+                            f"follow; expected {wanted!r} (scheduler/scheduler_config.json)")  # fmt: skip
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config.get("flow_shift", 1.0),
+            "num_train_timesteps": config.get("num_train_timesteps", 1000)}  # fmt: skip
+
+
+def default_noise_level(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, levels: Levels = SCHEDULERS_OWN
+) -> float:
     """Return the largest noise level, at most 0.7, whose steps hardly raise the variance of fine detail.
 
     Flow-GRPO trains with 0.7. With few steps and a large shift this is too much, and the VAE decodes grain: after 10
     steps at a shift of 3, data of variance 0.01 end with 5.5 times as much, or 15 times at a noise level of 1.
     """
-    levels = [level / 100 for level in range(70, 5, -5)]
-    return next((a for a in levels if variance_left(make_flow_schedule(scheduler, num_steps, a)) <= MOST_LEFT), 0.05)
+    factors = [factor / 100 for factor in range(70, 5, -5)]
+    schedules = ((factor, make_flow_schedule(scheduler, num_steps, factor, levels)) for factor in factors)
+    return next((factor for factor, schedule in schedules if variance_left(schedule) <= MOST_LEFT), 0.05)
 
 
 def variance_left(schedule: Schedule, of_data: float = FINE_DETAIL) -> float:

@@ -9,12 +9,15 @@ from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.export.cards import card, hub_model, public_config
 from d3po_core.export.kohya import READERS, write_for_others
-from d3po_core.models.families import FAMILIES, Family
+from d3po_core.export.native_names import NATIVE, write_native
+from d3po_core.export.native_names import READERS as NATIVE_READERS
+from d3po_core.models.families import FAMILIES, Family, Part
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 from d3po_core.models.model_files import (
     absent_parts,
     family_of,
     layers_per_block,
+    parts_of,
     scheduler_of,
     tensor_shapes,
 )
@@ -65,15 +68,30 @@ def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> i
         if file.name == LORA_FILE:
             shutil.copyfile(file, folder / LORA_FILE)
             rank = config.model.lora_rank
-            layers = layers_per_block(config.model) if family.FIRST_AUTHORS_NAMES else None
-            other = write_for_others(folder / LORA_FILE, folder, rank, config.model.lora_alpha or rank, layers)
-            readers = f"`{other.name}` is the same LoRA for {READERS[other.name]}.\n\n"
+            readers = _for_others(folder, rank, config.model.lora_alpha or rank, config.model, family)
         else:
             shutil.copytree(file.parent, folder / file.parent.name)
             readers = ""
         (folder / CONFIG_FILE).write_text(json.dumps(details, indent=1))
         (folder / "README.md").write_text(_card(campaign, checkpoint, config, number, row, family, readers))
     return number
+
+
+def _for_others(folder: Path, rank: int, alpha: float, config: ModelConfig, family: type[Family]) -> str:
+    """Write the LoRA for programs that do not read diffusers' file; return lines for the model card."""
+    said, pipeline = [], family.PIPELINE.__name__
+    if family.COMFYUI or family.NETWORK == "unet":
+        layers = layers_per_block(config) if family.FIRST_AUTHORS_NAMES else None
+        other = write_for_others(folder / LORA_FILE, folder, rank, alpha, layers)
+        said.append(f"`{other.name}` is the same LoRA for {READERS[other.name]}.")
+    if pipeline in NATIVE:
+        native = write_native(folder / LORA_FILE, folder, rank, alpha, pipeline)
+        said.append(
+            f"`{native.name}` is the same LoRA under its authors' names, for {NATIVE_READERS[pipeline]}."
+            if native
+            else "Some of its layers have no name in sd-scripts, so there is no file for it."
+        )
+    return "".join(f"{line}\n\n" for line in said)
 
 
 def _family(config: ModelConfig, weights: Path) -> type[Family]:
@@ -109,17 +127,22 @@ def _card(
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
         drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
-        noise=f"\n    eta={sample.eta}," if family.STEP_NOISE else "",
+        call=family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
         scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
         labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
-        guidance=sample.guidance_scale, beta=train.beta, rate=train.learning_rate,
+        beta=train.beta, rate=train.learning_rate,
         extent=f"Rank {config.model.lora_rank}, alpha {config.model.lora_alpha or config.model.lora_rank}"
                if part == "LoRA" else f"All weights of the {part}",
         images=sample.images_per_round, size=sample.group_size,
     )  # fmt: skip
     return card(header, body)
+
+
+def _network(config: ModelConfig, family: type[Family]) -> Part | None:
+    folder = model_folder(config)
+    return parts_of(config, folder, family)[family.NETWORK] if folder else None
 
 
 def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
@@ -153,9 +176,9 @@ import diffusers, torch
 {drawing}
 {line}  # this folder, or the id it is uploaded as
 image = pipe(
-    {prompt},
+    prompt={prompt},
     num_inference_steps={steps},
-    guidance_scale={guidance},{noise}
+    {call}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```

@@ -109,7 +109,8 @@ def decode(policy: Policy, rows: int) -> None:
 
 def _predict(policy: Policy, rows: int) -> torch.Tensor:
     t_B = torch.ones(rows, dtype=torch.long, device=policy.device)
-    return policy.predict(_latents(policy, rows), t_B, policy.encode([""] * rows, GUIDANCE))
+    guidance = 1.0 if policy.family.guidance == "none" else GUIDANCE
+    return policy.predict(_latents(policy, rows), t_B, policy.encode([""] * rows, guidance))
 
 
 def _latents(policy: Policy, rows: int) -> torch.Tensor:

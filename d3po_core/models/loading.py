@@ -39,7 +39,8 @@ def load_family(config: ModelConfig) -> Family:
     except D3POError:
         raise
     except Exception as error:  # libraries raise anything on malformed files
-        hint = "; is the hub id right, and the network or the hub's cache there? A folder works too"
+        hint = ("; is the hub id right, and the network or the hub's cache there? A gated model also wants its licence "
+                "accepted on its page, and `hf auth login`. A folder works too")  # fmt: skip
         if resolve_path(config.path).exists():
             hint = "; is it a whole model, made from model.single_file_config?" if config.single_file_config else ""
         raise D3POError(f"model.path {config.path!r}: cannot be loaded ({_reason(error)}){hint}") from None

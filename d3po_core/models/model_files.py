@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
-from d3po_core.models.families import FAMILIES, Family, Part
+from d3po_core.models.families import FAMILIES, Family, Network, Part
 from d3po_core.models.places import INDEX, model_folder
 from d3po_core.paths import resolve_path
 
@@ -30,9 +30,22 @@ def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -
         _check_entry(config, part, index.get(part))
     parts_of(config, folder, family)
     scheduler_of(config, folder, family)
+    _check_settings(config, family)
     if with_weights:
         _check_weights(config, folder, family, index)
     return family
+
+
+def _check_settings(config: ModelConfig, family: type[Family]) -> None:
+    """Refuse settings that are not verified for a family, or that overflow."""
+    name = family.PIPELINE.__name__
+    if config.precision not in family.PRECISIONS:
+        raise D3POError(
+            f"model.precision is {config.precision!r}, in which a {name} overflows; expected "
+            f"{' or '.join(map(repr, reversed(family.PRECISIONS)))}"
+        )
+    if config.compile and not family.REGIONS:
+        raise D3POError(f"model.compile is not verified for a {name} yet; set it to false")
 
 
 def family_of(config: ModelConfig, folder: Path) -> type[Family]:
@@ -147,17 +160,23 @@ def marks_of(config: ModelConfig) -> tuple[str | None, bool | None]:
 
 
 def with_model_defaults(config: CampaignConfig) -> CampaignConfig:
-    """Return the configuration with the model's own step noise if the user gave none.
+    """Return the configuration with the model's own step noise and LoRA layers if the user gave none.
 
     If the model's description is unavailable, the general default stays.
     """
-    if "eta" in config.sample.model_fields_set:
-        return config
     folder = model_folder(config.model)
     if folder is None or not (folder / INDEX).is_file():
         return config
     family = family_of(config.model, folder)
-    eta = family.default_eta(config.sample.num_steps, scheduler_of(config.model, folder, family))
+    if "lora_targets" not in config.model.model_fields_set and config.model.lora_targets != family.LORA_TARGETS:
+        model = config.model.model_copy(update={"lora_targets": family.LORA_TARGETS})
+        config = config.model_copy(update={"model": model})
+    if "eta" in config.sample.model_fields_set:
+        return config
+    network = parts_of(config.model, folder, family)[family.NETWORK]
+    assert isinstance(network, Network), "families say so"
+    scheduler = scheduler_of(config.model, folder, family)
+    eta = family.default_eta(config.sample.num_steps, scheduler, network.latent_shape)
     return config.model_copy(update={"sample": config.sample.model_copy(update={"eta": eta})})
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from d3po_core.config import ModelConfig
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.errors import D3POError
-from d3po_core.models.families import Embedding, Family
+from d3po_core.models.families import Embedding, Family, Guidance
 from d3po_core.models.loading import DTYPES
 from d3po_core.models.lora import Lora
 from d3po_core.models.loss_scale import LossScale
@@ -42,16 +42,17 @@ from d3po_core.speed.row_limit import RowLimit
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Embeddings of B prompts and of the empty prompt, and the guidance scale that combines them."""
+    """Embeddings of B prompts and of the empty prompt, the guidance scale, and how the network is guided."""
 
     embeddings: Embedding
     empty: Embedding
     guidance_scale: float
+    guidance: Guidance = "two passes"
 
     @property
     def guided(self) -> bool:
         """Return whether a pass has two rows per image, one of them for the empty prompt."""
-        return self.guidance_scale != 1.0
+        return self.guidance == "two passes" and self.guidance_scale != 1.0
 
 
 class Policy:
@@ -83,7 +84,7 @@ class Policy:
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         for part in (self.network, pipeline.vae):
-            part.to(memory_format=torch.channels_last)
+            _channels_last(part)
         self.network.to(self.device)
         measures = plan is None and config.memory == "auto" and self.device.type == "cuda"
         self.plan = plan or PLANS["small" if measures else "fast" if config.memory == "auto" else config.memory]
@@ -142,7 +143,7 @@ class Policy:
         t_1 = torch.ones(1, dtype=torch.long, device=self.device)
         part = "text_encoder"
         try:
-            embeddings = {name: value.to(self.dtype) for name, value in self.encode([""], 1.0).embeddings.items()}
+            embeddings = self._texts(self.encode([""], 1.0))
             part = self.family.NETWORK
             output_1CHW = self.family.predict(self.network, latent_1CHW.to(self.dtype), t_1, embeddings)
             if output_1CHW.shape != latent_1CHW.shape:
@@ -183,8 +184,8 @@ class Policy:
         compile_whole(decoder)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent: channels first."""
         return self.family.latent_shape
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
@@ -194,12 +195,23 @@ class Policy:
         return self._schedules[num_steps, eta]
 
     def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
-        """Embed prompts; recent ones come from a cache."""
+        """Embed prompts; recent ones come from a cache.
+
+        Raises:
+            D3POError: guidance is asked of a model that was distilled without any.
+        """
+        guidance = self.family.guidance
+        if guidance == "none" and guidance_scale != 1.0:
+            raise D3POError(
+                f"sample.guidance_scale is {guidance_scale:g}, and model.path {self.config.path!r} takes no "
+                "guidance: it was distilled to draw without; set it to 1"
+            )
         self._texts_kept.embed(list(dict.fromkeys([*prompts, ""])))
-        rows = [self._texts_kept[prompt] for prompt in prompts]
-        stacked = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
-        empty = {name: value.to(self.device) for name, value in self._texts_kept[""].items()}
-        return Conditioning(stacked, empty, guidance_scale)
+        # Together, so that texts of unequal length become equal.
+        both = self.family.stack([self._texts_kept[prompt] for prompt in [*prompts, ""]])
+        stacked = {name: value[:-1].to(self.device) for name, value in both.items()}
+        empty = {name: value[-1].to(self.device) for name, value in both.items()}
+        return Conditioning(stacked, empty, guidance_scale, guidance)
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Return the network's output at timesteps t_B in float32, with classifier-free guidance if scale is not 1."""
@@ -208,14 +220,14 @@ class Policy:
             size = self.sizes.fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
         if conditioning.guided:
-            latent_BCHW, t_B = latent_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2)
+            latent_BCHW, t_B = torch.cat([latent_BCHW, latent_BCHW]), t_B.repeat(2)
         if self._shared_rows is not None:
             self._shared_rows.come_twice = conditioning.guided
         output = self.family.predict(self.network, latent_BCHW.to(self.dtype), t_B, embeddings).float()
         if not conditioning.guided:
             return output[:rows]
         without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
-        return without_BCHW + conditioning.guidance_scale * (with_BCHW - without_BCHW)
+        return self.family.guide(without_BCHW, with_BCHW, conditioning.guidance_scale)
 
     def _texts(self, conditioning: Conditioning) -> Embedding:
         """Return the embeddings for one pass; with guidance, the empty prompt's rows come first."""
@@ -228,7 +240,11 @@ class Policy:
                 name: torch.cat([conditioning.empty[name].expand_as(value), value])
                 for name, value in embeddings.items()
             }
-        return {name: value.to(self.dtype) for name, value in embeddings.items()}
+        if conditioning.guidance == "told":
+            (rows,) = {len(value) for value in embeddings.values()}
+            embeddings = embeddings | {"guidance": torch.full((rows,), conditioning.guidance_scale, device=self.device)}
+        states = {name: value.to(self.dtype) for name, value in embeddings.items() if value.is_floating_point()}
+        return embeddings | states  # masks stay as they are
 
     @contextlib.contextmanager
     def steady(self, conditioning: Conditioning) -> Iterator[None]:
@@ -277,3 +293,10 @@ class Policy:
         """Reset trained weights and loss scale to their start, where the policy is the base model."""
         self.loss_scale.factor = self.loss_scale.first
         self.weights.reset()
+
+
+def _channels_last(part: torch.nn.Module) -> None:
+    """Lay out a part's weights for convolutions over images; other numbers of dimensions keep their layout."""
+    for weight in (*part.parameters(), *part.buffers()):
+        if weight.ndim == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)

@@ -11,8 +11,6 @@ from d3po_core.errors import D3POError
 from d3po_core.models.model_files import family_of
 from d3po_core.models.places import model_folder
 
-# diffusers' pipelines cap longer encoders at this window: T5 in Stable Diffusion 3.
-T5_WINDOW = 256
 NAMED = 3
 
 
@@ -25,12 +23,11 @@ def check_length(config: ModelConfig, prompts: Iterable[str]) -> list[str]:
     folder = model_folder(config)
     if folder is None:
         return []
-    distinct = list(dict.fromkeys(prompts))
+    distinct, windows = list(dict.fromkeys(prompts)), family_of(config, folder).TEXT_WINDOWS
     warnings, shortened = [], set[str]()
     read: dict[str, tuple[Any, ...]] = dict.fromkeys(distinct, ())
     for name, tokenizer in _tokenizers(config, folder).items():
-        most = T5_WINDOW if "T5" in type(tokenizer).__name__ else tokenizer.model_max_length
-        window = min(int(tokenizer.model_max_length), most)
+        window = min(int(tokenizer.model_max_length), windows.get(name, int(tokenizer.model_max_length)))
         tokens = dict(zip(distinct, tokenizer(distinct, truncation=False).input_ids, strict=True))
         cut = [prompt for prompt in distinct if len(tokens[prompt]) > window]
         # The window's last place holds the end token.

@@ -23,8 +23,8 @@ def round_bytes(config: CampaignConfig) -> int:
     return written_bytes(config, latent, per_side, trained)
 
 
-def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, int, int], int]:
-    """Return a latent's channels, height and width, and the pixel width of one element."""
+def latent_and_pixels(config: ModelConfig) -> tuple[tuple[int, ...], int]:
+    """Return a latent's shape, and the pixel width of one element."""
     folder = model_folder(config)
     if folder is None:
         return UNKNOWN_LATENT, UNKNOWN_PIXELS

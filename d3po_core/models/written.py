@@ -1,5 +1,6 @@
 """Estimate how many bytes a round writes, and check that the disk has room for them."""
 
+import math
 import shutil
 
 from d3po_core.config import CampaignConfig
@@ -29,17 +30,17 @@ def free_bytes(config: CampaignConfig) -> int:
     return shutil.disk_usage(existing).free
 
 
-def written_bytes(config: CampaignConfig, latent: tuple[int, int, int], per_side: int, trained: int) -> int:
+def written_bytes(config: CampaignConfig, latent: tuple[int, ...], per_side: int, trained: int) -> int:
     """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights.
 
     Args:
         config: the campaign's configuration.
-        latent: channels, height and width of a latent.
+        latent: shape of a latent; its last two dimensions are height and width.
         per_side: the pixel width of one latent element.
         trained: number of weights in a checkpoint; 0 for a LoRA, which is small.
     """
-    channels, height, width = latent
-    trajectory = (config.sample.num_steps + 1) * channels * height * width
+    *_, height, width = latent
+    trajectory = (config.sample.num_steps + 1) * math.prod(latent)
     trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
     pixels = 3 * (height * per_side) * (width * per_side)
     evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels

@@ -20,22 +20,28 @@ class ModelFacts:
 
     Attributes:
         family: the class of its diffusers pipeline.
-        latent: channels, height and width of a latent.
+        latent: shape of a latent; its last two dimensions are height and width.
         per_side: the pixel width of one latent element.
         network_bytes: size of the trained network's files.
     """
 
     family: str | None = None
-    latent: tuple[int, int, int] | None = None
+    latent: tuple[int, ...] | None = None
     per_side: int | None = None
     network_bytes: int | None = None
 
     @property
     def pixels(self) -> int | None:
         """Return the width of an image in pixels."""
-        return self.latent[2] * self.per_side if self.latent and self.per_side else None
+        return self.latent[-1] * self.per_side if self.latent and self.per_side else None
 
 
+# By pipeline, how a transformer's file gives its latents: channels if it names none, how many of them make one of a
+# latent, the native side, and stored elements per side of a latent of the VAE.
+TRANSFORMERS = {
+    "StableDiffusion3Pipeline": (16, 1, 128, 1), "FluxPipeline": (64, 4, 128, 1), "QwenImagePipeline": (64, 4, 128, 1),
+    "ZImagePipeline": (16, 1, 128, 1), "SanaPipeline": (32, 1, 32, 1), "Flux2KleinPipeline": (128, 1, 128, 2),
+}  # fmt: skip
 # The presets' models, for a plan made before they are downloaded.
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelFacts("StableDiffusionPipeline", (4, 64, 64), 8),
@@ -62,18 +68,29 @@ def facts_of(config: ModelConfig) -> ModelFacts:
     variant = [file for file in files if config.variant and f".{config.variant}" in file.stem]
     return ModelFacts(
         family=index.get("_class_name"),
-        latent=_latent(network, part),
-        per_side=2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 1,
+        latent=_latent(network, str(index.get("_class_name"))),
+        per_side=_per_side(vae, str(index.get("_class_name"))),
         network_bytes=sum(file.stat().st_size for file in variant or files if file.exists()) or None,
     )
 
 
-def _latent(network: dict[str, Any], part: str) -> tuple[int, int, int] | None:
+def _latent(network: dict[str, Any], family: str) -> tuple[int, ...] | None:
     """Return a network's latent shape; diffusers' own defaults stand for fields that its file omits."""
-    channels, side = (16, 128) if part == "transformer" else (4, None)
-    size = network.get("sample_size", side)
+    channels, joined, native, patch = TRANSFORMERS.get(family, (4, 1, None, 1))
+    size = network.get("sample_size", native)
     sides = (size, size) if isinstance(size, int) else size
-    return (network.get("in_channels", channels), *sides) if sides and len(sides) == 2 else None
+    if not sides or len(sides) != 2:
+        return None
+    return (network.get("in_channels", channels) // joined, *(side // patch for side in sides))
+
+
+def _per_side(vae: dict[str, Any], family: str) -> int:
+    """Return the pixel width of one stored latent element."""
+    halvings = len(vae.get("temperal_downsample", ())) or (
+        len(vae.get("encoder_block_out_channels", vae.get("block_out_channels", (0,)))) - 1
+    )
+    *_, patch = TRANSFORMERS.get(family, (1,))
+    return int(2**halvings) * patch
 
 
 def read_json(config: ModelConfig, path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from d3po_core.denoising.ddim import Schedule, gaussian_kl, step_mean
+from d3po_core.denoising.ddim import Schedule, gaussian_kl, per_row, step_mean
 from d3po_core.devices import send
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import GaussianSteps, ImageSeed
@@ -51,5 +51,5 @@ def kl_from_base(
     # The CPU does this while the device works.
     noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
     noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
-    mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - sigma_S[:, None, None, None, None] * noise_SBCHW
+    mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - per_row(sigma_S, noise_SBCHW) * noise_SBCHW
     return gaussian_kl(mean_SBCHW, base_SBCHW.cpu(), sigma_S[:, None]).sum(dim=0)

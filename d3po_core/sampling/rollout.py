@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from d3po_core.config import SampleConfig
-from d3po_core.denoising.ddim import Schedule, log_prob, step_mean
+from d3po_core.denoising.ddim import Schedule, log_prob, per_row, step_mean
 from d3po_core.devices import send
 from d3po_core.errors import D3POError
 from d3po_core.models.policy import Policy
@@ -59,7 +59,7 @@ class Drawn:
         """
         if self.done is not None:
             self.done.synchronize()
-        finite_BT = self.trajectories.latents_BTCHW.isfinite().all(dim=(2, 3, 4))
+        finite_BT = self.trajectories.latents_BTCHW.isfinite().flatten(2).all(dim=2)
         if not finite_BT.all():
             step = int(finite_BT.all(dim=0).logical_not().nonzero()[0])
             raise D3POError(
@@ -177,7 +177,7 @@ def _denoise(
             mean = step_mean(schedule, step_B, latent, output)
             sigma_B = schedule.sigma_T[step_B]
             noise_BCHW = send(noise.next(pinned=policy.device.type == "cuda"), policy.device)
-            stored = (mean + sigma_B[:, None, None, None] * noise_BCHW).to(latent_dtype)
+            stored = (mean + per_row(sigma_B, mean) * noise_BCHW).to(latent_dtype)
             log_probs.append(log_prob(stored.float(), mean, sigma_B))
             latents.append(stored)
             if on_step:

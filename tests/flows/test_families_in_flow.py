@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
+from d3po_core.export.lora import export_lora
 from d3po_core.seeds import evaluation_seeds, gaussian
 from d3po_core.store.campaign import campaign_named
 from d3po_core.store.images import load_png
 from d3po_core.store.stages import finished_rounds
 from d3po_core.store.tables import partition, read_rows
+from tests.core.models.tiny_flow_models import side_of, tiny_flow_model
 from tests.core.models.tiny_models import tiny_model
 from tests.flows.test_kill import SMALL
 
@@ -72,3 +74,36 @@ def test_other_families_go_through_a_round(
     updates = read_rows(partition(campaign, "updates", 1) / "part.parquet")
     assert updates
     assert all(np.isfinite(update["loss"]) and update["grad_norm"] > 0 for update in updates)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd35", "qwen", "z-image", "sana", "klein"])
+def test_flow_families_go_through_a_round_and_export(
+    name: str, run_rounds: Callable[..., int], data: Path, tmp_path: Path
+) -> None:
+    """Two-pass, told and no guidance, texts of unequal length, bfloat16: sampled, trained, evaluated, taken away."""
+    guidance = 1.0 if name in ("flux-schnell", "klein") else 3.5
+    values = {
+        **SMALL, "campaign": f"flow-{name}", "judge": {"scorers": ["brightness"]},
+        "model": {**MODEL, "path": str(tiny_flow_model(name, tmp_path / name)), "precision": "bf16"},
+        "sample": {"groups_per_round": 2, "group_size": 2, "num_steps": 3, "guidance_scale": guidance,
+                   "latent_dtype": "float16"},
+        "evaluate": {"images_per_prompt": 1, "max_prompts": 2, "grid_prompts": 2},
+        "train": {"updates_per_round": 1, "save_every_seconds": 0},
+    }  # fmt: skip
+    assert run_rounds(values, 1) == 0
+    campaign = data / "runs" / values["campaign"]
+    assert [record.round for record in finished_rounds(campaign)] == [0, 1]
+    updates = read_rows(partition(campaign, "updates", 1) / "part.parquet")
+    assert all(np.isfinite(update["loss"]) and update["grad_norm"] > 0 for update in updates)
+    export_lora(campaign, tmp_path / "lora", "latest")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("this folder", str(tmp_path / "lora"))
+    code = code.replace(f'"{name}"', repr(str(tmp_path / name))).replace('"FOLDER"', repr(str(tmp_path / "lora")))
+    side = 2 * side_of(name)
+    size = f"height={side}, width={side}, output_type='np', "
+    sized = code.replace("num_inference_steps", f"{size}num_inference_steps", 1)
+    if name == "sana":
+        sized = sized.replace("output_type", "use_resolution_binning=False, output_type", 1)
+    scope: dict[str, Any] = {}
+    exec(compile(sized, "card", "exec"), scope)  # what a reader of the card types
+    assert scope["image"].shape == (side, side, 3)

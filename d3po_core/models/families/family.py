@@ -1,7 +1,7 @@
 """The interface between the policy and a model."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -10,6 +10,8 @@ from d3po_core.models.families.parts import Part
 
 # A prompt's embedding: named tensors, with a batch dimension only once stacked.
 Embedding = dict[str, torch.Tensor]
+# How a network is guided: by a second pass for the empty prompt, by a number that it is told, or not at all.
+Guidance = Literal["two passes", "told", "none"]
 
 
 class Family(Protocol):
@@ -28,7 +30,13 @@ class Family(Protocol):
     PARTS: ClassVar[dict[str, type[Part]]]
     """What the configurations of the network and of the VAE may say."""
     REGIONS: ClassVar[tuple[str, ...]]
-    """Classes of the network's blocks that are compiled one by one."""
+    """Classes of the network's blocks that are compiled one by one; empty if that was not verified."""
+    PRECISIONS: ClassVar[tuple[str, ...]]
+    """The values of ``model.precision`` in which its numbers stay finite."""
+    LORA_TARGETS: ClassVar[tuple[str, ...]]
+    """Layers that get a LoRA unless ``model.lora_targets`` says otherwise."""
+    TEXT_WINDOWS: ClassVar[Mapping[str, int]]
+    """By tokenizer, the tokens of a prompt that the pipeline reads; by default as many as the tokenizer says."""
 
     TEXT_STATES: ClassVar[str]
     """The entry of an embedding that the network's cross-attention reads."""
@@ -40,8 +48,8 @@ class Family(Protocol):
 
     ``{chain}`` stands for what the model's own scheduler does not say of them.
     """
-    STEP_NOISE: ClassVar[bool]
-    """Whether the pipeline takes the steps' noise as ``eta``."""
+    COMFYUI: ClassVar[bool]
+    """Whether ComfyUI reads the network's LoRA under diffusers' names."""
     FIRST_AUTHORS_NAMES: ClassVar[bool]
     """Whether other programs know the network's blocks by the first authors' names alone (kohya.py)."""
 
@@ -51,8 +59,26 @@ class Family(Protocol):
     def __init__(self, pipeline: Any) -> None: ...
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one stored latent: channels first, then as many dimensions as the family has."""
+        ...
+
+    def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one stored latent of an image of this many pixels.
+
+        Raises:
+            D3POError: the size is off the family's grid.
+        """
+        ...
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the loaded network is guided."""
+        ...
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return arguments of the pipeline's call for a model card; ``network`` is None if its file is not here."""
         ...
 
     @staticmethod
@@ -78,8 +104,8 @@ class Family(Protocol):
         """
         ...
 
-    @staticmethod
-    def default_eta(num_steps: int, scheduler: Any) -> float:
+    @classmethod
+    def default_eta(cls, num_steps: int, scheduler: Any, latent_shape: Sequence[int]) -> float:
         """Return the default step noise; ``scheduler`` comes from ``chain``."""
         ...
 
@@ -87,10 +113,20 @@ class Family(Protocol):
         """Embed one prompt; guidance leads away from the empty prompt's embedding."""
         ...
 
+    @staticmethod
+    def stack(embeddings: Sequence[Embedding]) -> Embedding:
+        """Return embeddings with a batch dimension; those of unequal length are padded."""
+        ...
+
+    @staticmethod
+    def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the prediction led away from that of the empty prompt; ``scale`` 1 is the prompt's own."""
+        ...
+
     def predict(
         self, network: torch.nn.Module, latent_BCHW: torch.Tensor, t_B: torch.Tensor, embeddings: Embedding
     ) -> torch.Tensor:
-        """Return the network's output for stacked embeddings."""
+        """Return the network's output for stacked embeddings; a told guidance is among them, as ``guidance``."""
         ...
 
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:

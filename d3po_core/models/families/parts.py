@@ -26,11 +26,16 @@ class Network(Part):
     """A trained network."""
 
     in_channels: Channels
-    out_channels: Channels
+    out_channels: Channels | None
+
+    @property
+    def predicted_channels(self) -> int | None:
+        """Return the channels of a prediction, counted as in ``in_channels``."""
+        return self.out_channels
 
     @model_validator(mode="after")
     def _predicts_what_it_gets(self) -> Self:
-        if self.in_channels != self.out_channels:
+        if self.in_channels != self.predicted_channels:
             raise ValueError(
                 f"in_channels is {self.in_channels} and out_channels {self.out_channels}; expected the same number: "
                 "inpainting networks and those that predict a variance are not supported"
@@ -38,8 +43,8 @@ class Network(Part):
         return self
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent: the size that the network was trained with."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one stored latent: the size that the network was trained with."""
         raise NotImplementedError
 
 
@@ -66,7 +71,7 @@ class UNet(Network):
     addition_embed_type: Any = None
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent."""
         height, width = (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
         return (self.in_channels, height, width)
@@ -95,7 +100,7 @@ class Transformer(Network):
     patch_size: Channels = 2
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent."""
         return (self.in_channels, self.sample_size, self.sample_size)
 

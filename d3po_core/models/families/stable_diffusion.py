@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_core.denoising.ddim import Schedule, make_schedule
 from d3po_core.denoising.schedulers import chain_of
-from d3po_core.models.families.family import Embedding
+from d3po_core.errors import D3POError
+from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
 
 WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encoders
@@ -16,7 +17,8 @@ WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encode
 
 def widest_text(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the text width of a UNet's cross-attention, from its trained weights; 0 if they are not a UNet's."""
-    return max((shape[-1] for name, shape in shapes.items() if "attn2.to_k" in name), default=0)
+    texts = (shape[-1] for name, shape in shapes.items() if "attentions." in name and "attn2.to_k" in name)
+    return max(texts, default=0)
 
 
 class StableDiffusion:
@@ -34,25 +36,53 @@ class StableDiffusion:
         "CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
 
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("no", "fp16", "bf16")
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {}
+    PATCH: ClassVar[int] = 1
+    """Width of the smallest piece that the network takes, in elements of a stored latent."""
+    ELEMENT: ClassVar[int] = 1
+    """Width of an element of a stored latent, in elements of the VAE's."""
     TEXT_STATES: ClassVar[str] = "encoder_hidden_states"
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool] = True
 
     DRAWING: ClassVar[str] = """\
 pipe = diffusers.DiffusionPipeline.from_pretrained({base}, safety_checker=None)
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain})"""
-    STEP_NOISE: ClassVar[bool] = True
+    COMFYUI: ClassVar[bool] = False
     FIRST_AUTHORS_NAMES: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def guidance(self) -> Guidance:
+        """Classifier-free guidance, by a second pass for the empty prompt."""
+        return "two passes"
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one latent: the size that the UNet was trained with."""
         config = self.pipeline.unet.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (config.in_channels, height, width)
+
+    @classmethod
+    def call(cls, guidance: float, eta: float, network: Part | None) -> str:
+        """Return guidance and step noise under the pipeline's names."""
+        return f"guidance_scale={guidance},\n    eta={eta},"
+
+    def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one stored latent of an image of this many pixels."""
+        pixels = self.pipeline.vae_scale_factor * self.ELEMENT
+        grid = pixels * self.PATCH
+        if height % grid or width % grid or min(height, width) < grid:
+            raise D3POError(
+                f"an image of {height} x {width} pixels does not fit a {self.PIPELINE.__name__}; expected multiples of "
+                f"{grid}"
+            )
+        return (self.latent_shape[0], height // pixels, width // pixels)
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -68,8 +98,8 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Build the scheduler whose steps are trained from the model's own configuration."""
         return chain_of(config, prediction_type, zero_snr)
 
-    @staticmethod
-    def default_eta(num_steps: int, scheduler: Any) -> float:
+    @classmethod
+    def default_eta(cls, num_steps: int, scheduler: Any, latent_shape: Sequence[int]) -> float:
         """Return DDIM's full noise, which its last steps remove again."""
         return 1.0
 
@@ -77,6 +107,16 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Return the text encoder's states ``[L, D]``."""
         text_1LD, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text_1LD[0]}
+
+    @staticmethod
+    def stack(embeddings: Sequence[Embedding]) -> Embedding:
+        """Return embeddings with a batch dimension; all have one length."""
+        return {name: torch.stack([embedding[name] for embedding in embeddings]) for name in embeddings[0]}
+
+    @staticmethod
+    def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the prediction led away from that of the empty prompt. Source: arXiv 2207.12598."""
+        return without_BCHW + scale * (with_BCHW - without_BCHW)
 
     def predict(
         self,

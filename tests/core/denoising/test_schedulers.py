@@ -158,7 +158,6 @@ def scheduler_of_sd3(tmp_path: Path, config: dict[str, Any]) -> Path:
     ("name", "options", "message"),
     [
         ("UniPCMultistepScheduler", FLOW, "other noise levels"), ("DPMSolverMultistepScheduler", FLOW, "noise levels"),
-        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting is True"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas is True"),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling is True"),
     ],

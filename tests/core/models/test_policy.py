@@ -230,7 +230,10 @@ BROKEN = {
     "index is not JSON": (with_text("model_index.json", '{"_class_name": '), "model_index.json is not JSON"),
     "index is a list": (with_text("model_index.json", "[]"), "holds a list; expected a mapping"),
     "index is not text": (with_text("model_index.json", b"\xff\xfe\x00"), "model_index.json is not JSON"),
-    "other pipeline": (with_text("model_index.json", '{"_class_name": "FluxPipeline"}'), "is a FluxPipeline; expected"),
+    "other pipeline": (
+        with_text("model_index.json", '{"_class_name": "LuminaPipeline"}'),
+        "is a LuminaPipeline; expected",
+    ),
     "cut weights": (with_text("unet/diffusion_pytorch_model.safetensors", b"12345"), "no whole safetensors file"),
     "unet config is not JSON": (with_text("unet/config.json", "{"), "unet/config.json is not JSON"),
 }

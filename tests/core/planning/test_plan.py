@@ -32,6 +32,7 @@ from d3po_core.planning.told import duration, sections, size, three_lines
 from d3po_core.planning.work import count_updates, round_work
 from d3po_core.training.trainer import plan_updates
 from tests.core.little_campaign import LittleCampaign
+from tests.core.models.tiny_flow_models import FLOW_NAMES, tiny_flow_model
 from tests.core.models.tiny_models import tiny_model
 
 H200 = Driver((13, 0), (Gpu("NVIDIA H200", 141_000_000_000),))
@@ -64,9 +65,10 @@ def test_updates_are_as_many_as_training_plans(groups: int, epochs: int, each: i
     assert count_updates(groups, train) == len(plan_updates(groups, train, seed))
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", *FLOW_NAMES])
 def test_a_models_size_is_read_as_the_families_read_it(name: str, tmp_path: Path) -> None:
-    config = config_of(model={"path": str(tiny_model(name, tmp_path / name))}, runs_dir=str(tmp_path))
+    made = tiny_flow_model if name in FLOW_NAMES else tiny_model
+    config = config_of(model={"path": str(made(name, tmp_path / name))}, runs_dir=str(tmp_path))
     facts = facts_of(config.model)
     assert (facts.latent, facts.per_side) == latent_and_pixels(config.model)
     assert disk_bytes(config, facts) == round_bytes(config)
