@@ -21,7 +21,7 @@ from d3po_core.errors import D3POError
 from d3po_core.intervals import chance_of_as_high, mean_intervals, unit_means, units_of
 from d3po_core.records import ScoreSummary
 from d3po_core.store.stages import finished_numbers
-from d3po_core.store.tables import connect
+from d3po_core.store.tables import connect, partition, read_rows
 
 SURE = 0.005
 
@@ -193,6 +193,15 @@ def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb
     into.unregister("scores")
 
 
+def _recorded_champion(folder: Path, rounds: list[int]) -> int | None:
+    """Return the champion by the guard, which may have rejected the best-looking round; None if it recorded none."""
+    for number in reversed(rounds):
+        (row,) = read_rows(partition(folder, "rounds", number) / "part.parquet")
+        if row.get("champion") is not None:
+            return int(row["champion"])
+    return None
+
+
 def round_named(folder: Path, name: str) -> int:
     """Return the round for a name: ``base``, ``latest``, ``champion`` or a number.
 
@@ -201,10 +210,8 @@ def round_named(folder: Path, name: str) -> int:
     """
     rounds = finished_numbers(folder)
     if name == "champion" and rounds:
-        with connect(folder) as connection:
-            recorded = connection.sql("SELECT arg_max(champion, round) FROM rounds").fetchall()[0][0]
-        if recorded is not None:  # by the guard, which may have rejected the best-looking round
-            return int(recorded)
+        if (recorded := _recorded_champion(folder, rounds)) is not None:
+            return recorded
         held_out = read_held_out([(folder, number) for number in rounds])
         return rounds[champions(next(iter(held_out.scores.values())), held_out.prompts)[-1]]
     named = {str(number): number for number in rounds} | ({"base": rounds[0], "latest": rounds[-1]} if rounds else {})

@@ -132,7 +132,8 @@ def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: It
 def require_files(campaign: Path, names: Iterable[str]) -> None:
     """Check files given by their paths in the campaign; a file that no stage listed only has to exist."""
     wanted = set(names)
-    listed = {name: entry for name, entry in _entries(campaign) if name in wanted}
+    # A round's files are only in that round's lists; reading the lists of all rounds takes seconds in a long campaign.
+    listed = {name: entry for name, entry in _entries(campaign, _rounds_of(wanted)) if name in wanted}
     found = [_damage(campaign, name, *listed[name]) for name in sorted(listed)]
     gone = [Damage(name, "is gone") for name in sorted(wanted - listed.keys()) if not (campaign / name).is_file()]
     _raise(campaign, [damage for damage in found if damage] + gone)
@@ -204,11 +205,15 @@ def _lists_gone(campaign: Path) -> list[Damage]:
 
 def _entries(campaign: Path, rounds: Iterable[int] | None = None) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield name, size and digest of each file that the given rounds' stages listed; all rounds when not given."""
-    asked = None if rounds is None else set(rounds)
-    for number in _rounds_listed(campaign):
-        if asked is None or number in asked:
-            for path in _lists(campaign, number):
-                yield from _read_list(path).items()
+    for number in _rounds_listed(campaign) if rounds is None else sorted(set(rounds)):
+        for path in _lists(campaign, number):
+            yield from _read_list(path).items()
+
+
+def _rounds_of(names: Iterable[str]) -> set[int]:
+    """Return the rounds in whose folders these paths lie, such as 3 for ``rounds/round=3/part.parquet``."""
+    folders = {part for name in names for part in name.split("/")[:-1] if part.startswith("round=")}
+    return {int(number) for folder in folders if (number := folder.removeprefix("round=")).isdigit()}
 
 
 def _lists(campaign: Path, round_number: int) -> list[Path]:
