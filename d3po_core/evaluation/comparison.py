@@ -68,7 +68,7 @@ class HeldOut:
     prompts: list[str]  # I
     seeds: list[int]  # I
     scores: dict[str, np.ndarray]  # scorer -> [R, I]; the first is the one that the rounds report
-    image_paths: list[list[Path]]  # [R][I]
+    image_paths: list[list[Path]]  # [R][I]; empty if they were not asked for
 
 
 def compare_rows(scores: np.ndarray, references: np.ndarray, prompts: list[str]) -> list[Comparison]:
@@ -127,10 +127,14 @@ def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
     return chosen_I
 
 
-def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
+def read_held_out(checkpoints: list[tuple[Path, int]], images: bool = True) -> HeldOut:
     """Read the scores of checkpoints (campaign folder, round) on the prompts and seeds that all share.
 
     Scorers that only some checkpoints have are left out.
+
+    Args:
+        checkpoints: the campaign's folder and the round of each.
+        images: whether to give the images' paths, which takes a second for a thousand rounds.
 
     Raises:
         D3POError: a round is not evaluated, or the checkpoints share no prompt and seed, or no scorer.
@@ -156,12 +160,14 @@ def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
     scorers = list(dict.fromkeys(found["scorer"].tolist()))
     shape = (len(scorers), len(checkpoints), -1)
     score_SRI, path_RI = found["score"].reshape(shape), found["path"].reshape(shape)[0]
-    images = path_RI.shape[1]
+    count = path_RI.shape[1]
     return HeldOut(
-        prompts=found["prompt"][:images].tolist(),
-        seeds=found["seed"][:images].tolist(),
+        prompts=found["prompt"][:count].tolist(),
+        seeds=found["seed"][:count].tolist(),
         scores=dict(zip(scorers, score_SRI, strict=True)),
-        image_paths=[[folder / p for p in paths] for (folder, _), paths in zip(checkpoints, path_RI, strict=True)],
+        image_paths=[
+            [folder / p for p in paths] for (folder, _), paths in zip(checkpoints, path_RI, strict=True) if images
+        ],
     )
 
 
@@ -179,7 +185,7 @@ ORDER BY common.main DESC, scorer, row, prompt, seed
 
 
 def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb.DuckDBPyConnection) -> None:
-    with connect(folder) as connection:
+    with connect(folder, ("evaluations", "rounds")) as connection:
         connection.execute("CREATE TEMP TABLE wanted (row INT, round BIGINT)")
         wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
         connection.executemany("INSERT INTO wanted VALUES (?, ?)", wanted)

@@ -103,7 +103,7 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
     trusted = [number for number in range(round_number) if _trusted(folder, number)]
     start = start_of(folder, round_number)
     numbers = [*sorted({*trusted, *references.values(), start}), round_number]
-    held_out = read_held_out([(folder, number) for number in numbers])
+    held_out = read_held_out([(folder, number) for number in numbers], images=False)
     at = {number: row for row, number in enumerate(numbers)}
     scores_RI = held_out.scores[config.evaluation_scorers[0]]
     findings = findings_of(

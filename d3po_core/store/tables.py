@@ -1,6 +1,7 @@
 """The store: Parquet tables with explicit schemas, written atomically, read through DuckDB."""
 
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise _unreadable(path, error) from None
 
 
-def _require_readable(campaign: Path) -> None:
+def _require_readable(campaign: Path, tables: Iterable[str]) -> None:
     """Check that table files that no stage listed, as in earlier versions, are at least Parquet files."""
     noted = noted_names(campaign)
-    for table in SCHEMAS:
+    for table in tables:
         for path in sorted((campaign / table).glob("round=*/*.parquet")):
             if path.relative_to(campaign).as_posix() in noted:
                 continue
@@ -205,12 +206,18 @@ def _unreadable(path: Path, error: Exception) -> D3POError:
     return D3POError(f"campaign {campaign.name!r}: {path.relative_to(campaign)} {reason}; restore it from a copy")
 
 
-def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """Return an in-memory DuckDB with one view per table over all rounds; tables without files are empty."""
-    require_whole(campaign, kinds=SCHEMAS)
-    _require_readable(campaign)
+def connect(campaign: Path, tables: Collection[str] = tuple(SCHEMAS)) -> duckdb.DuckDBPyConnection:
+    """Return an in-memory DuckDB with one view per table over all rounds; tables without files are empty.
+
+    Args:
+        campaign: the campaign's folder.
+        tables: the tables to check and to offer. Each has a file per round, so name few in what runs every round.
+    """
+    require_whole(campaign, kinds=tables)
+    _require_readable(campaign, tables)
     connection = duckdb.connect(":memory:")
-    for table, schema in SCHEMAS.items():
+    for table in tables:
+        schema = SCHEMAS[table]
         former = FORMER.get(table, {})
         folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
         source = f"{folder}/round=*/*.parquet"

@@ -99,18 +99,19 @@ def _deliver_stages(config: CampaignConfig) -> None:
     finished = sorted(_finished(config.folder))
     if not finished or _is_left_alone():
         return
-    waiting = [stage for stage in finished if not _mark(config.folder, stage).exists()]
+    folder = config.folder  # looked up once: this goes over all stages of all rounds
+    waiting = [stage for stage in finished if not _mark(folder, stage).exists()]
     try:
         with _patience():
             client = mlflow_client()
             campaign_run = _existing_run(config) or campaign_run_id(config)
-            waiting = [stage for stage in finished if not is_marked(_mark(config.folder, stage), campaign_run)]
+            waiting = [stage for stage in finished if not is_marked(_mark(folder, stage), campaign_run)]
             for round_number, order in waiting:
                 # The round's own configuration may differ from this run's.
                 config_then = _config_of(config, round_number)
                 run_id = round_run_id(config_then, round_number)
                 LOGGERS[STAGES[order]](client, config_then, round_number, run_id)
-                mark(_mark(config.folder, (round_number, order)), campaign_run)
+                mark(_mark(folder, (round_number, order)), campaign_run)
     except Exception as error:
         _warn(f"{len(waiting)} finished stages", error)
 
