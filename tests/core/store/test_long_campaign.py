@@ -20,8 +20,8 @@ def test_a_file_is_checked_against_the_lists_of_its_own_round(tmp_path: Path) ->
     first, second = _row(tmp_path, 1), _row(tmp_path, 2)
     (tmp_path / "stages" / "round=1" / "publish.files").write_text("damaged")
     require_files(tmp_path, [second])
-    with pytest.raises(D3POError, match="publish.files: is damaged"):
+    with pytest.raises(D3POError, match=r"publish\.files: is damaged"):
         require_files(tmp_path, [first, second])
     (tmp_path / second).write_text("other")
-    with pytest.raises(D3POError, match="round=2/part.parquet has"):
+    with pytest.raises(D3POError, match=r"round=2/part\.parquet has"):
         require_files(tmp_path, [second])
