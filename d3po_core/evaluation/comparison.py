@@ -11,11 +11,13 @@ ever calls the champion better in at most 5 % (tests/benchmarks/false_alarms.py)
 Names in shapes: R checkpoints, I images (one prompt and one seed each), U units, K images of one prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from d3po_core.errors import D3POError
 from d3po_core.intervals import chance_of_as_high, mean_intervals, unit_means, units_of
@@ -118,13 +120,30 @@ def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
         prompts: ``[I]``.
     """
     unit_I, _ = units_of(prompts)
-    chosen_I = np.zeros(scores.shape[1], dtype=int)
+    first, second = half_champions(scores, prompts, (0, 0), np.arange(1, len(scores)))
+    return np.where(unit_I % 2 == 0, first, second)
+
+
+def half_champions(
+    scores: np.ndarray, prompts: list[str], reigning: Sequence[int], challengers: np.ndarray
+) -> tuple[int, int]:
+    """Return the champion's row for the images of each half of the prompts, chosen by the other half.
+
+    Args:
+        scores: ``[R, I]`` of the first scorer.
+        prompts: ``[I]``.
+        reigning: for each half, the row of the champion so far.
+        challengers: the rows that came after it, in order.
+    """
+    unit_I, _ = units_of(prompts)
+    chosen = list(reigning)
     for half in (0, 1):
-        own_I = unit_I % 2 == half
-        if own_I.any() and not own_I.all():
-            others = [prompt for prompt, own in zip(prompts, own_I, strict=True) if not own]
-            chosen_I[own_I] = champions(scores[:, ~own_I], others)[-1]
-    return chosen_I
+        other_I = unit_I % 2 != half
+        if other_I.any() and not other_I.all():
+            others = [prompt for prompt, other in zip(prompts, other_I, strict=True) if other]
+            rows = np.array([reigning[half], *challengers])
+            chosen[half] = int(rows[champions(scores[rows][:, other_I], others)[-1]])
+    return chosen[0], chosen[1]
 
 
 def read_held_out(checkpoints: list[tuple[Path, int]], images: bool = True) -> HeldOut:
@@ -185,18 +204,26 @@ ORDER BY common.main DESC, scorer, row, prompt, seed
 
 
 def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb.DuckDBPyConnection) -> None:
-    with connect(folder, ("evaluations", "rounds")) as connection:
-        connection.execute("CREATE TEMP TABLE wanted (row INT, round BIGINT)")
-        wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
-        connection.executemany("INSERT INTO wanted VALUES (?, ?)", wanted)
+    wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
+    with connect(folder, ("evaluations",), {number for _, number in wanted}) as connection:
+        connection.register("wanted", pa.table(dict(zip(("row", "round"), zip(*wanted, strict=True), strict=True))))
         scores = connection.sql(
-            """SELECT row, scorer, scorer = (SELECT max_by(eval_scorer, round) FROM rounds) AS main, prompt, seed,
-                      avg(score) AS score, min(image_path) AS path
-            FROM evaluations JOIN wanted USING (round) GROUP BY ALL"""
+            """SELECT row, scorer, scorer = $main AS main, prompt, seed, avg(score) AS score, min(image_path) AS path
+            FROM evaluations JOIN wanted USING (round) GROUP BY ALL""",
+            params={"main": _reported_scorer(folder)},
         ).to_arrow_table()
     into.register("scores", scores)
     into.execute("INSERT INTO held_out SELECT * FROM scores")
     into.unregister("scores")
+
+
+def _reported_scorer(folder: Path) -> str | None:
+    """Return the scorer that the last finished round reports; None if no round is finished."""
+    numbers = finished_numbers(folder)
+    if not numbers:
+        return None
+    (row,) = read_rows(partition(folder, "rounds", numbers[-1]) / "part.parquet")
+    return str(row["eval_scorer"])
 
 
 def _recorded_champion(folder: Path, rounds: list[int]) -> int | None:

@@ -135,9 +135,7 @@ def require_files(campaign: Path, names: Iterable[str]) -> None:
     _raise(campaign, [damage for damage in found if damage] + gone)
 
 
-def noted_names(
-    campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None
-) -> set[str]:
+def noted_names(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> set[str]:
     """Return the paths in the campaign of the files that finished stages listed, of some rounds and kinds or all."""
     return {name for name, _ in _entries(campaign, rounds, kinds)}
 

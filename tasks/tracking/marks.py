@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d3po_core.store.files import atomic_path
-from d3po_core.store.stages import stage_path
+from d3po_core.store.stages import last_finished_round, stage_path
 
 # Written into an earlier version's mark that is not this store's; a second delivery changes nothing.
 ELSEWHERE = "another store"
@@ -34,8 +34,9 @@ def mark(path: Path, campaign_run: str) -> None:
 
 
 def has_old_marks(campaign: Path) -> bool:
-    """Return whether there are marks that name no store."""
-    return next(_old_marks(campaign), None) is not None
+    """Return whether marks name no store: if an earlier version made some, the last finished round has some."""
+    last = last_finished_round(campaign)
+    return any(path for number in (last, last + 1) for path in _old_marks(campaign, f"round={number}"))
 
 
 def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
@@ -49,8 +50,8 @@ def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
         mark(path, campaign_run or ELSEWHERE)
 
 
-def _old_marks(campaign: Path) -> Iterator[Path]:
-    return (path for path in campaign.glob("stages/round=*/*.delivered") if not path.stat().st_size)
+def _old_marks(campaign: Path, rounds: str = "round=*") -> Iterator[Path]:
+    return (path for path in campaign.glob(f"stages/{rounds}/*.delivered") if not path.stat().st_size)
 
 
 def told(path: Path, campaign_run: str) -> str | None:
