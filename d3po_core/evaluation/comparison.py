@@ -14,6 +14,7 @@ Names in shapes: R checkpoints, I images (one prompt and one seed each), U units
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import duckdb
 import numpy as np
@@ -70,7 +71,27 @@ class HeldOut:
     prompts: list[str]  # I
     seeds: list[int]  # I
     scores: dict[str, np.ndarray]  # scorer -> [R, I]; the first is the one that the rounds report
-    image_paths: list[list[Path]]  # [R][I]; empty if they were not asked for
+    image_paths: Sequence[list[Path]]  # [R][I]
+
+
+@dataclass(frozen=True)
+class _ImagePaths(Sequence[list[Path]]):
+    """The paths of each checkpoint's images, made when asked for: a long campaign has a hundred thousand."""
+
+    folders: list[Path]
+    names: np.ndarray  # [R, I]
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    @overload
+    def __getitem__(self, row: int) -> list[Path]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[Path]]: ...
+    def __getitem__(self, row: int | slice) -> list[Path] | list[list[Path]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        return [self.folders[row] / name for name in self.names[row]]
 
 
 def compare_rows(scores: np.ndarray, references: np.ndarray, prompts: list[str]) -> list[Comparison]:
@@ -146,14 +167,10 @@ def half_champions(
     return chosen[0], chosen[1]
 
 
-def read_held_out(checkpoints: list[tuple[Path, int]], images: bool = True) -> HeldOut:
+def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
     """Read the scores of checkpoints (campaign folder, round) on the prompts and seeds that all share.
 
     Scorers that only some checkpoints have are left out.
-
-    Args:
-        checkpoints: the campaign's folder and the round of each.
-        images: whether to give the images' paths, which takes a second for a thousand rounds.
 
     Raises:
         D3POError: a round is not evaluated, or the checkpoints share no prompt and seed, or no scorer.
@@ -184,9 +201,7 @@ def read_held_out(checkpoints: list[tuple[Path, int]], images: bool = True) -> H
         prompts=found["prompt"][:count].tolist(),
         seeds=found["seed"][:count].tolist(),
         scores=dict(zip(scorers, score_SRI, strict=True)),
-        image_paths=[
-            [folder / p for p in paths] for (folder, _), paths in zip(checkpoints, path_RI, strict=True) if images
-        ],
+        image_paths=_ImagePaths([folder for folder, _ in checkpoints], path_RI),
     )
 
 

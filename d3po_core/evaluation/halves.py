@@ -66,7 +66,7 @@ def _advance(
 ) -> tuple[HeldOut, dict[int, int], tuple[int, int]]:
     challengers = [number for number in range(known.upto, round_number) if _trusted(folder, number)]
     numbers = [*sorted({0, *known.rounds, *challengers, *needed}), round_number]
-    held_out = read_held_out([(folder, number) for number in numbers], images=False)
+    held_out = read_held_out([(folder, number) for number in numbers])
     at = {number: row for row, number in enumerate(numbers)}
     first, second = half_champions(
         held_out.scores[scorer], held_out.prompts, [at[number] for number in known.rounds],

@@ -62,7 +62,7 @@ def standings(campaign: Path, rates: list[HumanWinRate], asked: Collection[int])
 def _against(campaign: Path, numbers: list[int], other: int) -> dict[int, Comparison]:
     """Return each other round's comparison with one round; empty if they do not share prompts, seeds and a scorer."""
     try:
-        held_out = read_held_out([(campaign, number) for number in numbers], images=False)
+        held_out = read_held_out([(campaign, number) for number in numbers])
     except D3POError:
         return {}
     scores_RI = next(iter(held_out.scores.values()))
