@@ -13,6 +13,7 @@ from d3po.tasks.guarding import guard_round, require_trust
 from d3po.tasks.judging import derive_pairs, judge_images
 from d3po.tasks.nights import skip_missed_nights
 from d3po.tasks.publishing import check_campaign, plan_rounds, publish_round
+from d3po.tasks.reporting import current_at_the_end
 from d3po.tasks.round_line import campaign_line, round_line
 from d3po.tasks.run_names import name_run
 from d3po.tasks.sampling import sample_images
@@ -44,7 +45,7 @@ def d3po(rounds: int = 1, config: FormConfig = None) -> State:
         for warning in check_campaign(campaign):
             logger.warning(warning)
         busy = campaign_lock(campaign.folder, who=f"flow run {flow_run.id}")
-        with busy, ranks_end_here(), counts_as_running():
+        with busy, ranks_end_here(), counts_as_running(), current_at_the_end(campaign):
             numbers = plan_rounds(campaign, rounds, run_id=str(flow_run.id))
             require_deployment(campaign, numbers)
             require_no_sleeper(campaign, numbers)

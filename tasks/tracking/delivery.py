@@ -20,6 +20,7 @@ from d3po.tasks.tracking.store import (
     campaign_run_id,
     existing_campaign_run,
     forget_runs,
+    log_report,
     mlflow_client,
     round_run_id,
     run_page,
@@ -30,6 +31,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
+from d3po_core.report.write import REPORT_FILE
 from d3po_core.store.campaign import round_config
 from d3po_core.store.stages import finished_numbers, stage_path
 from d3po_core.store.tables import partition
@@ -74,6 +76,20 @@ def deliver_comparisons(config: CampaignConfig) -> None:
                 tell_texts(client, config, campaign_run, rates)
     except Exception as error:
         _warn(f"names, descriptions and {len(rates)} blind comparisons", error)
+
+
+def deliver_report(config: CampaignConfig) -> None:
+    """Send MLflow the report as it is now, if MLflow knows the campaign."""
+    report = config.folder / REPORT_FILE
+    if _is_left_alone() or not report.exists():
+        return
+    try:
+        with _patience():
+            client = mlflow_client()
+            if existing_campaign_run(config):
+                log_report(client, config, report)
+    except Exception as error:
+        _warn("the report", error)
 
 
 def _deliver_rate(client: Client, config: CampaignConfig, campaign_run: str, rate: HumanWinRate) -> None:

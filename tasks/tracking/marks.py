@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d3po_core.store.files import atomic_path
-from d3po_core.store.stages import last_finished_round, stage_path
+from d3po_core.store.stages import stage_path
 
 # Written into an earlier version's mark that is not this store's; a second delivery changes nothing.
 ELSEWHERE = "another store"
@@ -34,9 +34,9 @@ def mark(path: Path, campaign_run: str) -> None:
 
 
 def has_old_marks(campaign: Path) -> bool:
-    """Return whether marks name no store: if an earlier version made some, the last finished round has some."""
-    last = last_finished_round(campaign)
-    return any(path for number in (last, last + 1) for path in _old_marks(campaign, f"round={number}"))
+    """Return whether marks name no store; if an earlier version made some, one of the last two rounds has some."""
+    begun = sorted(int(path.name.removeprefix("round=")) for path in campaign.glob("stages/round=*"))
+    return any(path for number in begun[-2:] for path in _old_marks(campaign, f"round={number}"))
 
 
 def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
