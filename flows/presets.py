@@ -85,8 +85,8 @@ def command_that_goes_on(config: CampaignConfig, rounds: int = 3) -> str:
     It may be typed in any folder. A campaign that people judge needs a server; ``d3po run`` would refuse it.
     """
     changed = {
-        name: [(field, new) for field, _, new in changed_fields(deployment_config(name, None, []), config)]
-        for name in presets()
+        name: [(field, new) for field, _, new in changed_fields(load_config(values, f"deployment {name!r}"), config)]
+        for name, values in presets().items()
     }
     nearest = min(changed, key=lambda name: len(changed[name]))
     options = [

@@ -14,6 +14,7 @@ from d3po.tasks.judging import derive_pairs, judge_images
 from d3po.tasks.mirroring import mirrored
 from d3po.tasks.nights import skip_missed_nights
 from d3po.tasks.publishing import check_campaign, plan_rounds, publish_round
+from d3po.tasks.reporting import current_at_the_end
 from d3po.tasks.round_line import campaign_line, round_line
 from d3po.tasks.run_names import name_run
 from d3po.tasks.sampling import sample_images
@@ -45,7 +46,8 @@ def d3po(rounds: int = 1, config: FormConfig = None) -> State:
         for warning in check_campaign(campaign):
             logger.warning(warning)
         busy = campaign_lock(campaign.folder, who=f"flow run {flow_run.id}")
-        with busy, processes_end_here(), counts_as_running(), mirrored(campaign):
+        running = counts_as_running()
+        with busy, processes_end_here(), running, mirrored(campaign), current_at_the_end(campaign):
             numbers = plan_rounds(campaign, rounds, run_id=str(flow_run.id))
             require_deployment(campaign, numbers)
             require_no_sleeper(campaign, numbers)

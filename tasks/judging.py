@@ -78,9 +78,15 @@ def _proxies_decide(config: CampaignConfig, round_number: int) -> bool:
     return read_record(config.folder, round_number, "label", LabelRecord).ended == "proxy"
 
 
+def _judged_by_people(config: CampaignConfig, round_number: int) -> set[int]:
+    """Return this round and those whose gold questions people answered: only they tell what a person's vote counts."""
+    files = config.folder.glob("judgements/round=*/*.parquet")
+    return {round_number} | {int(p.parent.name.removeprefix("round=")) for p in files if p.name != "proxy.parquet"}
+
+
 def _derive(config: CampaignConfig, round_number: int) -> DeriveRecord:
     judge = config.judge
-    with connect(config.folder) as connection:
+    with connect(config.folder, ("judgements", "samples"), _judged_by_people(config, round_number)) as connection:
         earlier, floor = earlier_gold(connection, round_number), judge.people.accuracy_floor
         decide_people = partial(
             decide, combine=judge.people.combine, accuracy_floor=floor, earlier_gold=earlier

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import get_run_logger, task
 
 from d3po.tasks import mirroring
+from d3po.tasks.reporting import catch_up, report_round
 from d3po.tasks.showing import show_rounds
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
@@ -30,7 +31,6 @@ from d3po_core.records import (
     SampleRecord,
     TrainRecord,
 )  # fmt: skip
-from d3po_core.report.write import REPORT_FILE, write_report
 from d3po_core.reproducing.frozen import freeze
 from d3po_core.sampling.prompt_notes import prompt_notes, prompts_shown
 from d3po_core.sampling.prompts import check_held_out, load_prompts
@@ -88,12 +88,9 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
     done = last_finished_round(config.folder)
     for number in {done, *numbers[:1]}:  # a kill may fall between a round's row and its delivery to MLflow
         sweep_leftovers(config.folder, number)
-    last = partition(config.folder, "rounds", done) / "part.parquet"
-    if last.exists():
+    if (partition(config.folder, "rounds", done) / "part.parquet").exists():
         note_published(config.folder, done)
-    report = config.folder / REPORT_FILE
-    if last.exists() and (not report.exists() or report.stat().st_mtime < last.stat().st_mtime):
-        _report(config)  # its run was killed before it wrote the report
+    catch_up(config)  # a killed run left an older report
     mirroring.deliver(config)
     delivery.deliver(config)
     show_rounds(config)
@@ -118,7 +115,7 @@ def publish_round(config: CampaignConfig, round_number: int) -> RoundRecord:
     if not path.exists():
         write_table(config.folder, "rounds", round_number, table_from_rows("rounds", [_row(config, round_number)]))
     note_published(config.folder, round_number)
-    _report(config)
+    report_round(config, round_number)
     mirroring.deliver(config)
     delivery.deliver(config)
     show_rounds(config)
@@ -129,15 +126,6 @@ def note_published(campaign: Path, round_number: int) -> None:
     """Record the digest of a round's row, unless it is there; a kill may fall between the row and this."""
     if not stage_path(campaign, round_number, "publish").with_suffix(".files").exists():
         record_files(campaign, round_number, "publish")
-
-
-def _report(config: CampaignConfig) -> None:
-    """Rewrite the campaign's report; a failure never fails the round."""
-    try:
-        write_report(config, mlflow=delivery.pages(config).get(delivery.ROUNDS))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        get_run_logger().warning("the report was not written (%s); to try again: d3po report", reason)
 
 
 def _row(config: CampaignConfig, round_number: int) -> dict[str, Any]:

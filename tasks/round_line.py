@@ -7,7 +7,7 @@ from prefect.runtime import flow_run
 from d3po_core.config import CampaignConfig
 from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
 from d3po_core.store.goals import last_round_of
-from d3po_core.store.stages import finished_rounds, read_record
+from d3po_core.store.stages import finished_numbers, finished_round, read_record
 
 
 def round_line(config: CampaignConfig, finished: RoundRecord) -> str:
@@ -32,8 +32,8 @@ def campaign_line(config: CampaignConfig, numbers: Sequence[int]) -> str:
     """Return which rounds a run finished, and the campaign's score before and after."""
     if not numbers:
         return f"campaign {config.campaign}: no round was left to do"
-    records = finished_rounds(config.folder)
-    first, last = records[0], records[-1]
+    finished = finished_numbers(config.folder)
+    first, last = (finished_round(config.folder, number) for number in (finished[0], finished[-1]))
     done = f"round {numbers[-1]}" if len(numbers) == 1 else f"rounds {numbers[0]} to {numbers[-1]}"
     return f"campaign {config.campaign}: {done} finished, held-out {first.score.mean:.3f} -> {last.score.mean:.3f}"
 

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from datetime import UTC
 from functools import partial
@@ -28,11 +28,14 @@ from d3po_core.config import CampaignConfig
 from d3po_core.records import GuardRecord, RoundRecord, ScoreSummary
 from d3po_core.report.write import REPORT_FILE
 from d3po_core.store.campaign import campaign_id
-from d3po_core.store.stages import finished_numbers, finished_rounds, read_record, stage_path
+from d3po_core.store.stages import finished_numbers, finished_round, read_record, stage_path
 
 EVENT = "d3po.round.completed"
 # A shorter stage ends before anybody looks; a call takes a busy server some 50 ms.
 FIRST_SECONDS, EVERY_SECONDS = 5.0, 10.0
+# Rounds in Prefect's table, which gets a whole new one per round.
+ROUNDS_SHOWN = 50
+LAST_SECONDS = 10.0  # the end of a run waits so long for what is still being shown
 
 logger = logging.getLogger(__name__)
 _beside = ThreadPoolExecutor(1, thread_name_prefix="show")
@@ -77,7 +80,8 @@ class StageProgress:
 
 def show_rounds(config: CampaignConfig) -> None:
     """Tell Prefect of every finished round of the campaign, unless it has been told already."""
-    if any(not _told_path(config.folder, number).exists() for number in finished_numbers(config.folder)):
+    # From the latest: a new round is found at once.
+    if any(not _told_path(config.folder, number).exists() for number in reversed(finished_numbers(config.folder))):
         beside("rounds", partial(_tell_rounds, config))
 
 
@@ -105,13 +109,14 @@ def round_event(config: CampaignConfig, record: RoundRecord) -> dict[str, Any]:
 
 
 def round_table(config: CampaignConfig) -> list[dict[str, str]]:
-    """The campaign's finished rounds as table rows, the latest first."""
+    """The campaign's last finished rounds as table rows, the latest first, at most ``ROUNDS_SHOWN``."""
 
     def shown(score: ScoreSummary | None) -> str:
         return str(score) if score else ""
 
     rows = []
-    for record in reversed(finished_rounds(config.folder)):
+    for number in reversed(finished_numbers(config.folder)[-ROUNDS_SHOWN:]):
+        record = finished_round(config.folder, number)
         guard = _guard_record(config.folder, record.round)
         rates = guard.win_rates if guard else {}
         rows.append(
@@ -128,12 +133,11 @@ def round_table(config: CampaignConfig) -> list[dict[str, str]]:
 
 
 def _tell_rounds(config: CampaignConfig) -> None:
-    records = {record.round: record for record in finished_rounds(config.folder)}
-    untold = [number for number in records if not _told_path(config.folder, number).exists()]
+    untold = [n for n in finished_numbers(config.folder) if not _told_path(config.folder, n).exists()]
     if not untold:
         return
     for number in untold:
-        emit_event(**round_event(config, records[number]))
+        emit_event(**round_event(config, finished_round(config.folder, number)))
     EventsWorker.instance().wait_until_empty()
     for number in untold:
         _told_path(config.folder, number).touch()
@@ -141,8 +145,10 @@ def _tell_rounds(config: CampaignConfig) -> None:
 
 
 def _where(config: CampaignConfig) -> str:
-    """The report's path, and links to it and the curves if MLflow has a page."""
+    """The report's path, links to it and the curves if MLflow has a page, and how many rounds the table leaves out."""
     links = [f"[{what}]({url})" for what, url in delivery.pages(config).items()]
+    if (earlier := len(finished_numbers(config.folder)) - ROUNDS_SHOWN) > 0:
+        links.insert(0, f"the last {ROUNDS_SHOWN} rounds; {earlier} earlier ones are in MLflow and in the report")
     return " · ".join([*links, f"report: `{config.folder / REPORT_FILE}`"])
 
 
@@ -161,6 +167,11 @@ def beside(what: str, call: Callable[[], None]) -> Future[None] | None:
     if FlowRunContext.get() is None and TaskRunContext.get() is None:
         return None
     return _beside.submit(copy_context().run, _try, what, call)
+
+
+def wait_until_shown() -> None:
+    """Wait a little for what is still being shown: when its run has ended, Prefect's client takes no more calls."""
+    wait([_beside.submit(int)], LAST_SECONDS)
 
 
 def _try(what: str, call: Callable[[], None]) -> None:

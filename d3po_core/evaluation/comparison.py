@@ -11,17 +11,20 @@ ever calls the champion better in at most 5 % (tests/benchmarks/false_alarms.py)
 Names in shapes: R checkpoints, I images (one prompt and one seed each), U units, K images of one prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from d3po_core.errors import D3POError
 from d3po_core.intervals import chance_of_as_high, mean_intervals, unit_means, units_of
 from d3po_core.records import ScoreSummary
 from d3po_core.store.stages import finished_numbers
-from d3po_core.store.tables import connect
+from d3po_core.store.tables import connect, partition, read_rows
 
 SURE = 0.005
 
@@ -68,7 +71,27 @@ class HeldOut:
     prompts: list[str]  # I
     seeds: list[int]  # I
     scores: dict[str, np.ndarray]  # scorer -> [R, I]; the first is the one that the rounds report
-    image_paths: list[list[Path]]  # [R][I]
+    image_paths: Sequence[list[Path]]  # [R][I]
+
+
+@dataclass(frozen=True)
+class _ImagePaths(Sequence[list[Path]]):
+    """The paths of each checkpoint's images, made when asked for: a long campaign has a hundred thousand."""
+
+    folders: list[Path]
+    names: np.ndarray  # [R, I]
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    @overload
+    def __getitem__(self, row: int) -> list[Path]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[Path]]: ...
+    def __getitem__(self, row: int | slice) -> list[Path] | list[list[Path]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        return [self.folders[row] / name for name in self.names[row]]
 
 
 def compare_rows(scores: np.ndarray, references: np.ndarray, prompts: list[str]) -> list[Comparison]:
@@ -118,13 +141,30 @@ def fitted_champion(scores: np.ndarray, prompts: list[str]) -> np.ndarray:
         prompts: ``[I]``.
     """
     unit_I, _ = units_of(prompts)
-    chosen_I = np.zeros(scores.shape[1], dtype=int)
+    first, second = half_champions(scores, prompts, (0, 0), np.arange(1, len(scores)))
+    return np.where(unit_I % 2 == 0, first, second)
+
+
+def half_champions(
+    scores: np.ndarray, prompts: list[str], reigning: Sequence[int], challengers: np.ndarray
+) -> tuple[int, int]:
+    """Return the champion's row for the images of each half of the prompts, chosen by the other half.
+
+    Args:
+        scores: ``[R, I]`` of the first scorer.
+        prompts: ``[I]``.
+        reigning: for each half, the row of the champion so far.
+        challengers: the rows that came after it, in order.
+    """
+    unit_I, _ = units_of(prompts)
+    chosen = list(reigning)
     for half in (0, 1):
-        own_I = unit_I % 2 == half
-        if own_I.any() and not own_I.all():
-            others = [prompt for prompt, own in zip(prompts, own_I, strict=True) if not own]
-            chosen_I[own_I] = champions(scores[:, ~own_I], others)[-1]
-    return chosen_I
+        other_I = unit_I % 2 != half
+        if other_I.any() and not other_I.all():
+            others = [prompt for prompt, other in zip(prompts, other_I, strict=True) if other]
+            rows = np.array([reigning[half], *challengers])
+            chosen[half] = int(rows[champions(scores[rows][:, other_I], others)[-1]])
+    return chosen[0], chosen[1]
 
 
 def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
@@ -156,12 +196,12 @@ def read_held_out(checkpoints: list[tuple[Path, int]]) -> HeldOut:
     scorers = list(dict.fromkeys(found["scorer"].tolist()))
     shape = (len(scorers), len(checkpoints), -1)
     score_SRI, path_RI = found["score"].reshape(shape), found["path"].reshape(shape)[0]
-    images = path_RI.shape[1]
+    count = path_RI.shape[1]
     return HeldOut(
-        prompts=found["prompt"][:images].tolist(),
-        seeds=found["seed"][:images].tolist(),
+        prompts=found["prompt"][:count].tolist(),
+        seeds=found["seed"][:count].tolist(),
         scores=dict(zip(scorers, score_SRI, strict=True)),
-        image_paths=[[folder / p for p in paths] for (folder, _), paths in zip(checkpoints, path_RI, strict=True)],
+        image_paths=_ImagePaths([folder for folder, _ in checkpoints], path_RI),
     )
 
 
@@ -179,18 +219,35 @@ ORDER BY common.main DESC, scorer, row, prompt, seed
 
 
 def _copy_scores(folder: Path, checkpoints: list[tuple[Path, int]], into: duckdb.DuckDBPyConnection) -> None:
-    with connect(folder) as connection:
-        connection.execute("CREATE TEMP TABLE wanted (row INT, round BIGINT)")
-        wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
-        connection.executemany("INSERT INTO wanted VALUES (?, ?)", wanted)
+    wanted = [[row, number] for row, (other, number) in enumerate(checkpoints) if other == folder]
+    with connect(folder, ("evaluations",), {number for _, number in wanted}) as connection:
+        connection.register("wanted", pa.table(dict(zip(("row", "round"), zip(*wanted, strict=True), strict=True))))
         scores = connection.sql(
-            """SELECT row, scorer, scorer = (SELECT max_by(eval_scorer, round) FROM rounds) AS main, prompt, seed,
-                      avg(score) AS score, min(image_path) AS path
-            FROM evaluations JOIN wanted USING (round) GROUP BY ALL"""
+            """SELECT row, scorer, scorer = $main AS main, prompt, seed, avg(score) AS score, min(image_path) AS path
+            FROM evaluations JOIN wanted USING (round) GROUP BY ALL""",
+            params={"main": _reported_scorer(folder)},
         ).to_arrow_table()
     into.register("scores", scores)
     into.execute("INSERT INTO held_out SELECT * FROM scores")
     into.unregister("scores")
+
+
+def _reported_scorer(folder: Path) -> str | None:
+    """Return the scorer that the last finished round reports; None if no round is finished."""
+    numbers = finished_numbers(folder)
+    if not numbers:
+        return None
+    (row,) = read_rows(partition(folder, "rounds", numbers[-1]) / "part.parquet")
+    return str(row["eval_scorer"])
+
+
+def _recorded_champion(folder: Path, rounds: list[int]) -> int | None:
+    """Return the champion by the guard, which may have rejected the best-looking round; None if it recorded none."""
+    for number in reversed(rounds):
+        (row,) = read_rows(partition(folder, "rounds", number) / "part.parquet")
+        if row.get("champion") is not None:
+            return int(row["champion"])
+    return None
 
 
 def round_named(folder: Path, name: str) -> int:
@@ -201,10 +258,8 @@ def round_named(folder: Path, name: str) -> int:
     """
     rounds = finished_numbers(folder)
     if name == "champion" and rounds:
-        with connect(folder) as connection:
-            recorded = connection.sql("SELECT arg_max(champion, round) FROM rounds").fetchall()[0][0]
-        if recorded is not None:  # by the guard, which may have rejected the best-looking round
-            return int(recorded)
+        if (recorded := _recorded_champion(folder, rounds)) is not None:
+            return recorded
         held_out = read_held_out([(folder, number) for number in rounds])
         return rounds[champions(next(iter(held_out.scores.values())), held_out.prompts)[-1]]
     named = {str(number): number for number in rounds} | ({"base": rounds[0], "latest": rounds[-1]} if rounds else {})

@@ -8,7 +8,6 @@ cases; several scorers share this level. Of simulated campaigns of 100 rounds in
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -18,12 +17,12 @@ from d3po_core.evaluation.comparison import (
     HeldOut,
     champions,
     compare_scores,
-    fitted_champion,
-    read_held_out,
     round_named,
 )
+from d3po_core.evaluation.halves import read_with_chosen
+from d3po_core.intervals import units_of
 from d3po_core.records import DeriveRecord, EvaluateRecord, GuardRecord, TrainRecord
-from d3po_core.store.stages import read_record, stage_path, start_of
+from d3po_core.store.stages import read_record, start_of
 
 VERDICTS = {"warn": "warned", "reject": "rejected", "stop": "stopped"}
 
@@ -118,19 +117,18 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
         return GuardRecord(verdict="ok", findings=[], go_on_from=0, champion=0, win_rates={})
     champion = round_named(folder, "champion")  # of earlier rounds, since this one is not finished
     references = {"base": 0, "before": round_number - 1, "champion": champion}
-    trusted = [number for number in range(round_number) if _trusted(folder, number)]
     start = start_of(folder, round_number)
-    numbers = [*sorted({*trusted, *references.values(), start}), round_number]
-    held_out = read_held_out([(folder, number) for number in numbers])
-    at = {number: row for row, number in enumerate(numbers)}
-    scores_RI = held_out.scores[config.evaluation_scorers[0]]
+    scorer = config.evaluation_scorers[0]
+    held_out, at, halves = read_with_chosen(folder, round_number, scorer, {*references.values(), start})
+    scores_RI = held_out.scores[scorer]
+    fitted_I = np.where(units_of(held_out.prompts)[0] % 2 == 0, at[halves[0]], at[halves[1]])
     findings = findings_of(
         config.guard,
         read_record(folder, round_number, "derive", DeriveRecord),
         read_record(folder, round_number, "train", TrainRecord),
         read_record(folder, round_number, "evaluate", EvaluateRecord),
         read_record(folder, 0, "evaluate", EvaluateRecord),
-        _against_earlier(held_out, scores_RI, [at[number] for number in trusted], at[start]),
+        _against_earlier(held_out, fitted_I, at[start]),
     )
     verdict = VERDICTS[config.guard.policy] if findings else "ok"
     refused = verdict in ("rejected", "stopped")
@@ -148,31 +146,20 @@ def judge_checkpoint(config: CampaignConfig, round_number: int) -> GuardRecord:
     )
 
 
-def _against_earlier(
-    held_out: HeldOut, chosen_by_RI: np.ndarray, trusted: list[int], start: int
-) -> dict[str, dict[str, Comparison]]:
+def _against_earlier(held_out: HeldOut, fitted: np.ndarray, start: int) -> dict[str, dict[str, Comparison]]:
     """Return the last row against the row it started from and against the champion, for each scorer.
 
     Args:
         held_out: the round in the last row, earlier ones before it.
-        chosen_by_RI: scores that choose the champion, among the rows ``trusted``.
-        trusted: rows of the rounds that the guard accepted.
+        fitted: ``[I]``, for each image the row of the champion that the other half of the prompts chose.
         start: row of the round that the last one started from.
     """
-    fitted_I = fitted_champion(chosen_by_RI[trusted], held_out.prompts)
     images_I = np.arange(len(held_out.prompts))
     references = {"the round it started from": lambda scores_RI: scores_RI[start],
-                  "the champion": lambda scores_RI: scores_RI[trusted][fitted_I, images_I]}  # fmt: skip
+                  "the champion": lambda scores_RI: scores_RI[fitted, images_I]}  # fmt: skip
     return {
         scorer: {
             name: compare_scores(scores_RI[-1], of(scores_RI), held_out.prompts) for name, of in references.items()
         }
         for scorer, scores_RI in held_out.scores.items()
     }
-
-
-def _trusted(folder: Path, round_number: int) -> bool:
-    """Return whether the guard accepted a finished round's checkpoint; rounds older than the guard are trusted."""
-    if not stage_path(folder, round_number, "guard").exists():
-        return True
-    return read_record(folder, round_number, "guard", GuardRecord).verdict not in ("rejected", "stopped")

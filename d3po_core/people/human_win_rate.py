@@ -65,6 +65,8 @@ class HumanWinRate(BaseModel):
 
 def human_win_rates(campaign: Path) -> list[HumanWinRate]:
     """A win rate per judged round and reference, from the view ``human_comparisons``."""
+    if not any(campaign.glob("comparisons/round=*/*.parquet")):  # the views read every table of every round
+        return []
     with connect_views(campaign) as connection:
         totals = connection.sql(_TOTALS).to_arrow_table().to_pylist()
         pairs = connection.sql(_PAIRS).fetchnumpy()

@@ -21,6 +21,8 @@ SERIES = ("#0a0a0a", "#0b0b0b", "#0c0c0c", "#0d0d0d", "#0e0e0e", "#0f0f0f")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card", ACCENT: "accent", GOOD: "good"}
 _VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 
+# More bars than this are thinner than a pixel, and take seconds to draw.
+MOST_BARS = 200
 WIDE, NARROW, SMALL = (9.6, 3.1), (3.7, 2.7), (3.7, 1.75)
 _STYLE = {
     "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "text.color": INK,
@@ -71,13 +73,20 @@ def small_curve(name: str, rounds: Sequence[int], values: Sequence[float | None]
 
 
 def stacked_bars(name: str, rounds: Sequence[int], parts: Mapping[str, Sequence[float]], label: str) -> Markup:
-    """Draw parts of a whole, one bar per round; the page names the parts in the order of ``SERIES``."""
+    """Draw parts of a whole, one bar per round or, if there are many, areas.
+
+    The page names the parts in the order of ``SERIES``.
+    """
 
     def draw(axes: Axes) -> None:
         bottom = np.zeros(len(rounds))
         for colour, values in zip(SERIES, parts.values(), strict=False):
-            axes.bar(rounds, values, bottom=bottom, color=colour, width=0.8)
-            bottom = bottom + np.asarray(values, dtype=float)
+            top = bottom + np.asarray(values, dtype=float)
+            if len(rounds) <= MOST_BARS:
+                axes.bar(rounds, values, bottom=bottom, color=colour, width=0.8)
+            else:
+                axes.fill_between(rounds, bottom, top, step="mid", color=colour, linewidth=0)
+            bottom = top
         axes.margins(x=0.02)
 
     return _svg(draw, SMALL, name, label)

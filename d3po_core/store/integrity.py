@@ -25,7 +25,7 @@ RESTORE = "restore it from a copy"
 # In a folder whose missing files were left out of the mirror that this copy of the campaign came from.
 LEFT_OUT = ".left-out"
 _known: dict[tuple[str, int, int, int], str] = {}
-_listed: dict[tuple[str, int], dict[str, tuple[int, str]]] = {}
+_listed: dict[tuple[str, int], dict[str, dict[str, tuple[int, str]]]] = {}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def require_record(campaign: Path, round_number: int, stage: str) -> None:
     """
     name = f"stages/round={round_number}/{stage}.json"
     path = (campaign / name).with_suffix(".files")
-    entry = _read_list(path).get(name) if path.exists() else None
+    entry = _by_kind(path).get("stages", {}).get(name) if path.exists() else None
     if entry and (campaign / name).exists():
         _raise(campaign, [damage for damage in [_damage(campaign, name, *entry)] if damage])
 
@@ -107,12 +107,7 @@ def damages(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable
         rounds: the rounds to check; all when not given.
         kinds: first folders of the files' paths, such as ``samples``; all when not given.
     """
-    wanted = None if kinds is None else set(kinds)
-    entries = [
-        (name, *entry)
-        for name, entry in _entries(campaign, rounds)
-        if wanted is None or name.partition("/")[0] in wanted
-    ]
+    entries = [(name, *entry) for name, entry in _entries(campaign, rounds, kinds)]
     found = [damage for entry in sorted(entries) if (damage := _damage(campaign, *entry))]
     return found + (_lists_gone(campaign) if kinds is None and rounds is None else [])
 
@@ -134,7 +129,9 @@ def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: It
 def require_files(campaign: Path, names: Iterable[str]) -> None:
     """Check files given by their paths in the campaign; a file that no stage listed only has to exist."""
     wanted = set(names)
-    listed = {name: entry for name, entry in _entries(campaign) if name in wanted}
+    kinds = {name.partition("/")[0] for name in wanted}
+    # A round's files are only in that round's lists; reading the lists of all rounds takes seconds in a long campaign.
+    listed = {name: entry for name, entry in _entries(campaign, _rounds_of(wanted), kinds) if name in wanted}
     found = [_damage(campaign, name, *listed[name]) for name in sorted(listed)]
     gone = [Damage(name, "is gone") for name in sorted(wanted - listed.keys()) if not (campaign / name).is_file()]
     _raise(campaign, [damage for damage in found if damage] + gone)
@@ -146,9 +143,9 @@ def listed_files(campaign: Path, round_number: int, stage: str) -> dict[str, tup
     return dict(_read_list(path)) if path.exists() else {}
 
 
-def noted_names(campaign: Path) -> set[str]:
-    """Return the paths in the campaign of all files that finished stages listed."""
-    return {name for name, _ in _entries(campaign)}
+def noted_names(campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None) -> set[str]:
+    """Return the paths in the campaign of the files that finished stages listed, of some rounds and kinds or all."""
+    return {name for name, _ in _entries(campaign, rounds, kinds)}
 
 
 def sha256_of(path: Path) -> str:
@@ -170,9 +167,9 @@ def _raise(campaign: Path, found: list[Damage]) -> None:
 def _damage(campaign: Path, name: str, size: int, digest: str) -> Damage | None:
     path = campaign / name
     try:
-        if not path.is_file():
+        found = os.path.getsize(path) if os.path.isfile(path) else None
+        if found is None:
             return None if _pruned(path) or _not_begun(campaign, name) else Damage(name, "is gone")
-        found = path.stat().st_size
         if found != size:
             return Damage(name, f"has {found} bytes in place of {size}: it is damaged")
         return None if sha256_of(path) == digest else Damage(name, "has other content than was written: it is damaged")
@@ -212,31 +209,51 @@ def _lists_gone(campaign: Path) -> list[Damage]:
     return [Damage(p.relative_to(campaign).as_posix(), "is gone") for p in sorted(owed) if not p.exists()]
 
 
-def _entries(campaign: Path, rounds: Iterable[int] | None = None) -> Iterator[tuple[str, tuple[int, str]]]:
-    """Yield name, size and digest of each file that the given rounds' stages listed; all rounds when not given."""
-    asked = None if rounds is None else set(rounds)
-    for number in _rounds_listed(campaign):
-        if asked is None or number in asked:
-            for path in _lists(campaign, number):
-                yield from _read_list(path).items()
+def _entries(
+    campaign: Path, rounds: Iterable[int] | None = None, kinds: Iterable[str] | None = None
+) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield name, size and digest of each file that stages listed, of the given rounds and kinds or of all."""
+    wanted = None if kinds is None else set(kinds)
+    for number in _rounds_begun(campaign) if rounds is None else sorted(set(rounds)):
+        for path in _lists(campaign, number):
+            for kind, listed in _by_kind(path).items():
+                if wanted is None or kind in wanted:
+                    yield from listed.items()
+
+
+def _rounds_of(names: Iterable[str]) -> set[int]:
+    """Return the rounds in whose folders these paths lie, such as 3 for ``rounds/round=3/part.parquet``."""
+    folders = {part for name in names for part in name.split("/")[:-1] if part.startswith("round=")}
+    return {int(number) for folder in folders if (number := folder.removeprefix("round=")).isdigit()}
 
 
 def _lists(campaign: Path, round_number: int) -> list[Path]:
-    return sorted((campaign / "stages" / f"round={round_number}").glob("*.files"))
+    # A long campaign has thousands of lists; a glob takes ten times as long.
+    folder = campaign / "stages" / f"round={round_number}"
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [folder / name for name in sorted(names) if name.endswith(".files")]
 
 
-def _rounds_listed(campaign: Path) -> list[int]:
-    names = {path.parent.name.removeprefix("round=") for path in campaign.glob("stages/round=*/*.files")}
+def _rounds_begun(campaign: Path) -> list[int]:
+    names = [path.name.removeprefix("round=") for path in campaign.glob("stages/round=*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def _read_list(path: Path) -> dict[str, tuple[int, str]]:
-    key = (str(path), path.stat().st_mtime_ns)
+    return {name: entry for listed in _by_kind(path).values() for name, entry in listed.items()}
+
+
+def _by_kind(path: Path) -> dict[str, dict[str, tuple[int, str]]]:
+    """Return a list's entries by the first folder of their names, read once while the list stays unchanged."""
+    key = (str(path), os.stat(path).st_mtime_ns)
     if key not in _listed:
+        found: dict[str, dict[str, tuple[int, str]]] = {}
         try:
-            _listed[key] = {str(name): (int(size), str(digest)) for name, (size, digest) in _parsed(path)}
+            for name, (size, digest) in _parsed(path):
+                found.setdefault(str(name).partition("/")[0], {})[str(name)] = (int(size), str(digest))
         except (OSError, ValueError, TypeError) as error:
             raise D3POError(f"{path}: is damaged ({error}); {RESTORE}") from None
+        _listed[key] = found
     return _listed[key]
 
 

@@ -1,6 +1,7 @@
 """The store: Parquet tables with explicit schemas, written atomically, read through DuckDB."""
 
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +195,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise _unreadable(path, error) from None
 
 
-def _require_readable(campaign: Path) -> None:
+def _require_readable(campaign: Path, tables: Iterable[str], rounds: Collection[int] | None) -> None:
     """Check that table files that no stage listed, as in earlier versions, are at least Parquet files."""
-    noted = noted_names(campaign)
-    for table in SCHEMAS:
-        for path in sorted((campaign / table).glob("round=*/*.parquet")):
-            if path.relative_to(campaign).as_posix() in noted:
-                continue
-            try:
-                pq.read_metadata(path)
-            except FileNotFoundError:  # a running round replaces its files
-                continue
-            except (OSError, pa.ArrowException) as error:
-                raise _unreadable(path, error) from None
+    noted = noted_names(campaign, rounds, tables)
+    for path in sorted(path for table in tables for path in _files(campaign, table, rounds)):
+        if path.relative_to(campaign).as_posix() in noted:
+            continue
+        try:
+            pq.read_metadata(path)
+        except FileNotFoundError:  # a running round replaces its files
+            continue
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(path, error) from None
+
+
+def _files(campaign: Path, table: str, rounds: Collection[int] | None) -> list[Path]:
+    """Return the files of a table, of the given rounds or of all."""
+    names = ["round=*"] if rounds is None else [f"round={number}" for number in rounds]
+    return [path for name in names for path in (campaign / table).glob(f"{name}/*.parquet")]
 
 
 def _unreadable(path: Path, error: Exception) -> D3POError:
@@ -215,28 +221,42 @@ def _unreadable(path: Path, error: Exception) -> D3POError:
     return D3POError(f"campaign {campaign.name!r}: {path.relative_to(campaign)} {reason}; restore it from a copy")
 
 
-def connect(campaign: Path) -> duckdb.DuckDBPyConnection:
-    """Return an in-memory DuckDB with one view per table over all rounds; tables without files are empty."""
-    require_whole(campaign, kinds=SCHEMAS)
-    _require_readable(campaign)
+def connect(
+    campaign: Path, tables: Collection[str] = tuple(SCHEMAS), rounds: Collection[int] | None = None
+) -> duckdb.DuckDBPyConnection:
+    """Return an in-memory DuckDB with one view per table; tables without files are empty.
+
+    Args:
+        campaign: the campaign's folder.
+        tables: the tables to check and to offer. Each has a file per round, so name few in what runs every round.
+        rounds: the rounds to check and to offer; all when not given.
+    """
+    require_whole(campaign, rounds, tables)
+    _require_readable(campaign, tables, rounds)
     connection = duckdb.connect(":memory:")
-    for table, schema in SCHEMAS.items():
+    for table in tables:
         former = FORMER.get(table, {})
-        folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
-        source = f"{folder}/round=*/*.parquet"
         # An empty table with today's schema: in older files, columns added since then read as null.
         added = [pa.field("round", pa.int64()), *(pa.field(name, _real) for name in former)]
-        connection.register(f"_{table}", pa.schema([*schema, *added]).empty_table())
+        connection.register(f"_{table}", pa.schema([*SCHEMAS[table], *added]).empty_table())
         rows = f"SELECT * FROM _{table}"
-        if any((campaign / table).glob("round=*/*.parquet")):
+        if sources := _sources(campaign, table, rounds):
             # Take the round from the file's own folder, since folders above may also have key=value names.
             rows += (
                 " UNION ALL BY NAME SELECT * EXCLUDE (filename), "
                 "CAST(regexp_extract(filename, 'round=([0-9]+)[/\\\\][^/\\\\]*$', 1) AS BIGINT) AS round "
-                f"FROM read_parquet('{source}', hive_partitioning=false, filename=true, union_by_name=true)"
+                f"FROM read_parquet([{sources}], hive_partitioning=false, filename=true, union_by_name=true)"
             )
         if former:
             now = ", ".join(f"coalesce({name}, {old}) AS {name}" for old, name in former.items() if name)
             rows = f"SELECT * EXCLUDE ({', '.join(former)}) REPLACE ({now}) FROM ({rows})"
         connection.execute(f"CREATE VIEW {table} AS {rows}")
     return connection
+
+
+def _sources(campaign: Path, table: str, rounds: Collection[int] | None) -> str:
+    """Return the patterns of a table's files for DuckDB, which refuses one without files; "" if there are none."""
+    names = ["round=*"] if rounds is None else [f"round={number}" for number in sorted(rounds)]
+    folder = re.sub(r"([\[*?])", r"[\1]", str(campaign / table)).replace("'", "''")
+    there = [name for name in names if any((campaign / table).glob(f"{name}/*.parquet"))]
+    return ", ".join(f"'{folder}/{name}/*.parquet'" for name in there)

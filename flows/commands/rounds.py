@@ -13,9 +13,11 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder, path_from_here
 
+LAST_ROUNDS = 50  # in the table, besides the base
+
 
 def rounds(campaign: CampaignOption = "shapes") -> None:
-    """Print a table of the campaign's rounds, and where its files are."""
+    """Print a table of the campaign's rounds, of a long campaign the last 50, and where its files are."""
     from d3po_core.store.campaign import campaign_named
 
     show_campaign(campaign_named(campaign))
@@ -48,9 +50,11 @@ def discard_round(
 def show_campaign(config: CampaignConfig) -> None:
     """Print the finished rounds, where the files are, and what to type next."""
     from d3po.flows.page_links import waiting_lines
-    from d3po_core.store.stages import finished_rounds
+    from d3po_core.store.stages import finished_numbers, finished_round
 
-    records, waiting = finished_rounds(config.folder), waiting_lines(config.folder)
+    numbers, waiting = finished_numbers(config.folder), waiting_lines(config.folder)
+    shown = numbers[:1] + numbers[1:][-LAST_ROUNDS:]
+    records = [finished_round(config.folder, number) for number in shown]
     if not records:
         what = waiting[0] if waiting else _first_round_to_come(config)
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; {what}")
@@ -75,6 +79,7 @@ def show_campaign(config: CampaignConfig) -> None:
     mlflow = f"http://127.0.0.1:{known_ports().get('mlflow', 5000)}"
     up = "" if leader("prefect") else "d3po up: "
     lines = (
+        *_left_out(name, numbers, shown),
         *waiting,
         f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} after round {last.round}",
         f"images      {folder}/images/round=*/  (grid.png: the same prompts and seeds every round)",
@@ -90,6 +95,16 @@ def show_campaign(config: CampaignConfig) -> None:
     print("\n".join(lines))
     if up:
         print("  d3po up     # Prefect, a worker and MLflow; then the first command with submit in place of run")
+
+
+def _left_out(campaign: str, numbers: list[int], shown: list[int]) -> list[str]:
+    """How to see the rounds that a long campaign's table leaves out; nothing if it has all."""
+    if not (missing := sorted(set(numbers) - set(shown))):
+        return []
+    return [
+        f"rounds {missing[0]} to {missing[-1]} are not shown; for all: d3po query --campaign {shlex.quote(campaign)} "
+        '"SELECT round, eval_score_mean, num_pairs, num_ties FROM rounds ORDER BY round"'
+    ]
 
 
 def _next_command(folder: Path, last: int, waits: bool) -> str:

@@ -20,6 +20,7 @@ from d3po.tasks.tracking.store import (
     campaign_run_id,
     existing_campaign_run,
     forget_runs,
+    log_report,
     mlflow_client,
     round_run_id,
     run_page,
@@ -30,8 +31,10 @@ from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.people.blind import collect_comparisons, comparison_path, comparisons_of
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
+from d3po_core.report.write import REPORT_FILE
 from d3po_core.store.campaign import round_config
 from d3po_core.store.stages import finished_numbers, stage_path
+from d3po_core.store.tables import partition
 from d3po_core.urls import masked
 
 STAGES = tuple(LOGGERS)
@@ -75,6 +78,20 @@ def deliver_comparisons(config: CampaignConfig) -> None:
         _warn(f"names, descriptions and {len(rates)} blind comparisons", error)
 
 
+def deliver_report(config: CampaignConfig) -> None:
+    """Send MLflow the report as it is now, if MLflow knows the campaign."""
+    report = config.folder / REPORT_FILE
+    if _is_left_alone() or not report.exists():
+        return
+    try:
+        with _patience():
+            client = mlflow_client()
+            if existing_campaign_run(config):
+                log_report(client, config, report)
+    except Exception as error:
+        _warn("the report", error)
+
+
 def _deliver_rate(client: Client, config: CampaignConfig, campaign_run: str, rate: HumanWinRate) -> None:
     path, what = _told_path(config.folder, rate), rate.model_dump_json()
     published = is_marked(mark_path(config.folder, rate.round, "publish"), campaign_run)
@@ -96,21 +113,21 @@ def _told_path(campaign: Path, rate: HumanWinRate) -> Path:
 
 
 def _deliver_stages(config: CampaignConfig) -> None:
-    finished = sorted(_finished(config.folder))
-    if not finished or _is_left_alone():
+    folder = config.folder  # looked up once: each lookup costs, and this looks at many files
+    if _is_left_alone() or not any(_finished(folder, number) for number in _rounds_begun(folder)):
         return
-    waiting = [stage for stage in finished if not _mark(config.folder, stage).exists()]
+    waiting = _waiting(folder, Path.exists)
     try:
         with _patience():
             client = mlflow_client()
             campaign_run = _existing_run(config) or campaign_run_id(config)
-            waiting = [stage for stage in finished if not is_marked(_mark(config.folder, stage), campaign_run)]
+            waiting = _waiting(folder, partial(is_marked, campaign_run=campaign_run))
             for round_number, order in waiting:
                 # The round's own configuration may differ from this run's.
                 config_then = _config_of(config, round_number)
                 run_id = round_run_id(config_then, round_number)
                 LOGGERS[STAGES[order]](client, config_then, round_number, run_id)
-                mark(_mark(config.folder, (round_number, order)), campaign_run)
+                mark(mark_path(folder, round_number, STAGES[order]), campaign_run)
     except Exception as error:
         _warn(f"{len(waiting)} finished stages", error)
 
@@ -182,14 +199,29 @@ def _asked(question: Callable[[], str | None]) -> str | None:
         return None
 
 
-def _finished(campaign: Path) -> list[tuple[int, int]]:
-    """Round and order of every finished stage that MLflow should know."""
-    records = [path for path in campaign.glob("stages/round=*/*.json") if path.stem in STAGES]
-    finished = [(path.parent.name, path.stem) for path in records]
-    finished += [(path.parent.name, "publish") for path in campaign.glob("rounds/round=*/part.parquet")]
-    return [(int(folder.removeprefix("round=")), STAGES.index(stage)) for folder, stage in finished]
+def _waiting(campaign: Path, is_marked: Callable[[Path], bool]) -> list[tuple[int, int]]:
+    """Round and order of every finished stage without a mark, in order.
+
+    Stages are delivered in order. So nothing waits before a round that is published and all marked.
+    """
+    waiting: list[tuple[int, int]] = []
+    for number in reversed(_rounds_begun(campaign)):
+        orders = _finished(campaign, number)
+        unmarked = [order for order in orders if not is_marked(mark_path(campaign, number, STAGES[order]))]
+        waiting = [(number, order) for order in unmarked] + waiting
+        if not unmarked and STAGES.index("publish") in orders:
+            break
+    return waiting
 
 
-def _mark(campaign: Path, stage: tuple[int, int]) -> Path:
-    round_number, order = stage
-    return mark_path(campaign, round_number, STAGES[order])
+def _rounds_begun(campaign: Path) -> list[int]:
+    found = {path.name for table in ("stages", "rounds") for path in campaign.glob(f"{table}/round=*")}
+    return sorted(int(name.removeprefix("round=")) for name in found)
+
+
+def _finished(campaign: Path, round_number: int) -> list[int]:
+    """Orders of a round's finished stages that MLflow should know."""
+    done = {path.stem for path in stage_path(campaign, round_number, "any").parent.glob("*.json")}
+    if (partition(campaign, "rounds", round_number) / "part.parquet").exists():
+        done.add("publish")
+    return [order for order, stage in enumerate(STAGES) if stage in done]

@@ -34,8 +34,9 @@ def mark(path: Path, campaign_run: str) -> None:
 
 
 def has_old_marks(campaign: Path) -> bool:
-    """Return whether there are marks that name no store."""
-    return next(_old_marks(campaign), None) is not None
+    """Return whether marks name no store; if an earlier version made some, one of the last two rounds has some."""
+    begun = sorted(int(path.name.removeprefix("round=")) for path in campaign.glob("stages/round=*"))
+    return any(path for number in begun[-2:] for path in _old_marks(campaign, f"round={number}"))
 
 
 def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
@@ -49,8 +50,8 @@ def name_old_marks(campaign: Path, campaign_run: str | None) -> None:
         mark(path, campaign_run or ELSEWHERE)
 
 
-def _old_marks(campaign: Path) -> Iterator[Path]:
-    return (path for path in campaign.glob("stages/round=*/*.delivered") if not path.stat().st_size)
+def _old_marks(campaign: Path, rounds: str = "round=*") -> Iterator[Path]:
+    return (path for path in campaign.glob(f"stages/{rounds}/*.delivered") if not path.stat().st_size)
 
 
 def told(path: Path, campaign_run: str) -> str | None:

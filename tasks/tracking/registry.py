@@ -4,6 +4,7 @@ Like ``store``, this module may import mlflow, and repeating a call changes noth
 """
 
 import json
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from d3po_core.config import CampaignConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
+
+FEW = 100  # runs that a query of MLflow may name
 
 
 def log_checkpoint(
@@ -109,9 +112,13 @@ def _earlier_models(client: Client, config: CampaignConfig, model: "LoggedModel"
     return [earlier for earlier in found if earlier is not None]
 
 
-def versions_of(client: Client, config: CampaignConfig) -> dict[str, str]:
-    """The versions of the campaign's registered model, by the id of the run that each came from."""
-    return {str(v.run_id): str(v.version) for v in client.search_model_versions(f"name = '{registered_name(config)}'")}
+def versions_of(client: Client, config: CampaignConfig, runs: Collection[str]) -> dict[str, str]:
+    """The versions of the campaign's registered model that came from these runs, by the run's id."""
+    wanted = f"name = '{registered_name(config)}'"
+    if len(runs) <= FEW:  # a long campaign has a version per round
+        wanted += f" and run_id IN ({', '.join(map(repr, runs))})"
+    found = client.search_model_versions(wanted)
+    return {str(version.run_id): str(version.version) for version in found}
 
 
 def describe_version(client: Client, config: CampaignConfig, run_id: str, version: str, text: str) -> None:
@@ -132,11 +139,12 @@ def describe_registered(client: Client, config: CampaignConfig, text: str, tags:
 
 def set_aliases(client: Client, config: CampaignConfig, rounds: dict[str, int]) -> None:
     """Point the registered model's aliases to these rounds' versions; remove aliases of rounds without one."""
-    name, versions = registered_name(config), versions_of(client, config)
+    name, runs = registered_name(config), {number: round_run_id(config, number) for number in rounds.values()}
+    versions = versions_of(client, config, runs.values())
     for alias, number in rounds.items():
-        if version := versions.get(round_run_id(config, number)):
+        if version := versions.get(runs[number]):
             client.set_registered_model_alias(name, alias, version)
-        elif versions:
+        elif client.search_registered_models(f"name = '{name}'"):
             client.delete_registered_model_alias(name, alias)
 
 

@@ -1,5 +1,6 @@
 """Where each finished round of a campaign stands now: against the base, against the champion, and with people."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from d3po_core.errors import D3POError
 from d3po_core.evaluation.comparison import Comparison, compare_rows, read_held_out, round_named
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rate
 from d3po_core.records import RoundRecord
-from d3po_core.store.stages import finished_rounds
+from d3po_core.store.stages import finished_numbers, finished_round
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,17 @@ class Standing:
         return self.record.round == self.champion
 
 
-def standings(campaign: Path, rates: list[HumanWinRate]) -> list[Standing]:
-    """Return the standing of every finished round, in order.
+def standings(campaign: Path, rates: list[HumanWinRate], asked: Collection[int]) -> list[Standing]:
+    """Return the standing of the asked rounds, the base and the champion, in order.
 
     Args:
         campaign: the campaign's folder, with at least one finished round.
         rates: what people preferred in blind comparisons.
+        asked: finished rounds.
     """
-    records = finished_rounds(campaign)
-    numbers = [record.round for record in records]
-    base, champion = numbers[0], round_named(campaign, "champion")
+    base, champion = finished_numbers(campaign)[0], round_named(campaign, "champion")
+    numbers = sorted({base, champion, *asked})
+    records = [finished_round(campaign, number) for number in numbers]
     against_base, against_champion = (_against(campaign, numbers, other) for other in (base, champion))
     return [
         Standing(

@@ -22,6 +22,7 @@ from d3po.tasks.tracking.store import (
 )
 from d3po.tasks.tracking.views import rounds_view, view_page
 from d3po_core.config import CampaignConfig
+from d3po_core.evaluation.comparison import round_named
 from d3po_core.models.weights import loading_line
 from d3po_core.paths import resolve_path
 from d3po_core.people.human_win_rate import HumanWinRate
@@ -40,16 +41,19 @@ def tell_texts(client: Client, config: CampaignConfig, campaign_run: str, rates:
         rates: what people preferred in blind comparisons.
     """
     folder, numbers = config.folder, finished_numbers(config.folder)
-    if not numbers or not all(is_marked(mark_path(folder, n, "publish"), campaign_run) for n in numbers):
+    if not numbers or not is_marked(mark_path(folder, numbers[-1], "publish"), campaign_run):  # delivered in order
         return
     path = folder / "stages" / "texts.delivered"
     state = f"{numbers} {[rate.model_dump_json() for rate in rates]}"
     known = json.loads(told(path, campaign_run) or "{}")
     if known.get("state") == _digest(state):
         return
-    found = standings(folder, rates)
-    label, versions = campaign_label(client, config), versions_of(client, config)
-    written: dict[str, str] = {"state": _digest(state)}
+    # A text depends on its round, the champion and people: a new round alone changes no other text.
+    shared = _digest(f"{round_named(folder, 'champion')} {[rate.model_dump_json() for rate in rates]}")
+    found = standings(folder, rates, [n for n in numbers if known.get("shared") != shared or str(n) not in known])
+    label = campaign_label(client, config)
+    versions = versions_of(client, config, [round_run_id(config, standing.record.round) for standing in found])
+    written: dict[str, str] = known | {"state": _digest(state), "shared": shared}
     for standing in found:
         number = str(standing.record.round)
         written[number] = _tell_round(client, config, standing, label, versions, known.get(number))

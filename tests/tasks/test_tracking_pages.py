@@ -23,7 +23,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.people.blind import begin_comparison
 from d3po_core.records import RoundRecord, ScoreSummary
 from d3po_core.store.campaign import campaign_id
-from d3po_core.store.stages import finished_rounds
+from d3po_core.store.stages import finished_numbers, finished_rounds
 from d3po_core.store.tables import connect, partition, read_rows, table_from_rows, write_table
 from tests.core.evaluation.compared import say_all
 
@@ -211,7 +211,7 @@ def record(number: int, **values: Any) -> RoundRecord:
 
 
 def test_a_refused_round_says_so_and_a_model_s_name_is_one_that_mlflow_takes(own: CampaignConfig) -> None:
-    first = standings(own.folder, [])[0]
+    first = standings(own.folder, [], finished_numbers(own.folder))[0]
     refused = type(first)(record(11, verdict="rejected"), 12, None, None, None)
     assert round_name(refused, "shapes") == "round 11: 0.743 [0.667, 0.812] rejected · shapes"
     name = model_name(record(12), "shapes")
