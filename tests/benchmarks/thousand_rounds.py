@@ -28,7 +28,7 @@ WORK = ("sample", "judge", "train", "evaluate")
 COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "rounds": (["rounds"], 2.0),
     "report": (["report"], 10.0),
-    "compare": (["compare", "base", "champion"], None),
+    "compare": (["compare", "base", "latest"], None),
     "show": (["show", "r5-g0-m0"], None),
     "check": (["check"], None),
 }
