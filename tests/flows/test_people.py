@@ -2,22 +2,33 @@
 
 import csv
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from d3po.flows import servers
+from d3po.flows.loopback import without_proxy
+from d3po.flows.server_programs import client_environment
+from d3po.tasks.waiting import resume_waiting
+from d3po_core.config import CampaignConfig
+from d3po_core.errors import D3POError
 from d3po_core.judgement_files.importing import import_file
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.questions import groups_for_people
 from d3po_core.store.campaign import round_config
 from d3po_core.store.stages import finished_rounds, last_finished_round, stage_path
 from d3po_core.store.tables import partition, read_rows
-from tests.flows.test_servers import DATA, eventually, get, home, ports, post
+from tests.flows.real_servers import DATA, call, eventually, free_ports, get, login, post
+from tests.flows.test_servers import home
+from tests.flows.warm_runs import warm_runs
 
-__all__ = ["home", "ports"]  # fixtures: this module has servers of its own
+__all__ = ["home"]  # a fixture: this module has a data folder of its own
 pytestmark = pytest.mark.timeout(420)
 
 SMALL = {
@@ -25,6 +36,20 @@ SMALL = {
     "train": {"updates_per_round": 1},
     "evaluate": {"images_per_prompt": 1, "max_prompts": 3},
 }
+
+
+@pytest.fixture(scope="module")
+def ports(home: Path) -> Iterator[dict[str, int]]:
+    """Ports of servers that run; the runs of the deployment `human` are forked, as there are many."""
+    ports = dict(zip(("prefect", "mlflow", "label"), free_ports(3), strict=True))
+    servers.up(*ports.values())
+    try:
+        with warm_runs(home / "warm", client_environment(ports, ":".join(login(home)))) as command:
+            human = f"/deployments/{get(ports, '/deployments/name/d3po/human')['id']}"
+            call(ports, "PATCH", human, {"job_variables": {"command": command}})
+            yield ports
+    finally:
+        servers.down()
 
 
 def start(
@@ -71,18 +96,17 @@ def processes_of(run_id: str) -> list[psutil.Process]:
     return found
 
 
-def resume(campaign: str, number: int, ports: dict[str, int], labeller: str = "human") -> str:
-    """As `d3po import --resume` does, against the tests' server."""
-    import subprocess
-    import sys
-
-    code = (
-        "from d3po.flows.servers import find_prefect; find_prefect()\n"
-        "from d3po_core.config import CampaignConfig; from d3po.tasks.waiting import resume_waiting\n"
-        f"print(resume_waiting(CampaignConfig(campaign={campaign!r}, judge={{'labeller': {labeller!r}}}), {number}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    return done.stdout + done.stderr
+def resume(campaign: str, number: int, ports: dict[str, int], home: Path, labeller: str = "human") -> str:
+    """As `d3po import --resume` does, against the tests' server; what it says."""
+    url = f"http://127.0.0.1:{ports['prefect']}/api"
+    here = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: ":".join(login(home))}
+    with temporary_settings(here), pytest.MonkeyPatch.context() as patch:
+        for name, value in without_proxy(os.environ).items():
+            patch.setenv(name, value)
+        try:
+            return resume_waiting(CampaignConfig(campaign=campaign, judge={"labeller": labeller}), number)
+        except D3POError as error:
+            return str(error)
 
 
 def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
@@ -101,7 +125,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
 
     # Woken too early it goes back to sleep, and says what is missing.
     import_file(campaign, mark(campaign, 1, 2, tmp_path))
-    assert "1 of 3 groups" in resume(campaign.name, 1, ports)
+    assert "1 of 3 groups" in resume(campaign.name, 1, ports, home)
     post(ports, f"/flow_runs/{run_id}/resume", {"run_input": {}})
     attempts = lambda: json.loads(stage_path(campaign, 1, "waiting").read_text())["attempt"]  # noqa: E731
     assert eventually(lambda: attempts() == 1, 60)
@@ -109,7 +133,7 @@ def test_two_rounds_wait_without_a_process_and_go_on_when_people_have_judged(
 
     # The last judgement wakes it; the second round waits again, with another key.
     import_file(campaign, mark(campaign, 1, 3, tmp_path))
-    assert "goes on" in resume(campaign.name, 1, ports)
+    assert "goes on" in resume(campaign.name, 1, ports, home)
     assert eventually(lambda: waits(ports, run_id, campaign, 2), 120)
     assert last_finished_round(campaign) == 1
     pairs = read_rows(partition(campaign, "preferences", 1) / "part.parquet")
@@ -180,7 +204,7 @@ def test_people_judge_the_uncertain_groups_and_proxies_the_others(
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], *(line for line in lines[1:] if line.startswith(f"{asked}-"))]) + "\n")
     import_file(campaign, path)
-    assert "goes on" in resume(campaign.name, 1, ports, "mixed")
+    assert "goes on" in resume(campaign.name, 1, ports, home, "mixed")
     assert eventually(lambda: state(ports, run_id) == "Completed", 120)
     pairs = read_rows(partition(campaign, "preferences", 1) / "part.parquet")
     of_people = [pair for pair in pairs if pair["group_id"] == asked]

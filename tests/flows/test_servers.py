@@ -90,13 +90,9 @@ def ports(home: Path) -> Iterator[dict[str, int]]:
         servers.down()
 
 
-def test_up_registers_both_presets(ports: dict[str, int], home: Path) -> None:
-    listed = subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "ls"],
-        cwd=home, env=shell(), capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert "d3po/round" in listed
-    assert "d3po/published" in listed
+def test_up_registers_both_presets(ports: dict[str, int]) -> None:
+    listed = post(ports, "/deployments/filter", {})
+    assert {"round", "published"} <= {deployment["name"] for deployment in listed}
     deployment = get(ports, "/deployments/name/d3po/round")
     assert deployment["work_pool_name"] == "d3po"
     assert deployment["global_concurrency_limit"]["limit"] == 1

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -18,7 +20,7 @@ from d3po.flows.doctor import check_stores
 from d3po.flows.server_files import server_file
 from d3po.flows.server_moving import require_nothing_left
 from d3po.flows.server_processes import family
-from d3po.flows.server_programs import NAMES, client_environment, server_command, server_environment
+from d3po.flows.server_programs import NAMES, POOL, client_environment, server_command, server_environment
 from d3po.flows.server_stores import chosen_stores, read_stores, store_url, write_stores
 from d3po.flows.using_stores import use_stores
 from d3po_core.errors import D3POError
@@ -102,31 +104,37 @@ def test_night_of_rounds_survives_killed_servers_and_a_restart(
         monkeypatch.delenv("PGPASSWORD")  # the next shell does not have it
         night = get(ports, "/deployments/name/d3po/round")
         assert night["schedules"][0]["active"]
-        config = {"campaign": "night", "sample": {"groups_per_round": 2}, "evaluate": {"images_per_prompt": 1}}
+        config = {
+            "campaign": "night", "sample": {"groups_per_round": 2, "num_steps": 3}, "train": {"updates_per_round": 1},
+            "evaluate": {"images_per_prompt": 1, "max_prompts": 3},
+        }  # fmt: skip
         first = run(ports, night["id"], config)
         before = scores(ports)
         for process in [*family("prefect"), *family("mlflow")]:
             process.kill()
         psutil.wait_procs([*family("prefect"), *family("mlflow")], 10)
         servers.down()
+        ended = datetime.now(UTC).isoformat()
         assert "everything is already running" not in servers.up()
         assert get(ports, f"/flow_runs/{first}")["state_type"] == "COMPLETED"
         assert scores(ports) == before != {}
         assert get(ports, "/deployments/name/d3po/round")["schedules"][0]["active"], "still every night"
-        run(ports, night["id"], config)
+        workers = lambda: post(ports, f"/work_pools/{POOL}/workers/filter", {})  # noqa: E731
+        assert eventually(lambda: max(worker["last_heartbeat_time"] for worker in workers()) > ended)
         campaign = Path(os.environ["D3PO_DATA"]) / "runs" / "night"
-        assert [record.round for record in finished_rounds(campaign)] == [0, 1, 2]
-        assert set(scores(ports)) == {*before, "round 2"}
-        child = finished_rounds(campaign)[2].mlflow_run_id
+        assert [record.round for record in finished_rounds(campaign)] == [0, 1]
+        child = finished_rounds(campaign)[1].mlflow_run_id
+        assert servers_write(ports, child) == before | {"round 1": 0.25}
         grid = httpx.get(
             f"http://127.0.0.1:{ports['mlflow']}/get-artifact", params={"path": "grid.png", "run_uuid": child},
             timeout=30, trust_env=False,
         )  # fmt: skip
-        assert grid.content == (campaign / "images" / "round=2" / "grid.png").read_bytes()
+        assert grid.content == (campaign / "images" / "round=1" / "grid.png").read_bytes()
         assert [check.state for check in check_stores()] == ["ok", "ok"]
         assert not list(Path(os.environ["D3PO_DATA"]).glob("*/*.db")), "nothing beside the databases"
         stored = boto3.client("s3").list_objects_v2(Bucket="team", Prefix="files/")["Contents"]
-        assert any(entry["Key"].endswith(f"{child}/artifacts/grid.png") for entry in stored)
+        for name in ("grid.png", "note.txt"):
+            assert any(entry["Key"].endswith(f"{child}/artifacts/{name}") for entry in stored)
         told = [text for file in server_file("").glob("*.log") for text in file.read_text().splitlines()] + lines
         assert not [line for line in told if PASSWORD in line]
         assert {file.stat().st_mode & 0o077 for file in server_file("").iterdir()} == {0}
@@ -144,6 +152,20 @@ def run(ports: dict[str, int], deployment: str, config: object) -> str:
     assert ended
     assert get(ports, f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
     return run_id
+
+
+def servers_write(ports: dict[str, int], child: str | None) -> dict[str, float]:
+    """Write to both databases and the bucket through their servers, as rounds do; the scores afterwards."""
+    post(ports, "/variables/", {"name": "night", "value": "over"})
+    assert get(ports, "/variables/name/night")["value"] == "over"
+    url = f"http://127.0.0.1:{ports['mlflow']}/api/2.0"
+    ask = partial(httpx.request, timeout=30, trust_env=False)
+    metric = {"run_id": child, "key": "held_out/prompt_alignment", "value": 0.25, "step": 9, "timestamp": 1}
+    ask("POST", f"{url}/mlflow/runs/log-metric", json=metric).raise_for_status()
+    found = ask("GET", f"{url}/mlflow/runs/get?run_id={child}").raise_for_status().json()["run"]["info"]
+    path = found["artifact_uri"].removeprefix("mlflow-artifacts:/")
+    ask("PUT", f"{url}/mlflow-artifacts/artifacts/{path}/note.txt", content=b"kept").raise_for_status()
+    return scores(ports)
 
 
 def scores(ports: dict[str, int]) -> dict[str, float]:

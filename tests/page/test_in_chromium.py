@@ -1,17 +1,20 @@
 """The page in a real browser: a round by keys alone, by touch, over a killed server, over a lost connection."""
 
+import contextlib
+import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from d3po_core.config import CampaignConfig
@@ -26,15 +29,45 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
 
-SERVER = """
-import sys
+# One process has imported all; each page is a fork of it, which computes nothing before.
+SERVERS = """
+import json, os, signal, sys
+import d3po_core.page.app, d3po_core.page.serving, d3po.tasks.tracking.delivery
 from d3po.flows.commands.label import serve_page
-told = open(sys.argv[1], "a", buffering=1)
-serve_page(
-    lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", int(sys.argv[2]), None,
-    grace_seconds=float(sys.argv[3]),
-)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    data, told, port, grace_seconds = json.loads(line)
+    page = os.fork()
+    if not page:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ["D3PO_DATA"] = data
+        told = open(told, "a", buffering=1)
+        serve_page(
+            lambda *call: print(*call, file=told), None, ["ann", "bob"], None, "127.0.0.1", port, None,
+            grace_seconds=grace_seconds,
+        )
+        os._exit(0)
+    print(page, flush=True)
 """
+
+
+@cache
+def servers() -> "subprocess.Popen[str]":
+    """The process that pages are forked from; it ends with this one, which holds its input."""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    command = [sys.executable, "-c", SERVERS]
+    return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def new_page(*arguments: Any) -> psutil.Process:
+    """A page in a process of its own."""
+    parent = servers()
+    assert parent.stdin
+    assert parent.stdout
+    parent.stdin.write(f"{json.dumps(arguments)}\n")
+    parent.stdin.flush()
+    return psutil.Process(int(parent.stdout.readline()))
 
 
 class Served:
@@ -49,22 +82,21 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        environment = os.environ | {"D3PO_DATA": str(self.data), "PYTHONPATH": str(PROJECT_ROOT)}
-        command = [sys.executable, "-c", SERVER, str(self.told), str(self.port), str(self.grace_seconds)]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self.process = new_page(str(self.data), str(self.told), self.port, self.grace_seconds)
         until = time.monotonic() + 60
         while True:
             try:
                 assert httpx.get(f"{self.root}/health", trust_env=False).status_code == 200
                 return
             except httpx.TransportError:
-                assert self.process.poll() is None
+                assert self.process.is_running()
                 assert time.monotonic() < until, "the page did not start within a minute"
                 time.sleep(0.05)
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a test may have killed it already
+            self.process.kill()
+            self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
