@@ -1,8 +1,9 @@
 """Score a round's images, some of them early: finished shards are scored while others are sampled.
 
-Only scorers that take nothing from sampling run early: servers and, if the model is on a GPU, the built-in proxies. A
-learned scorer waits for its turn on the device, and a user's function may need the device as well. Early scores lie
-beside the shard's rows in staging. The stage judge finds them there, also after a kill.
+Only scorers that take nothing from sampling run early: servers, learned scorers that have a GPU of their own
+(``scoring.gpus``) and, if the model is on a GPU, the built-in proxies. Another learned scorer waits for its turn on the
+device, and a user's function may need the device as well. Early scores lie beside the shard's rows in staging. The
+stage judge finds them there, also after a kill.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ from d3po.tasks.logs import run_logger
 from d3po.tasks.stage import scoring_turn
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
-from d3po_core.errors import D3POError
+from d3po_core.errors import D3POError, RankError
+from d3po_core.processes.engine import run_job
 from d3po_core.processes.job import Tell
 from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import load_scorers
+from d3po_core.scorers.job import SCORE_SHARDS
 from d3po_core.scorers.shards import ShardScores, read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
 
@@ -61,6 +64,9 @@ def score_round(
             for name, scorer in others.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
                 tell(len(batch))
+    if config.scoring.gpus and by_shard and any(shard.index not in early for shard in shards):
+        run_job(SCORE_SHARDS, config, shards[0].round_number, tell, "scorer")
+        early = scored_early(config, shards)
     dissimilarities: list[float] = []
     rest = iter(samples)
     for shard in shards:
@@ -109,10 +115,15 @@ def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading
                 if finished is None:
                     over.wait(LOOK_EVERY_SECONDS)
                     continue
+                if config.scoring.gpus:
+                    run_job(SCORE_SHARDS, config, finished.round_number, lambda count: None, "scorer")
+                    known = scored_early(config, shards)
+                    left = [shard for shard in left if shard.index not in known]
+                    continue
                 samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
                 write_scores(finished, score_shard(config, samples))
                 left.remove(finished)
-    except D3POError as error:
+    except (D3POError, RankError) as error:
         run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
 
 
