@@ -24,12 +24,14 @@ from d3po_core.processes.engine import run_job
 from d3po_core.processes.job import Tell
 from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import load_scorers
-from d3po_core.scorers.job import SCORE_SHARDS
+from d3po_core.scorers.job import score_job
 from d3po_core.scorers.shards import ShardScores, read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
 
 LOOK_EVERY_SECONDS = 0.2
 SCORE_BATCH = 256
+# Scorers with GPUs of their own get so many shards in one turn.
+SHARDS_PER_GPU = 4
 
 
 def score_round(
@@ -64,8 +66,8 @@ def score_round(
             for name, scorer in others.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
                 tell(len(batch))
-    if config.scoring.gpus and by_shard and any(shard.index not in early for shard in shards):
-        run_job(SCORE_SHARDS, config, shards[0].round_number, tell, "scorer")
+    if config.scoring.gpus and by_shard:
+        _score_apart(config, [shard for shard in shards if shard.index not in early and shard.rows_path.exists()], tell)
         early = scored_early(config, shards)
     dissimilarities: list[float] = []
     rest = iter(samples)
@@ -111,20 +113,25 @@ def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading
         left = [shard for shard in shards if shard.index not in known]
         with beside_a_gpu():
             while left and not over.is_set():
-                finished = next((shard for shard in left if shard.rows_path.exists()), None)
-                if finished is None:
-                    over.wait(LOOK_EVERY_SECONDS)
-                    continue
+                there = (shard for shard in left if shard.rows_path.exists())
+                finished = list(itertools.islice(there, SHARDS_PER_GPU * config.scoring.gpus or 1))
                 if config.scoring.gpus:
-                    run_job(SCORE_SHARDS, config, finished.round_number, lambda count: None, "scorer")
-                    known = scored_early(config, shards)
-                    left = [shard for shard in left if shard.index not in known]
-                    continue
-                samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
-                write_scores(finished, score_shard(config, samples))
-                left.remove(finished)
+                    _score_apart(config, finished, lambda count: None)
+                else:
+                    for shard in finished:
+                        write_scores(shard, score_shard(config, pq.ParquetFile(shard.rows_path).read().to_pylist()))
+                left = [shard for shard in left if shard not in finished]
+                if not finished:
+                    over.wait(LOOK_EVERY_SECONDS)
     except (D3POError, RankError) as error:
         run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
+
+
+def _score_apart(config: CampaignConfig, shards: list[Shard], tell: Tell) -> None:
+    """Let the scorers that have GPUs of their own score finished shards, few at a time."""
+    few = SHARDS_PER_GPU * config.scoring.gpus
+    for start in range(0, len(shards), few):
+        run_job(score_job(shards[start : start + few]), config, shards[start].round_number, tell, "scorer")
 
 
 def scored_early(config: CampaignConfig, shards: list[Shard]) -> dict[int, ShardScores]:

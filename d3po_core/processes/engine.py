@@ -135,9 +135,9 @@ class _Stage:
         if found < at_least:
             why = f"; the last that was lost: {self.lost[-1]}" if self.lost else ""
             raise RankError(
-                f"{found} of {count} {self.crew.kind}s are ready after {self.crew.compute.start_seconds:g} s "
+                f"{found} of {count} workers are ready after {self.crew.compute.start_seconds:g} s "
                 f"(compute.start_seconds), of a cluster with room for {self.crew.possible()}; expected at least "
-                f"{at_least}: add machines, or lower compute.processes or compute.min_processes{why}"
+                f"{at_least}: add machines, or lower compute.processes, compute.min_processes or scoring.gpus{why}"
             )
 
 

@@ -8,19 +8,13 @@ from d3po_core.config import CampaignConfig
 from d3po_core.processes.job import Made, QueueJob
 from d3po_core.processes.parcel import keep_files
 from d3po_core.sampling.job import Shard, round_shards
-from d3po_core.scorers.shards import read_scores, score_shard, scores_path, scores_text, shard_scorers
+from d3po_core.scorers.shards import score_shard, scores_path, scores_text
 
 
-def _unscored(config: CampaignConfig, round_number: int) -> list[Shard]:
-    scorers = shard_scorers(config)
-    finished = [shard for shard in round_shards(config, round_number) if shard.rows_path.exists()]
-    return [shard for shard in finished if read_scores(shard, scorers) is None]
-
-
-def _needs(config: CampaignConfig, round_number: int) -> list[str]:
+def _needs(config: CampaignConfig, shards: list[Shard]) -> list[str]:
     """Return the paths of the shards' rows and images."""
     paths = []
-    for shard in _unscored(config, round_number):
+    for shard in shards:
         paths.append(shard.rows_path.relative_to(config.folder).as_posix())
         paths += pq.ParquetFile(shard.rows_path).read(["image_path"])["image_path"].to_pylist()
     return paths
@@ -36,13 +30,21 @@ def _make(config: CampaignConfig, round_number: int, items: Iterable[int | None]
             yield Made(item, units, {path: scores_text(found).encode()})
 
 
-SCORE_SHARDS = QueueJob(
-    name="d3po_core.scorers.job:SCORE_SHARDS",
-    items=lambda config, round_number: [shard.index for shard in _unscored(config, round_number)],
-    needs=_needs,
-    inputs=("sample.prompts",),
-    make=_make,
-    keep=keep_files,
-    finish=lambda results: None,
-)
-"""Score the round's finished shards that have no early scores yet; the units are scores."""
+def score_job(shards: list[Shard]) -> QueueJob:
+    """Return the job that scores these finished shards of a round with the early scorers; the units are scores.
+
+    Every scorer gets all their images, so keep them few.
+    """
+    return QueueJob(
+        name="d3po_core.scorers.job:SCORE_SHARDS",
+        items=lambda config, round_number: [shard.index for shard in shards],
+        needs=lambda config, round_number: _needs(config, shards),
+        inputs=("sample.prompts",),
+        make=_make,
+        keep=keep_files,
+        finish=lambda results: None,
+    )
+
+
+# What workers import.
+SCORE_SHARDS = score_job([])
