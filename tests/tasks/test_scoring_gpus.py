@@ -16,6 +16,7 @@ from d3po_core.devices import check_processes
 from d3po_core.errors import D3POError
 from d3po_core.processes.engine import end_processes, run_job
 from d3po_core.sampling.job import round_shards
+from d3po_core.scorers.finding import check_scoring_gpus
 from d3po_core.scorers.shards import scores_path
 from d3po_core.store.tables import partition
 from tests.core.scorers.small_scorers import clip_folder
@@ -75,3 +76,12 @@ def test_more_processes_and_scorers_than_gpus_are_refused(tmp_path: Path, monkey
     values["model"]["device"] = "cuda"
     with pytest.raises(D3POError, match=r"^compute\.processes is 1 and scoring\.gpus 1 but 1 CUDA device is visible"):
         check_processes(load_config(values, "test"))
+
+
+@pytest.mark.parametrize("clip", ["", "http://127.0.0.1:1/"], ids=["proxy", "server"])
+def test_gpus_for_scorers_that_need_none_are_refused(tmp_path: Path, clip: str) -> None:
+    values = configured(tmp_path, gpus=1).model_dump()
+    values["judge"]["scorers"] = ["clip_score"] if clip else ["brightness"]
+    values["scoring"]["models"] = {"clip_score": clip} if clip else {}
+    with pytest.raises(D3POError, match=r"^scoring\.gpus is 1 but judge\.scorers \((brightness|clip_score)\) names no"):
+        check_scoring_gpus(load_config(values, "test"))
