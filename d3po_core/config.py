@@ -189,6 +189,9 @@ class ScoringConfig(_Section):
         json_schema_extra={"additionalProperties": {"type": "string", "pattern": schema_pattern()}},
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Images per call of a scorer")
+    gpus: int = Field(
+        0, ge=0, le=1024, description="Processes, one per GPU, that run learned scorers while others sample (needs Ray)"
+    )
     while_sampling: bool = Field(
         True, description="Score images while others are sampled: by servers and, with a GPU, by built-in scorers"
     )

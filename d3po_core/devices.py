@@ -25,16 +25,17 @@ def check_processes(config: CampaignConfig) -> None:
     Raises:
         D3POError: there are more processes than GPUs.
     """
-    processes = config.compute.processes
-    if processes == 1 or config.compute.address or device_type(config.model.device) == "cpu":
+    processes, scorers = config.compute.processes, config.scoring.gpus
+    if processes + scorers == 1 or config.compute.address or device_type(config.model.device) == "cpu":
         return
     import torch
 
     gpus = torch.cuda.device_count()
-    if processes > gpus:
+    if processes + scorers > gpus:
+        more, or_fewer = (f" and scoring.gpus {scorers}", " or scoring.gpus") if scorers else ("", "")
         raise D3POError(
-            f"compute.processes is {processes} but {gpus} CUDA device{'s are' if gpus != 1 else ' is'} visible; "
-            "expected one a process: lower compute.processes, see what CUDA_VISIBLE_DEVICES hides, or set "
+            f"compute.processes is {processes}{more} but {gpus} CUDA device{'s are' if gpus != 1 else ' is'} visible; "
+            f"expected one a process: lower compute.processes{or_fewer}, see what CUDA_VISIBLE_DEVICES hides, or set "
             "compute.address to a cluster with more"
         )
 

@@ -1,8 +1,9 @@
 """Score a round's images, some of them early: finished shards are scored while others are sampled.
 
-Only scorers that take nothing from sampling run early: servers and, if the model is on a GPU, the built-in proxies. A
-learned scorer waits for its turn on the device, and a user's function may need the device as well. Early scores lie
-beside the shard's rows in staging. The stage judge finds them there, also after a kill.
+Only scorers that take nothing from sampling run early: servers, learned scorers that have a GPU of their own
+(``scoring.gpus``) and, if the model is on a GPU, the built-in proxies. Another learned scorer waits for its turn on the
+device, and a user's function may need the device as well. Early scores lie beside the shard's rows in staging. The
+stage judge finds them there, also after a kill.
 """
 
 import contextlib
@@ -18,15 +19,19 @@ from d3po.tasks.logs import run_logger
 from d3po.tasks.stage import scoring_turn
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
-from d3po_core.errors import D3POError
+from d3po_core.errors import D3POError, RankError
+from d3po_core.processes.engine import run_job
 from d3po_core.processes.job import Tell
 from d3po_core.sampling.job import Shard
 from d3po_core.scorers.finding import load_scorers
+from d3po_core.scorers.job import score_job
 from d3po_core.scorers.shards import ShardScores, read_scores, score_shard, shard_scorers, write_scores
 from d3po_core.store.images import beside_a_gpu, load_pngs
 
 LOOK_EVERY_SECONDS = 0.2
 SCORE_BATCH = 256
+# Scorers with GPUs of their own get so many shards in one turn.
+SHARDS_PER_GPU = 4
 
 
 def score_round(
@@ -61,6 +66,9 @@ def score_round(
             for name, scorer in others.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
                 tell(len(batch))
+    if config.scoring.gpus and by_shard:
+        _score_apart(config, [shard for shard in shards if shard.index not in early and shard.rows_path.exists()], tell)
+        early = scored_early(config, shards)
     dissimilarities: list[float] = []
     rest = iter(samples)
     for shard in shards:
@@ -105,15 +113,25 @@ def _score_finished(config: CampaignConfig, shards: list[Shard], over: threading
         left = [shard for shard in shards if shard.index not in known]
         with beside_a_gpu():
             while left and not over.is_set():
-                finished = next((shard for shard in left if shard.rows_path.exists()), None)
-                if finished is None:
+                there = (shard for shard in left if shard.rows_path.exists())
+                finished = list(itertools.islice(there, SHARDS_PER_GPU * config.scoring.gpus or 1))
+                if config.scoring.gpus:
+                    _score_apart(config, finished, lambda count: None)
+                else:
+                    for shard in finished:
+                        write_scores(shard, score_shard(config, pq.ParquetFile(shard.rows_path).read().to_pylist()))
+                left = [shard for shard in left if shard not in finished]
+                if not finished:
                     over.wait(LOOK_EVERY_SECONDS)
-                    continue
-                samples = pq.ParquetFile(finished.rows_path).read().to_pylist()
-                write_scores(finished, score_shard(config, samples))
-                left.remove(finished)
-    except D3POError as error:
+    except (D3POError, RankError) as error:
         run_logger().warning("%s (asked while images are sampled; the stage judge asks again)", error)
+
+
+def _score_apart(config: CampaignConfig, shards: list[Shard], tell: Tell) -> None:
+    """Let the scorers that have GPUs of their own score finished shards, few at a time."""
+    few = SHARDS_PER_GPU * config.scoring.gpus
+    for start in range(0, len(shards), few):
+        run_job(score_job(shards[start : start + few]), config, shards[start].round_number, tell, "scorer")
 
 
 def scored_early(config: CampaignConfig, shards: list[Shard]) -> dict[int, ShardScores]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from d3po_core.config import CampaignConfig, TrainConfig
+from d3po_core.devices import check_processes
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
 from d3po_core.models.places import check_path
@@ -10,7 +11,7 @@ from d3po_core.models.written import require_space
 from d3po_core.planning.downloads import files_of, missing_downloads
 from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
 from d3po_core.sampling.prompts import check_held_out, load_prompts
-from d3po_core.scorers.finding import check_scorer
+from d3po_core.scorers.finding import check_scorer, check_scoring_gpus
 from d3po_core.store.campaign import CAMPAIGN_FILE, check_fits, rules_of
 
 # On two CPU cores, a network of this size takes minutes per image.
@@ -27,6 +28,7 @@ def problems(config: CampaignConfig) -> Iterator[D3POError]:
         check_model_path,
         check_disk,
         check_gpu,
+        check_processes,
     ):
         try:
             check(config)
@@ -57,9 +59,10 @@ def check_prompts(config: CampaignConfig) -> tuple[list[str], list[str]]:
 
 
 def check_scorers(config: CampaignConfig) -> None:
-    """Check that every scorer is known, or can be imported; D3POError if not."""
+    """Check that every scorer is known, or can be imported, and uses its GPUs; D3POError if not."""
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         check_scorer(name, config.scoring)
+    check_scoring_gpus(config)
 
 
 def check_learning(config: CampaignConfig) -> None:

@@ -25,7 +25,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_METRICS_COLLECTION": "1", "RAY_enable_metrics_collection": "0",
     "RAY_grpc_enable_http_proxy": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }  # fmt: skip
-EXTRA = "compute.processes above 1 needs Ray: pip install 'd3po[cluster]'"
+EXTRA = "compute.processes above 1, and scoring.gpus, need Ray: pip install 'd3po[cluster]'"
 
 
 def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
@@ -39,6 +39,8 @@ def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
             import ray
         except ModuleNotFoundError:
             raise D3POError(EXTRA) from None
+        if ray.is_initialized():  # the run's workers and scorers share it
+            return ray
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if config.address:
             try:

@@ -4,16 +4,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from d3po_core import errors
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
-from d3po_core.processes.cluster import connect, disconnect
+from d3po_core.processes.cluster import connect
 from d3po_core.processes.parcel import bytes_of, digests, model_places, versions
 from d3po_core.processes.worker import Event, Worker
 
 LOG_LINES = 12
+
+Kind = Literal["worker", "scorer"]
 
 
 @dataclass(eq=False)
@@ -41,23 +43,27 @@ class Member:
 
 
 class Crew:
-    """Workers, one per GPU, that live until ``close``.
+    """Workers, one per GPU, that live until ``kill_all``.
 
     Args:
         config: says how many, and where they run.
+        kind: workers, which have the campaign's model, or scorers.
     """
 
-    def __init__(self, config: CampaignConfig) -> None:
+    def __init__(self, config: CampaignConfig, kind: Kind) -> None:
         import torch
 
-        self.config, self.compute = config, config.compute
+        self.config, self.compute, self.kind = config, config.compute, kind
         self.private = self.compute.address is None
         self.on_gpus = device_type(config.model.device) == "cuda" if self.private else config.model.device != "cpu"
-        count = self.compute.processes
-        self.ray = connect(self.compute, gpus=count if self.on_gpus else 0, cpus=2 * count)
-        self._threads = max(1, torch.get_num_threads() // count)
+        everyone = self.compute.processes + config.scoring.gpus
+        self.count = self.compute.processes if kind == "worker" else config.scoring.gpus
+        self.ray = connect(self.compute, gpus=everyone if self.on_gpus else 0, cpus=2 * everyone)
+        self._threads = max(1, torch.get_num_threads() // everyone)
         self._models = (
-            {str(place): digests(place) for place in model_places(config).values()} if not self.private else {}
+            {str(place): digests(place) for place in model_places(config).values()}
+            if kind == "worker" and not self.private
+            else {}
         )
         self._sent: dict[str, list[tuple[str, Any]]] = {}
         self.members: list[Member] = []
@@ -66,26 +72,26 @@ class Crew:
     def serves(self, config: CampaignConfig) -> bool:
         """Return whether these workers are those that a configuration asks for."""
         own = self.config
-        return (own.compute, own.model.device, model_places(own)) == (
-            config.compute, config.model.device, model_places(config)
+        return (own.compute, own.scoring, own.model.device, model_places(own)) == (
+            config.compute, config.scoring, config.model.device, model_places(config)
         )  # fmt: skip
 
     def fill(self) -> None:
         """Ask for as many workers as are missing; those the cluster has no room for start when it has."""
         options: dict[str, Any] = {"num_gpus": 1} if self.on_gpus else {"num_cpus": 1}
         remote = self.ray.remote(Worker).options(max_concurrency=8, scheduling_strategy="SPREAD", **options)
-        for number in sorted(set(range(self.compute.processes)) - {member.number for member in self.members}):
+        for number in sorted(set(range(self.count)) - {member.number for member in self.members}):
             actor = remote.remote(self._threads, str(self._log(number)) if self.private else None)
             self.members.append(Member(number, actor, actor.look.remote(self._models)))
 
     def _log(self, number: int) -> Path:
         folder = self.config.folder / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"worker-{number}.log"
+        return folder / f"{self.kind}-{number}.log"
 
     def possible(self) -> int:
         """Return how many workers the cluster has room for at most, without waiting."""
-        return min(self.compute.processes, int(self.ray.cluster_resources().get("GPU" if self.on_gpus else "CPU", 0)))
+        return min(self.count, int(self.ray.cluster_resources().get("GPU" if self.on_gpus else "CPU", 0)))
 
     def idle(self) -> list[Member]:
         """Return the workers that are ready and have no job."""
@@ -149,20 +155,34 @@ class Crew:
         if not found["lacks"]:
             member.ready, member.waiting = True, None
             return
-        sent = [member.actor.take_model.remote(place, self._shipped(place), Path(place).is_file())
-                for place in found["lacks"]]  # fmt: skip
-        member.waiting = sent[-1]
+        lacking = [(place, self._shipped(place), Path(place).is_file()) for place in found["lacks"]]
+        member.waiting = member.actor.take_models.remote(lacking)
 
     def _shipped(self, place: str) -> list[tuple[str, Any]]:
         """Return references to a model's files, put into the object store once."""
         if place not in self._sent:
             root = Path(place).parent if Path(place).is_file() else Path(place)
-            self._sent[place] = [(name, self.ray.put(bytes_of(root / name))) for name in self._models[place]]
+            self._sent[place] = [(name, self.put(root / name)) for name in self._models[place]]
         return self._sent[place]
+
+    def put(self, path: Path) -> Any:
+        """Return a reference to a file's bytes, put into the object store now.
+
+        Raises:
+            RankError: there is no room, neither in memory nor on the disk.
+        """
+        try:
+            return self.ray.put(bytes_of(path))
+        except self.ray.exceptions.RayError as error:
+            if full := full_store(error):
+                raise errors.RankError(
+                    f"{path.name} ({path.stat().st_size / 1e6:.0f} MB) cannot be sent: {full}"
+                ) from None
+            raise
 
     def name(self, member: Member) -> str:
         """Return what to call a worker in a message."""
-        return f"worker {member.number} of {self.compute.processes} (process {member.pid} on {member.node})"
+        return f"{self.kind} {member.number} of {self.count} (process {member.pid} on {member.node})"
 
     def _lost(self, member: Member, error: Exception) -> str:
         self.members.remove(member)
@@ -196,26 +216,22 @@ class Crew:
         for member in list(self.members):
             self.kill(member)
 
-    def close(self) -> None:
-        """End all workers, and a private Ray."""
-        self.kill_all()
-        disconnect(self.ray, self.private)
-
 
 def error_of(crew: Crew, member: Member, answer: dict[str, Any]) -> Exception:
     """Return the exception for a worker's ``error``."""
     if answer["kind"]:
         kind: Exception = getattr(errors, answer["kind"])(answer["text"])
         return kind
-    return errors.RankError(f"{crew.name(member)} failed: {answer['text']}; {crew.told_last(member)}")
+    text = full_store(answer["text"]) or answer["text"]
+    return errors.RankError(f"{crew.name(member)} failed: {text}; {crew.told_last(member)}")
 
 
-def full_store(error: Exception) -> str | None:
-    """Return what to do if an error says that Ray's object store is full, else None."""
+def full_store(error: Exception | str) -> str | None:
+    """Return what to do if an error, or its text, says that Ray's object store is full, else None."""
     text = f"{type(error).__name__} {' '.join(str(error).split())}"
-    if not any(word in text for word in ("ObjectStoreFull", "OutOfDisk")):
+    if not any(word in text for word in ("ObjectStoreFull", "OutOfDisk", "Local disk is full")):
         return None
     return (
-        "Ray's object store is full; give its nodes more (ray start --object-store-memory, or a larger disk for what "
-        "it spills), or lower sample.batch_size"
+        "Ray's object store is full, and so is the disk that takes what has no room in memory; give the nodes more "
+        "(ray start --object-store-memory, or free space in Ray's folder), or lower sample.batch_size"
     )

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import RankError
-from d3po_core.processes.crew import Crew, Member, error_of
+from d3po_core.processes.cluster import disconnect
+from d3po_core.processes.crew import Crew, Kind, Member, error_of
 from d3po_core.processes.job import Job, QueueJob, Tell
-from d3po_core.processes.parcel import bytes_of, keep_files, letter, pack
+from d3po_core.processes.parcel import keep_files, letter, pack
 from d3po_core.store.leftovers import sweep_leftovers
 
 IN_HAND = 2
@@ -22,36 +24,61 @@ TRIES = 3
 WRITERS = 4
 
 _crew: Crew | None = None
+_scorers: Crew | None = None
+# Sampling and the scoring beside it run in two threads.
+_starting = threading.Lock()
 
 
-def run_job(job: Job, config: CampaignConfig, round_number: int, tell: Tell) -> Any:
-    """Do a job in this process, or on ``compute.processes`` workers, and return its result.
+def run_job(job: Job, config: CampaignConfig, round_number: int, tell: Tell, kind: Kind = "worker") -> Any:
+    """Do a job in this process, or on workers, and return its result.
+
+    Without scorers on GPUs of their own, one process means this one.
+
+    Args:
+        job: the job.
+        config: the campaign's configuration.
+        round_number: the round.
+        tell: called with the number of units done.
+        kind: who does it: the ``compute.processes`` workers, or the ``scoring.gpus`` scorers.
 
     Raises:
         D3POError: an error that the user can fix.
         RankError: workers were lost too often, or failed in another way; a retry resumes from the files on disk.
     """
-    global _crew
-    if config.compute.processes == 1:
+    if config.compute.processes == 1 and not config.scoring.gpus:
         return job.alone(config, round_number, tell)
-    if _crew is None or not _crew.serves(config):
-        end_processes()
-        _crew = Crew(config)
+    crew = _crew_for(config, kind)
     try:
-        return (_Queue if isinstance(job, QueueJob) else _Gang)(_crew, job, config, round_number, tell).run()
+        return (_Queue if isinstance(job, QueueJob) else _Gang)(crew, job, config, round_number, tell).run()
     except BaseException:
-        _crew.kill_all()
-        sweep_leftovers(config.folder, round_number)
+        crew.kill_all()
+        if kind == "worker":  # scorers' files are written while others are
+            sweep_leftovers(config.folder, round_number)
         raise
+
+
+def _crew_for(config: CampaignConfig, kind: Kind) -> Crew:
+    global _crew, _scorers
+    with _starting:
+        if any(not crew.serves(config) for crew in (_crew, _scorers) if crew):
+            end_processes()
+        if kind == "worker":
+            _crew = _crew or Crew(config, kind)
+            return _crew
+        _scorers = _scorers or Crew(config, kind)
+        return _scorers
 
 
 @atexit.register
 def end_processes() -> None:
     """End the workers that ``run_job`` started."""
-    global _crew
-    if _crew:
-        _crew.close()
-        _crew = None
+    global _crew, _scorers
+    crews = [crew for crew in (_crew, _scorers) if crew]
+    _crew = _scorers = None
+    for crew in crews:
+        crew.kill_all()
+    if crews:
+        disconnect(crews[0].ray, crews[0].private)
 
 
 @contextlib.contextmanager
@@ -74,7 +101,7 @@ class _Stage:
     def files(self) -> list[tuple[str, Any]]:
         """Return references to the files that a worker reads, put into the object store now."""
         parcel = pack(self.config, self.job.needs(self.config, self.round), getattr(self.job, "inputs", ()))
-        return [(path, self.crew.ray.put(bytes_of(place))) for path, place in parcel.items()]
+        return [(path, self.crew.put(place)) for path, place in parcel.items()]
 
     def order(self, **more: Any) -> dict[str, Any]:
         """Return what a worker is told to do."""
@@ -87,7 +114,7 @@ class _Stage:
             RankError: too many were lost.
         """
         self.lost.append(reason)
-        if len(self.lost) > TRIES * self.crew.compute.processes:
+        if len(self.lost) > TRIES * self.crew.count:
             raise RankError(f"{len(self.lost)} workers were lost in one stage; the last: {reason}")
         self.crew.fill()
 
@@ -110,7 +137,7 @@ class _Stage:
             raise RankError(
                 f"{found} of {count} workers are ready after {self.crew.compute.start_seconds:g} s "
                 f"(compute.start_seconds), of a cluster with room for {self.crew.possible()}; expected at least "
-                f"{at_least}: add machines, or lower compute.processes or compute.min_processes{why}"
+                f"{at_least}: add machines, or lower compute.processes, compute.min_processes or scoring.gpus{why}"
             )
 
 
@@ -145,7 +172,7 @@ class _Queue(_Stage):
                 self.crew.begin(member, self.order(items=self._next(member)), files)
                 self.open.add(member)
         if not self.open and self.todo and time.monotonic() > self.due:
-            self.gather(self.crew.compute.processes, 1)
+            self.gather(self.crew.count, 1)
 
     def _next(self, member: Member) -> list[int]:
         items = [self.todo.popleft() for _ in range(min(IN_HAND - len(member.hands), len(self.todo)))]
@@ -198,10 +225,10 @@ class _Gang(_Stage):
 
     def run(self) -> Any:
         """Do the job, if need be several times, and return the first member's result."""
-        at_least = min(self.crew.compute.min_processes, self.crew.compute.processes)
+        at_least = min(self.crew.compute.min_processes, self.crew.count)
         self.units = 0
         for attempt in range(TRIES):
-            self.gather(self.crew.compute.processes, at_least)
+            self.gather(self.crew.count, at_least)
             members = sorted(self.crew.idle(), key=lambda member: member.number)
             try:
                 return self._once(members)

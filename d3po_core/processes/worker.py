@@ -6,6 +6,7 @@ until something did. Models stay loaded from job to job. A worker never writes i
 
 import contextlib
 import faulthandler
+import hashlib
 import importlib
 import os
 import queue
@@ -63,20 +64,24 @@ class Worker:
             "differs": [place for place, wanted in models.items() if found[place] and found[place] != wanted],
         }  # fmt: skip
 
-    def take_model(self, place: str, files: list[tuple[str, Any]], single: bool) -> None:
-        """Get a model that this node lacks; one worker of a node writes it for all.
+    def take_models(self, models: list[tuple[str, list[tuple[str, Any]], bool]]) -> None:
+        """Get the models that this node lacks; one worker of a node writes them for all.
 
         Args:
-            place: where it lies on the run's machine.
-            files: its files' paths, each with a reference to its bytes.
-            single: whether it is one file.
+            models: where each lies on the run's machine, its files' paths, each with a reference to its bytes, and
+                whether it is one file.
         """
+        for place, files, single in models:
+            self._take_model(place, files, single)
+
+    def _take_model(self, place: str, files: list[tuple[str, Any]], single: bool) -> None:
         import ray
 
         from d3po_core.store.files import exclusive
 
         session = Path(tempfile.gettempdir()) / f"d3po-models-{ray.get_runtime_context().get_job_id()}"
-        folder = session / Path(place).name
+        # The whole path counts, since two models may have the same name.
+        folder = session / hashlib.sha256(place.encode()).hexdigest()[:16]
         with exclusive(session / ".lock"):
             if not folder.exists():
                 writing = folder.with_name(f".{folder.name}.tmp")

@@ -49,6 +49,11 @@ class Shard:
     members: list[Member]
     rows_path: Path
 
+    @property
+    def round_number(self) -> int:
+        """Return its round."""
+        return int(self.rows_path.parent.name.removeprefix("round="))
+
 
 def round_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
     """Return all shards of a round, in order."""

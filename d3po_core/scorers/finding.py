@@ -32,8 +32,8 @@ from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_inc
 from d3po_core.urls import filled_in, inline_secret, masked
 
 __all__ = [
-    "BUILT_IN", "MODELS", "Scorer", "brightness", "check_scorer", "jpeg_compressibility", "jpeg_incompressibility",
-    "load_scorer", "prompt_alignment", "use_device",
+    "BUILT_IN", "MODELS", "Scorer", "brightness", "check_scorer", "check_scoring_gpus", "jpeg_compressibility",
+    "jpeg_incompressibility", "load_scorer", "prompt_alignment", "use_device",
 ]  # fmt: skip
 
 # Libraries and this package: an error in them is told by the user's line that called them.
@@ -99,6 +99,20 @@ def check_scorer(name: str, scoring: ScoringConfig) -> None:
         )
     elif name not in BUILT_IN:
         _imported(name)
+
+
+def check_scoring_gpus(config: CampaignConfig) -> None:
+    """Check that GPUs kept for scorers have something to do.
+
+    Raises:
+        D3POError: no scorer of the judge would run there.
+    """
+    here = [name for name in config.judge.scorers if name in MODELS and not is_url(config.scoring.models.get(name, ""))]
+    if config.scoring.gpus and not here:
+        raise D3POError(
+            f"scoring.gpus is {config.scoring.gpus} but judge.scorers ({', '.join(config.judge.scorers) or 'none'}) "
+            f"names no learned scorer that runs here; expected one of {', '.join(MODELS)}, or scoring.gpus 0"
+        )
 
 
 def use_device(names: Iterable[str], scoring: ScoringConfig, device: str) -> str:

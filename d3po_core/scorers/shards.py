@@ -7,7 +7,7 @@ from typing import Any
 from d3po_core.config import CampaignConfig, is_url
 from d3po_core.devices import device_type
 from d3po_core.sampling.job import Shard
-from d3po_core.scorers.finding import BUILT_IN, load_scorers
+from d3po_core.scorers.finding import BUILT_IN, MODELS, load_scorers
 from d3po_core.store.files import atomic_path
 from d3po_core.store.images import at_once, dissimilarity, load_pngs
 from d3po_core.store.sealed import read_sealed, sealed
@@ -32,8 +32,12 @@ def shard_scorers(config: CampaignConfig) -> list[str]:
     return [
         name
         for name in dict.fromkeys(config.judge.scorers)
-        if (beside_gpu if name in BUILT_IN else is_url(config.scoring.models.get(name, "")))
+        if (beside_gpu if name in BUILT_IN else is_url(config.scoring.models.get(name, "")) or _has_gpu(name, config))
     ]
+
+
+def _has_gpu(name: str, config: CampaignConfig) -> bool:
+    return name in MODELS and config.scoring.gpus > 0
 
 
 def score_shard(config: CampaignConfig, samples: list[dict[str, Any]]) -> ShardScores:
@@ -62,7 +66,12 @@ def scores_path(shard: Shard) -> Path:
 def write_scores(shard: Shard, found: ShardScores) -> None:
     """Write the early scorers' results for a shard."""
     with atomic_path(scores_path(shard)) as temporary:
-        temporary.write_text(sealed(asdict(found)))
+        temporary.write_text(scores_text(found))
+
+
+def scores_text(found: ShardScores) -> str:
+    """Return the content of a shard's file of early scores."""
+    return sealed(asdict(found))
 
 
 def read_scores(shard: Shard, scorers: list[str]) -> ShardScores | None:

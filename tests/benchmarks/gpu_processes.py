@@ -6,8 +6,10 @@
 Through the same engine (Ray) and jobs as a round. On GPUs Stable Diffusion's architecture with random weights, 512 px,
 20 steps, guidance 5, LoRA rank 4. The work is the same for every number of processes; with the defaults an update's
 passes are little less than a multiple of what four ranks take at once. Sampling is timed from the job's start to its
-end, with files; training by its updates' seconds. The first turn of each is not counted: it starts the workers,
-loads and compiles.
+end, with files; training by its updates' seconds. The first turn of each is not counted: it loads and compiles. The
+start of the workers is told apart: the seconds until the first of them begins an item.
+
+It needs torch, diffusers, peft, transformers, accelerate, pyarrow, pydantic, duckdb and ray, but no server's packages.
 """
 
 import argparse
@@ -22,9 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from common import RESULTS, machine, show, spread, write_json
+from first_item import FIRST_ITEM
 from random_models import random_pipeline
-from rich.console import Console
-from rich.table import Table
 
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
@@ -94,6 +95,9 @@ def measure(arguments: argparse.Namespace, model: Results, processes: int, folde
         for turn in range(-1, arguments.repeats):
             sizes = _first_turn(arguments, processes) if turn < 0 else arguments
             config = _campaign(sizes, model, processes, folder / "runs", f"{processes}-{turn + 1}")
+            if turn < 0:
+                began = time.time()
+                first["start"] = run_job(FIRST_ITEM, config, 1, lambda count: None) - began
             for name, work in (("sampling", _sample), ("training", _train)):
                 started = time.perf_counter()
                 rate = work(config, sizes)
@@ -105,8 +109,9 @@ def measure(arguments: argparse.Namespace, model: Results, processes: int, folde
         end_processes()
     rates = {name: spread(values) for name, values in turns.items()}
     shown = f"sampling {show(rates['sampling'], 2)} images/s, training {show(rates['training'], 1)} pair-steps/s"
-    print(f"{processes} processes: {shown}; first turns {sum(first.values()):.0f} s", flush=True)
-    return {**rates, "first turn, seconds": first}
+    start = first.pop("start")
+    print(f"{processes} processes: start {start:.1f} s; {shown}; first turns {sum(first.values()):.0f} s", flush=True)
+    return {**rates, "start, seconds": start, "first turn, seconds": first}
 
 
 def _first_turn(arguments: argparse.Namespace, processes: int) -> argparse.Namespace:
@@ -160,18 +165,17 @@ def _train(config: CampaignConfig, arguments: argparse.Namespace) -> float:
 
 
 def report(results: Results) -> None:
-    """Rates and their ratios to one process, beside the goals."""
-    table = Table(title=r"median \[min, max]; times one process (goal)", title_justify="left")
-    for column in ("processes", "sampling, images/s", "", "training, pair-steps/s", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Print rates and their ratios to one process, beside the goals."""
+    print("median [min, max]; times one process (goal)")
+    print(f"{'processes':>9}{'start, s':>10}{'sampling, images/s':>36}{'training, pair-steps/s':>36}")
     for processes, rates in results.items():
-        row = [processes]
+        cells = [f"{processes:>9}{rates['start, seconds']:>10.1f}"]
         for name in ("sampling", "training"):
             goal = GOALS.get(int(processes), {}).get(name)
             ratio = rates[name]["median"] / results["1"][name]["median"] if "1" in results else None
-            row += [show(rates[name], 2), (f"{ratio:.2f}x" if ratio else "") + (f" ({goal}x)" if goal else "")]
-        table.add_row(*row)
-    Console(width=120).print(table)
+            times = (f" {ratio:.2f}x" if ratio else "") + (f" ({goal}x)" if goal else "")
+            cells.append(f"{show(rates[name], 2) + times:>36}")
+        print("".join(cells))
 
 
 if __name__ == "__main__":

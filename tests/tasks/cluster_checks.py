@@ -16,9 +16,11 @@ from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError, RankError
 from d3po_core.processes import engine
 from d3po_core.processes.cluster import LOOPBACK, QUIET
+from tests.tasks.node_checks import check_full_stores, check_models
 from tests.tasks.rank_ends import SIZE, SQUARES
 
-os.environ |= {**LOOPBACK, **QUIET}
+# The nodes take their disks for full, so that nothing goes there from a full store.
+os.environ |= {**LOOPBACK, **QUIET, "RAY_local_fs_capacity_threshold": "0.01"}
 STORE = 80_000_000
 
 
@@ -72,6 +74,9 @@ def main(folder: Path) -> None:
 
     found["lost, training"] = engine.run_job(SIZE, usual, 30, lose)
     engine.end_processes()
+
+    found |= check_full_stores(usual, refused)
+    found |= check_models(folder, usual.compute.model_dump(), refused)
 
     fake = folder / "site" / "diffusers-0.0.1.dist-info"
     fake.mkdir(parents=True)

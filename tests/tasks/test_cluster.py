@@ -60,6 +60,27 @@ def test_other_versions_on_a_node_are_one_line(found: dict[str, Any]) -> None:
     assert "node 127.0.0.1 has diffusers 0.0.1 (here " in message
 
 
+@pytest.mark.parametrize("way", ["sending", "returning"])
+def test_a_file_without_room_in_memory_and_on_the_disk_is_one_line(found: dict[str, Any], way: str) -> None:
+    kind, message, seconds = found[f"full, {way}"]
+    assert kind == "RankError"
+    assert "Ray's object store is full" in message
+    assert "ray start --object-store-memory" in message
+    assert "\n" not in message
+    assert seconds < 100
+
+
+def test_models_that_a_node_lacks_are_sent_also_if_they_have_one_name(found: dict[str, Any]) -> None:
+    assert found["models lacking"] == [["weights", "index"]]
+
+
+def test_a_model_with_other_files_on_a_node_is_one_line(found: dict[str, Any]) -> None:
+    kind, message = found["model differs"]
+    assert kind == "D3POError"
+    assert message.startswith("node 127.0.0.1: ")
+    assert "/models-here/second/model has other files than here" in message
+
+
 def test_no_cluster_at_the_address_is_one_line(found: dict[str, Any]) -> None:
     kind, message = found["nobody"]
     assert kind == "D3POError"
