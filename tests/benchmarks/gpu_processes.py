@@ -15,8 +15,10 @@ It needs torch, diffusers, peft, transformers, accelerate, pyarrow, pydantic, du
 import argparse
 import itertools
 import math
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,9 @@ def main() -> None:
             if arguments.device == "cuda" and processes > gpus:
                 print(f"{processes} processes: left out, there are {gpus} GPUs", flush=True)
                 continue
-            results[str(processes)] = measure(arguments, model, processes, Path(folder))
+            # In a process of its own: what one process keeps on the first GPU would be missing to a worker there.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+                results[str(processes)] = own.submit(measure, arguments, model, processes, Path(folder)).result()
             write_json(arguments.output, vars(arguments), before, {"processes": results})
     report(results)
 
