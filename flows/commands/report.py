@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d3po.flows.commands.parts import CampaignOption, console
+from d3po.flows.commands.parts import ReadCampaignOption, console
 from d3po_core.errors import D3POError
 from d3po_core.paths import path_from_here
 
@@ -18,20 +18,21 @@ def compare(
         list[str] | None,
         typer.Argument(help="Round, base, latest or champion; or CAMPAIGN:ROUND. The first is the reference"),
     ] = None,
-    campaign: CampaignOption = "shapes",
+    campaign: ReadCampaignOption = "shapes",
     output: Annotated[Path | None, typer.Option(help="Picture to write; by default in the campaign's folder")] = None,
 ) -> None:
     """Compare checkpoints on the same held-out prompts and seeds: scores, people's preferences, a picture."""
     from d3po_core.evaluation.comparison import read_held_out, round_named
+    from d3po_core.mirror.reading import campaign_at
     from d3po_core.report.pictures import comparison_picture
-    from d3po_core.store.campaign import campaign_named
+    from d3po_core.store.at_hand import bring_paths
 
     names = checkpoints or ["base", "champion", "latest"]
     several = len({name.rpartition(":")[0] or campaign for name in names}) > 1
     labels, chosen = [], []
     for name in names:
         owner, _, word = name.rpartition(":")
-        folder = campaign_named(owner or campaign).folder
+        folder = campaign_at(owner or campaign).folder
         found = (folder, round_named(folder, word))
         if found not in chosen:
             chosen.append(found)
@@ -42,6 +43,7 @@ def compare(
         raise D3POError(f"compare: {', '.join(names)} is one checkpoint ({labels[0]}); expected two or more, "
                         "such as: d3po compare base latest")  # fmt: skip
     held_out = read_held_out(chosen)
+    lacking = sum(map(bring_paths, held_out.image_paths))
     print_comparison(held_out, labels)
     if "champion" in [name.rpartition(":")[2] for name in names]:
         print("a champion is the best of many looks at these images, and a little lucky: d3po report judges it on "
@@ -50,6 +52,9 @@ def compare(
     if gone:
         print(f"{len(gone)} image(s) are gone and left out of diversity and picture; first: {path_from_here(gone[0])}")
     print_preferred(chosen, labels)
+    if lacking == sum(map(len, held_out.image_paths)):
+        print("no picture: the mirror has none of these images, since store.mirror_images was off")
+        return
     if output is None:
         words = "-".join(
             f"{folder.name}.{number}" if folder != chosen[0][0] else str(number) for folder, number in chosen
@@ -59,17 +64,21 @@ def compare(
 
 
 def report(
-    campaign: CampaignOption = "shapes",
+    campaign: ReadCampaignOption = "shapes",
     output: Annotated[Path | None, typer.Option(help="File to write; by default the campaign's report.html")] = None,
 ) -> None:
     """Write the report, one HTML file: is it better, is it sane, which one to ship, why did it change."""
     from d3po.flows.servers import mlflow_page
+    from d3po_core.mirror.reading import campaign_at
     from d3po_core.report.write import write_report
-    from d3po_core.store.campaign import campaign_id, campaign_named
+    from d3po_core.store.at_hand import source_of
+    from d3po_core.store.campaign import campaign_id
 
-    config = campaign_named(campaign)
+    config = campaign_at(campaign)
     path = write_report(config, output, mlflow_page(campaign_id(config.folder)))
     print(f"{path_from_here(path)}  ({path.stat().st_size / 1e6:.1f} MB)")
+    if (source := source_of(config.folder)) and (lacking := source.lacking):
+        print(f"{lacking} images are not in the mirror (store.mirror_images was off); the report is without them")
 
 
 def print_comparison(held_out: "HeldOut", labels: list[str]) -> None:
