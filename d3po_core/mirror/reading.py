@@ -140,7 +140,9 @@ def _bring_up_to_date(folder: Path, found: Version, objects: Objects) -> None:
     """Lay out stages and what lies outside them, remove what the mirror dropped, and serve the rest on need."""
     seen = _seen(folder)
     copies = list(_copies(folder, objects, seen))
-    pieces = {**found.files, **{name: piece for copy in copies for name, piece in copy.files.items()}}
+    staged = {name: piece for copy in copies for name, piece in copy.files.items()}
+    # A guideline's image may be in the version alone.
+    pieces = {**staged, **{name: piece for name, piece in found.files.items() if not _is_there(staged.get(name))}}
     _drop_stale(folder, {*pieces, *(name for copy in copies for name in _texts(copy))})
     for copy in copies:
         if not all((folder / name).exists() for name in _texts(copy)):
@@ -172,6 +174,10 @@ def _copies(folder: Path, objects: Objects, seen: dict[str, str]) -> Iterator[St
     seen.clear()
     seen.update({name: written[name] for name in kept})
     yield from (stage_copy(path.read_bytes(), f"{objects.shown}/{name}") for name, path in kept.items())
+
+
+def _is_there(piece: Piece | None) -> bool:
+    return piece is not None and piece.object is not None
 
 
 def _texts(copy: StageCopy) -> list[str]:
