@@ -37,6 +37,7 @@ class Machines:
         api = f"http://127.0.0.1:{port}/api"
         self.environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": api}
         self.environment["D3PO_DATA"] = str(home / "data")
+        (home / "data").mkdir()  # runs note there which files they wrote
         self.log = (home / "log").open("wb")
         command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         self.server = self._start(command)
