@@ -49,12 +49,15 @@ def compare(
         print("a champion is the best of many looks at these images, and a little lucky: d3po report judges it on "
               "prompts that did not choose it")  # fmt: skip
     gone = [path for paths in held_out.image_paths for path in paths if not path.is_file()]
-    if gone:
+    if lacking:
+        print(
+            f"{lacking} image(s) are not in the mirror (store.mirror_images was off): no diversity or picture of them"
+        )
+    elif gone:
         print(f"{len(gone)} image(s) are gone and left out of diversity and picture; first: {path_from_here(gone[0])}")
     print_preferred(chosen, labels)
     if lacking == sum(map(len, held_out.image_paths)):
-        print("no picture: the mirror has none of these images, since store.mirror_images was off")
-        return
+        return  # nothing to draw
     if output is None:
         words = "-".join(
             f"{folder.name}.{number}" if folder != chosen[0][0] else str(number) for folder, number in chosen
@@ -115,6 +118,7 @@ def print_preferred(chosen: list[tuple[Path, int]], labels: list[str]) -> None:
     from d3po_core.people.blind import collect_comparisons
     from d3po_core.people.human_win_rate import human_win_rate, human_win_rates
     from d3po_core.report.answers import interval, number
+    from d3po_core.store.at_hand import source_of
 
     (folder, reference), *_ = chosen
     others = [(label, n) for label, (place, n) in zip(labels[1:], chosen[1:], strict=True) if place == folder]
@@ -130,7 +134,7 @@ def print_preferred(chosen: list[tuple[Path, int]], labels: list[str]) -> None:
             share = f"{number(rate.win_rate.mean)} {interval(rate.win_rate)}"
             table.add_row(label, share, rate.verdict, *map(str, counts))
         console().print(table)
-    elif others:
+    elif others and source_of(folder) is None:
         asked, against = sorted((others[-1][1], reference), reverse=True)
         print(f"people have not compared these; ask them: d3po label --compare {asked} --against {against or 'base'} "
               f"--campaign {folder.name}")  # fmt: skip

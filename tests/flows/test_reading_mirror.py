@@ -1,6 +1,7 @@
 """Reading a mirrored campaign: the same answers as from its folder, and only what is needed is fetched."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,9 @@ def test_python_reads_the_mirror(there: Mirrored, fetched: list[str]) -> None:
 def test_images_that_were_not_mirrored_are_told(tmp_path: Path, folder_mirror: str, fetched: list[str]) -> None:
     url = Mirrored(tmp_path / "away", folder_mirror, images=False).url
     assert "not in the mirror" in typed("show", "r1-g0-m0", "--campaign", url)
-    assert "no picture: the mirror has none" in typed("compare", "base", "2", "--campaign", url)
+    compared = typed("compare", "base", "2", "--campaign", url)
+    assert "16 image(s) are not in the mirror" in compared
+    assert "picture  " not in compared
     assert "images are not in the mirror" in typed("report", "--campaign", url)
     with pytest.raises(D3POError, match="not in the mirror"):
         d3po.open(url).image("r1-e0")
@@ -183,6 +186,12 @@ def test_wrong_address_is_one_line(there: Mirrored, tmp_path: Path, address: str
         typed("rounds", "--campaign", address.format(mirror=f"file://{tmp_path / 'm'}"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "data" / "cache").exists()
+
+
+def test_missing_extra_is_one_line(there: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(D3POError, match=r"pip install 'd3po\[mirror\]'"):
+        typed("rounds", "--campaign", there.url)
 
 
 def test_commands_that_need_the_disk_say_so(there: Mirrored) -> None:
