@@ -22,23 +22,12 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Picture to write; by default in the campaign's folder")] = None,
 ) -> None:
     """Compare checkpoints on the same held-out prompts and seeds: scores, people's preferences, a picture."""
-    from d3po_core.evaluation.comparison import read_held_out, round_named
-    from d3po_core.mirror.reading import campaign_at
+    from d3po_core.evaluation.comparison import read_held_out
     from d3po_core.report.pictures import comparison_picture
     from d3po_core.store.at_hand import bring_paths
 
     names = checkpoints or ["base", "champion", "latest"]
-    several = len({name.rpartition(":")[0] or campaign for name in names}) > 1
-    labels, chosen = [], []
-    for name in names:
-        owner, _, word = name.rpartition(":")
-        folder = campaign_at(owner or campaign).folder
-        found = (folder, round_named(folder, word))
-        if found not in chosen:
-            chosen.append(found)
-            label = f"round {found[1]}" if found[1] else "base"
-            label += f", {word}" if found[1] and not word.isdigit() else ""
-            labels.append(f"{folder.name}: {label}" if several else label)
+    labels, chosen = _checkpoints(names, campaign)
     if len(chosen) < 2:
         raise D3POError(f"compare: {', '.join(names)} is one checkpoint ({labels[0]}); expected two or more, "
                         "such as: d3po compare base latest")  # fmt: skip
@@ -64,6 +53,26 @@ def compare(
         )
         output = chosen[0][0] / "report" / f"compare-{words}.png"
     print(f"\npicture  {path_from_here(comparison_picture(held_out, labels, output))}")
+
+
+def _checkpoints(names: list[str], campaign: str) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Labels of the named checkpoints, and their campaigns' folders with their rounds, each once."""
+    from d3po_core.evaluation.comparison import round_named
+    from d3po_core.mirror.reading import campaign_at
+
+    several = len({name.rpartition(":")[0] or campaign for name in names}) > 1
+    labels: list[str] = []
+    chosen: list[tuple[Path, int]] = []
+    for name in names:
+        owner, _, word = name.rpartition(":")
+        folder = campaign_at(owner or campaign).folder
+        found = (folder, round_named(folder, word))
+        if found not in chosen:
+            chosen.append(found)
+            label = f"round {found[1]}" if found[1] else "base"
+            label += f", {word}" if found[1] and not word.isdigit() else ""
+            labels.append(f"{folder.name}: {label}" if several else label)
+    return labels, chosen
 
 
 def report(

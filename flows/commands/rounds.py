@@ -60,19 +60,7 @@ def show_campaign(config: CampaignConfig) -> None:
     if not records:
         what = waiting[0] if waiting else _first_round_to_come(config)
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; {what}")
-    table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
-    stages = ("sample", "judge", "train", "evaluate")
-    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
-    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
-        table.add_column(column, justify="right", no_wrap=True)
-    for record in records:
-        score, seconds = record.score, record.stage_seconds
-        table.add_row(
-            str(record.round) if record.round else "base",
-            str(score),
-            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
-        )  # fmt: skip
-    console().print(table)
+    console().print(_table(config.campaign, records))
     first, last = records[0], records[-1]
     if source := source_of(config.folder):
         print("\n".join([*_left_out(source.shown, numbers, shown), *waiting, *_in_mirror(source.shown, first, last)]))
@@ -100,6 +88,23 @@ def show_campaign(config: CampaignConfig) -> None:
     print("\n".join(lines))
     if up:
         print("  d3po up     # Prefect, a worker and MLflow; then the first command with submit in place of run")
+
+
+def _table(campaign: str, records: list[RoundRecord]) -> Table:
+    """The table of the rounds: scores with intervals, pairs, and seconds per stage."""
+    table = Table(title=f"campaign {campaign}: held-out {records[0].eval_scorer}", title_justify="left")
+    stages = ("sample", "judge", "train", "evaluate")
+    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in records:
+        score, seconds = record.score, record.stage_seconds
+        table.add_row(
+            str(record.round) if record.round else "base",
+            str(score),
+            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
+        )  # fmt: skip
+    return table
 
 
 def _in_mirror(url: str, first: RoundRecord, last: RoundRecord) -> list[str]:
