@@ -21,7 +21,7 @@ def open(name: "str | os.PathLike[str]") -> "Campaign":
     """Return a campaign to read.
 
     Args:
-        name: its name, or the path of its folder if that lies outside the data folder.
+        name: its name, the path of its folder if that lies outside the data folder, or the address of its mirror.
 
     Raises:
         D3POError: there is no such campaign; the message lists those that exist.

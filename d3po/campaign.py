@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.store.campaign import campaign_named
+from d3po_core.mirror.reading import campaign_at
+from d3po_core.store.at_hand import bring_paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,14 +18,15 @@ class Campaign:
     """A campaign to read; nothing here changes it, so a run may train it meanwhile.
 
     Args:
-        name: the campaign's name, or the path of its folder if that lies outside the data folder.
+        name: the campaign's name, the path of its folder if that lies outside the data folder, or the address of its
+            mirror, such as ``s3://bucket/prefix/mine``; then files come when they are needed.
 
     Raises:
         D3POError: there is no such campaign; the message lists those that exist.
     """
 
     def __init__(self, name: str) -> None:
-        self.config: CampaignConfig = campaign_named(name)
+        self.config: CampaignConfig = campaign_at(name)
 
     def __repr__(self) -> str:
         """Return the campaign's name and folder."""
@@ -109,6 +111,9 @@ class Campaign:
         from PIL import Image
 
         path = self._gallery.image_path(str(sample_id))
+        if path is not None and bring_paths([path]):
+            raise D3POError(f"image {sample_id!r} is not in the mirror of campaign {self.name!r}, since "
+                            "store.mirror_images was off; draw it again: d3po regenerate")  # fmt: skip
         if path is None or not path.is_file():
             raise D3POError(f"image {sample_id!r} is not in campaign {self.name!r}, or its file was removed; "
                             "campaign.images().index lists all")  # fmt: skip

@@ -15,7 +15,7 @@ from d3po_core.config import CampaignConfig
 # In the form's order; a section stands where its first field does.
 SHOWN = (
     "campaign", "model.path", "model.memory", "sample.prompts", "sample.groups_per_round", "sample.group_size",
-    "judge.labeller", "judge.scorers", "train.learning_rate", "evaluate.prompts", "guard.policy",
+    "judge.labeller", "judge.scorers", "train.learning_rate", "evaluate.prompts", "guard.policy", "store.mirror",
 )  # fmt: skip
 
 Schema = dict[str, Any]

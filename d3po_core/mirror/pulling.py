@@ -121,6 +121,14 @@ def _write_stage(campaign: Path, copy: StageCopy, objects: Objects) -> int:
     row = f"rounds/round={copy.round}/part.parquet"  # it finishes the round, so it comes last
     present = {name: piece for name, piece in copy.files.items() if piece.object and name != row}
     came = _fetch_all(campaign, present, objects)
+    lay_out_stage(campaign, copy)
+    if row in copy.files:
+        came += _fetch_all(campaign, {row: copy.files[row]}, objects)
+    return came
+
+
+def lay_out_stage(campaign: Path, copy: StageCopy) -> None:
+    """Write a stage's list and its record, and mark the folders whose files the mirror leaves out."""
     for name, piece in copy.files.items():
         if piece.object is None and not (campaign / name).exists():
             marker = (campaign / name).parent / LEFT_OUT
@@ -133,9 +141,6 @@ def _write_stage(campaign: Path, copy: StageCopy, objects: Objects) -> int:
     for target, text in texts:
         with atomic_path(target) as temporary:
             temporary.write_text(text)
-    if row in copy.files:
-        came += _fetch_all(campaign, {row: copy.files[row]}, objects)
-    return came
 
 
 def _fetch_all(campaign: Path, pieces: dict[str, Piece], objects: Objects) -> int:

@@ -22,8 +22,9 @@ from d3po_core.mirror.layout import (
 from d3po_core.mirror.lease import Lease
 from d3po_core.mirror.objects import Objects
 from d3po_core.mirror.state import State
+from d3po_core.people.guideline import images_in
 from d3po_core.people.journal import raw_rows
-from d3po_core.store.campaign import campaign_id
+from d3po_core.store.campaign import CAMPAIGN_FILE, campaign_id, rules_of
 from d3po_core.store.integrity import listed_files, sha256_of
 
 OUTSIDE = (
@@ -63,7 +64,10 @@ def put_version(
     require_same_campaign(campaign, before, objects)
     kept = {name for number, order in mirrored for name in listed_files(campaign, number, STAGES[order])}
     paths = {path.relative_to(campaign).as_posix(): path for path in _outside(campaign)}
-    files = {name: _piece(name, path) for name, path in paths.items() if name not in kept}
+    paths = {name: path for name, path in paths.items() if name not in kept}
+    # Stages may leave images out, and raters need those of the guideline.
+    paths |= {path.relative_to(campaign).as_posix(): path for path in _guideline_images(campaign)}
+    files = {name: _piece(name, path) for name, path in paths.items()}
     blocks, notes = _journal(campaign)
     new = Version(before.number + 1 if before else 1, campaign_id(campaign), files, [p for p, _ in blocks], notes)
     if not before or replace(new, number=before.number) != before:
@@ -128,6 +132,12 @@ def _delete_old(newest: int, objects: Objects) -> None:
 def _outside(campaign: Path) -> Iterator[Path]:
     for pattern in OUTSIDE:
         yield from (path for path in sorted(campaign.glob(pattern)) if not path.name.startswith("."))
+
+
+def _guideline_images(campaign: Path) -> list[Path]:
+    if not (campaign / CAMPAIGN_FILE).exists():
+        return []
+    return images_in(rules_of(campaign).judge.people.guideline, campaign)
 
 
 def _piece(name: str, path: Path) -> Piece:

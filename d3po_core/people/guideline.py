@@ -86,6 +86,18 @@ def render_guideline(text: str, campaign: Path, image_url: ImageUrl) -> Guidelin
     return Guideline(short, "" if plain and end == len(tokens) and len(text) <= SHORT else whole)
 
 
+def images_in(text: str, campaign: Path) -> list[Path]:
+    """Return the image files of the campaign's folder that a guideline shows, sorted."""
+    found: set[Path] = set()
+
+    def note(path: Path) -> str:
+        found.add(path)
+        return ""
+
+    render_guideline(text, campaign, note)
+    return sorted(found)
+
+
 def _lower_headings(tokens: Sequence[Token]) -> None:
     """Put headings below the page's own, whose last level is 2, without leaving out a level."""
     level = 2

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from d3po_core.errors import D3POError
+from d3po_core.store.at_hand import bring_tables
 from d3po_core.store.files import disk_errors
 from d3po_core.store.stages import stage_path
 from d3po_core.store.tables import partition, table_from_rows, write_table
@@ -439,6 +440,7 @@ def unexported_entries(campaign: Path) -> dict[int, list[Entry]]:
 
 def _exported(campaign: Path, sampling: str, table: str, round_number: int) -> int:
     """Number of a sampling's last entry in the table's files; 0 if there is none."""
+    bring_tables(campaign, [table], [round_number])
     name = re.compile(rf"{FILE_PREFIX}{sampling}-(\d+)-(\d+)\.parquet")
     found = map(name.fullmatch, (path.name for path in partition(campaign, table, round_number).glob("*")))
     return max((int(match[2]) for match in found if match), default=0)

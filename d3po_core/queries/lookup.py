@@ -77,7 +77,7 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
     Raises:
         D3POError: there is no such image; the message says which exist.
     """
-    with connect_views(campaign) as connection:
+    with connect_views(campaign, sql=_TOLD) as connection:
         image, held_out = find_image(connection, campaign, sample_id)
         number = image["round"]
 
@@ -109,6 +109,9 @@ def image_story(campaign: Path, sample_id: str) -> ImageStory:
                 for name, default, value in changed_fields(CampaignConfig(), round_config(campaign, number))
             ],
         )
+
+
+_TOLD = "samples, evaluations, judgements, pairs, human_comparisons, rounds"
 
 
 def find_image(connection: duckdb.DuckDBPyConnection, campaign: Path, sample_id: str) -> tuple[dict[str, Any], bool]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from d3po_core.errors import D3POError
 from d3po_core.queries.views import connect_views
 from d3po_core.spreadsheets import FORMULA_START
+from d3po_core.store.at_hand import source_of
 
 # DuckDB may not download or load extensions, read secrets or write files beside an answer; a query cannot undo this.
 LOCKED = (
@@ -40,7 +41,8 @@ def ask(campaign: Path, sql: str, on_page: pa.Table | None = None) -> Iterator[d
         D3POError: it is not a SELECT, is more than one statement, or cannot be answered.
     """
     try:
-        with connect_views(campaign, on_page) as connection:
+        fetched = source_of(campaign) is not None  # then fetch only the tables that the statement names
+        with connect_views(campaign, on_page, sql if fetched else None) as connection:
             for setting in LOCKED:
                 connection.execute(setting)
             statements = connection.extract_statements(sql)

@@ -1,5 +1,6 @@
 """The views that join a campaign's tables; ``docs/questions.md`` lists their columns."""
 
+import re
 from pathlib import Path
 
 import duckdb
@@ -8,7 +9,7 @@ import pyarrow as pa
 from d3po_core.errors import D3POError
 from d3po_core.preferences.counting import questions
 from d3po_core.preferences.deriving import VOTES
-from d3po_core.store.tables import connect
+from d3po_core.store.tables import SCHEMAS, connect
 
 # Raters of kind 'gold' are answer keys, not people: `votes` and `raters` hold them, but no count in `pairs` does.
 _PAIRS = """
@@ -141,7 +142,21 @@ VIEWS = {
 }
 
 
-def connect_views(campaign: Path, on_page: pa.Table | None = None) -> duckdb.DuckDBPyConnection:
+def tables_behind(sql: str) -> list[str]:
+    """Return the tables that a query may read, also through views, in the order of ``SCHEMAS``.
+
+    A table cannot be read unless its name is written somewhere. A column of that name gives a table too many.
+    """
+    found: set[str] = set()
+    texts = [sql]
+    while texts:
+        new = set(re.findall(r"\w+", texts.pop().casefold())) & (SCHEMAS.keys() | VIEWS.keys()) - found
+        found |= new
+        texts += [VIEWS[name] for name in new & VIEWS.keys()]
+    return [table for table in SCHEMAS if table in found]
+
+
+def connect_views(campaign: Path, on_page: pa.Table | None = None, sql: str | None = None) -> duckdb.DuckDBPyConnection:
     """Return an in-memory DuckDB over a campaign's tables, with the views of ``VIEWS``.
 
     Each row of ``votes`` is a rater's final vote on two images of a group. Each row of ``pairs`` is a preference with
@@ -153,14 +168,17 @@ def connect_views(campaign: Path, on_page: pa.Table | None = None) -> duckdb.Duc
     Args:
         campaign: the campaign's folder.
         on_page: the rows of ``page_judgements``, by the schema ``ON_PAGE``; none by default.
+        sql: a query; offer only the tables and views that it may read, or all when not given.
 
     Raises:
         D3POError: the campaign's folder is gone.
     """
     if not campaign.is_dir():
         raise D3POError(f"campaign {campaign.name!r}: its folder {campaign} is gone; restore it, or open another")
-    connection = connect(campaign)
+    tables = list(SCHEMAS) if sql is None else tables_behind(sql)
+    connection = connect(campaign, tables)
     connection.register("_on_page", ON_PAGE.empty_table() if on_page is None else on_page)
-    for name, sql in VIEWS.items():
-        connection.execute(f"CREATE VIEW {name} AS {sql}")
+    for name, definition in VIEWS.items():
+        if set(tables_behind(definition)) <= set(tables):
+            connection.execute(f"CREATE VIEW {name} AS {definition}")
     return connection

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.comparison import HeldOut
+from d3po_core.store.at_hand import bring_paths
 from d3po_core.store.files import atomic_path
 from d3po_core.store.images import diversity_by_prompt
 
@@ -66,6 +67,7 @@ def round_pictures(campaign: Path, round_number: int, key: list[Any], held_out: 
         if saved["key"] == digest:
             return RoundPictures(saved["sheet"], saved["diversity"])
     paths = held_out.image_paths[row]
+    bring_paths(paths)
     sheet = _sheet([[paths[i] for i in line] for line in chosen])
     made = RoundPictures(sheet, diversity_by_prompt(held_out.prompts, paths))
     if all(path.is_file() for path in paths):
@@ -98,6 +100,7 @@ def _sheet(paths: list[list[Path]]) -> str | None:
 
 def thumbnail(path: Path, size: int = 128) -> str | None:
     """Return an image as a small data URI; None if it is not on disk."""
+    bring_paths([path])
     image = _open(path)
     return _data_uri(_webp(_square(image, min(size, image.width)), 80)) if image else None
 

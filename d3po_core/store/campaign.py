@@ -32,6 +32,10 @@ def campaign_named(name: str) -> CampaignConfig:
     Raises:
         D3POError: no campaign has that name; the message lists those that exist.
     """
+    if "://" in name:
+        raise D3POError(
+            f"--campaign {masked(name)!r}: this command needs the campaign on disk; type: d3po pull ADDRESS"
+        )
     if os.sep in name:
         folder = absolute(name, HERE, "--campaign")
         problem = f"--campaign {name!r}: {folder} holds no campaign; expected a name, or a campaign's folder"

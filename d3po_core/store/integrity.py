@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d3po_core.errors import D3POError
+from d3po_core.store.at_hand import bring
 
 # How to repair a damaged file, by the folder it lies in.
 REMEDIES = {
@@ -129,6 +130,7 @@ def require_whole(campaign: Path, rounds: Iterable[int] | None = None, kinds: It
 def require_files(campaign: Path, names: Iterable[str]) -> None:
     """Check files given by their paths in the campaign; a file that no stage listed only has to exist."""
     wanted = set(names)
+    bring(campaign, wanted)
     kinds = {name.partition("/")[0] for name in wanted}
     # A round's files are only in that round's lists; reading the lists of all rounds takes seconds in a long campaign.
     listed = {name: entry for name, entry in _entries(campaign, _rounds_of(wanted), kinds) if name in wanted}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from d3po_core.errors import D3POError
 from d3po_core.records import GuardRecord, Record, RoundRecord, ScoreSummary
+from d3po_core.store.at_hand import bring_tables
 from d3po_core.store.files import atomic_path, disk_errors
 from d3po_core.store.integrity import record_files, require_record, was_finished
 from d3po_core.store.tables import partition, read_rows
@@ -166,9 +167,11 @@ def round_record(round_number: int, row: dict[str, Any]) -> RoundRecord:
     )
 
 
-def finished_rounds(campaign: Path) -> list[RoundRecord]:
-    """Return all finished rounds of a campaign, in order."""
-    return [finished_round(campaign, number) for number in finished_numbers(campaign)]
+def finished_rounds(campaign: Path, numbers: list[int] | None = None) -> list[RoundRecord]:
+    """Return finished rounds of a campaign, in order; all when no numbers are given."""
+    numbers = finished_numbers(campaign) if numbers is None else numbers
+    bring_tables(campaign, ["rounds"], numbers)
+    return [finished_round(campaign, number) for number in numbers]
 
 
 def finished_round(campaign: Path, number: int) -> RoundRecord:

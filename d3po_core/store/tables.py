@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d3po_core.errors import D3POError
+from d3po_core.store.at_hand import bring_tables
 from d3po_core.store.files import atomic_path
 from d3po_core.store.integrity import noted_names, require_files, require_whole
 
@@ -234,6 +235,7 @@ def connect(
         tables: the tables to check and to offer. Each has a file per round, so name few in what runs every round.
         rounds: the rounds to check and to offer; all when not given.
     """
+    bring_tables(campaign, tables, rounds)
     require_whole(campaign, rounds, tables)
     _require_readable(campaign, tables, rounds)
     connection = duckdb.connect(":memory:")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d3po.flows.commands.parts import CampaignOption, outside_campaigns, print_table, shown, writing
+from d3po.flows.commands.parts import CampaignOption, ReadCampaignOption, outside_campaigns, print_table, shown, writing
 from d3po_core.errors import D3POError
 
 Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
@@ -15,16 +15,16 @@ Format = StrEnum("Format", ["table", "csv", "json", "parquet"])
 
 def query(
     sql: Annotated[str, typer.Argument(help='For example "SELECT * FROM pairs WHERE people_against > 0"')],
-    campaign: CampaignOption = "shapes",
+    campaign: ReadCampaignOption = "shapes",
     format: Annotated[Format, typer.Option(help="How to write the result")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="File to write; required for parquet")] = None,
 ) -> None:
     """Query all rounds with SQL: tables, and views like pairs, checkpoints, human_comparisons (docs/questions.md)."""
+    from d3po_core.mirror.reading import campaign_at
     from d3po_core.people.blind import collect_comparisons
     from d3po_core.people.on_page import ask_with_page
-    from d3po_core.store.campaign import campaign_named
 
-    folder = campaign_named(campaign).folder
+    folder = campaign_at(campaign).folder
     outside_campaigns(output)
     # A read-only folder can be queried too, only without the latest answers of people.
     with contextlib.suppress(D3POError):
@@ -35,13 +35,14 @@ def query(
 
 def show(
     sample_id: Annotated[str, typer.Argument(help="Id such as r3-g4-m1, or r3-e17 for a held-out image")],
-    campaign: CampaignOption = "shapes",
+    campaign: ReadCampaignOption = "shapes",
 ) -> None:
     """Show where an image came from: prompt, seed, checkpoint and run; and its judgements and pairs."""
+    from d3po_core.mirror.reading import campaign_at
     from d3po_core.queries.lookup import image_story
-    from d3po_core.store.campaign import campaign_named
+    from d3po_core.store.at_hand import source_of
 
-    folder = campaign_named(campaign).folder
+    folder = campaign_at(campaign).folder
     story = image_story(folder, sample_id)
     image, run = story.image, story.run or {}
     place = "held-out" if story.held_out else f"group {image['group_id']}, member {image['member']}"
@@ -50,12 +51,14 @@ def show(
         f"{sample_id}    round {story.round}, {place}",
         f"prompt      {image['prompt']}",
         f"seed        {image['seed']}",
-        f"image       {folder / image['image_path']}",
+        f"image       {folder / image['image_path']}{_absent(folder, image['image_path'])}",
         f"checkpoint  {image['checkpoint'] or '(base model)'}",
     ]
     if not story.held_out:
-        there = "" if (folder / image["trajectory_path"]).exists() else " (pruned; a replay samples it anew)"
-        lines.append(f"trajectory  {image['trajectory_path']}, row {image['trajectory_row']}{there}")
+        path = image["trajectory_path"]
+        pruned = not source_of(folder) and not (folder / path).exists()
+        there = " (pruned; a replay samples it anew)" if pruned else ""
+        lines.append(f"trajectory  {path}, row {image['trajectory_row']}{there}")
     lines += [
         f"run         MLflow {run.get('mlflow_run_id') or 'unknown'}, git {(run.get('git_commit') or 'unknown')[:10]}"
         if run else "run         round not finished",
@@ -91,6 +94,13 @@ def check(campaign: CampaignOption = "shapes") -> None:
     print(f"campaign {folder.name}: {noted} files, {len(found)} damaged or gone{older}")
     if found:
         raise typer.Exit(1)
+
+
+def _absent(folder: Path, image: str) -> str:
+    """Bring an image from the mirror; what to say if it is not there, nothing for a campaign on disk."""
+    from d3po_core.store.at_hand import bring_paths
+
+    return " (not in the mirror: store.mirror_images was off)" if bring_paths([folder / image]) else ""
 
 
 def _rows(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

@@ -60,25 +60,10 @@ def config_at(url: str) -> CampaignConfig:
         D3POError: the address names no campaign.
     """
     from d3po_core.config_values import load_config
+    from d3po_core.mirror.reading import split_url
 
     base, name = split_url(url)
     return load_config({"campaign": name, "store": {"mirror": base}}, url)
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """The mirror's address and the campaign's name.
-
-    Raises:
-        D3POError: the address is no mirrored campaign's.
-    """
-    from d3po_core.mirror.objects import check_url
-    from d3po_core.urls import masked
-
-    base, _, name = url.rstrip("/").rpartition("/")
-    if not name or not base.partition("://")[2]:
-        raise D3POError(f"{masked(url)!r} names no campaign in a mirror; expected such as s3://BUCKET/PREFIX/CAMPAIGN")
-    check_url(base)
-    return base, name
 
 
 def pulled_line(config: CampaignConfig) -> str:

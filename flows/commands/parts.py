@@ -18,6 +18,14 @@ CampaignOption = Annotated[
     str,
     typer.Option(help="Name of the campaign, or its folder if that is elsewhere", autocompletion=completing.campaigns),
 ]
+ReadCampaignOption = Annotated[
+    str,
+    typer.Option(
+        "--campaign",
+        help="Name of the campaign, its folder if that is elsewhere, or the address of its mirror",
+        autocompletion=completing.campaigns,
+    ),
+]
 # What is to run.
 DeploymentArgument = Annotated[
     str,

@@ -7,20 +7,21 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from d3po.flows.commands.parts import CampaignOption, console
+from d3po.flows.commands.parts import CampaignOption, ReadCampaignOption, console
 from d3po.flows.presets import command_that_goes_on
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder, path_from_here
+from d3po_core.records import RoundRecord
 
 LAST_ROUNDS = 50  # in the table, besides the base
 
 
-def rounds(campaign: CampaignOption = "shapes") -> None:
+def rounds(campaign: ReadCampaignOption = "shapes") -> None:
     """Print a table of the campaign's rounds, of a long campaign the last 50, and where its files are."""
-    from d3po_core.store.campaign import campaign_named
+    from d3po_core.mirror.reading import campaign_at
 
-    show_campaign(campaign_named(campaign))
+    show_campaign(campaign_at(campaign))
 
 
 def discard_round(
@@ -50,28 +51,20 @@ def discard_round(
 def show_campaign(config: CampaignConfig) -> None:
     """Print the finished rounds, where the files are, and what to type next."""
     from d3po.flows.page_links import waiting_lines
-    from d3po_core.store.stages import finished_numbers, finished_round
+    from d3po_core.store.at_hand import source_of
+    from d3po_core.store.stages import finished_numbers, finished_rounds
 
     numbers, waiting = finished_numbers(config.folder), waiting_lines(config.folder)
     shown = numbers[:1] + numbers[1:][-LAST_ROUNDS:]
-    records = [finished_round(config.folder, number) for number in shown]
+    records = finished_rounds(config.folder, shown)
     if not records:
         what = waiting[0] if waiting else _first_round_to_come(config)
         raise D3POError(f"campaign {config.campaign!r} has no finished round yet; {what}")
-    table = Table(title=f"campaign {config.campaign}: held-out {records[0].eval_scorer}", title_justify="left")
-    stages = ("sample", "judge", "train", "evaluate")
-    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
-    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
-        table.add_column(column, justify="right", no_wrap=True)
-    for record in records:
-        score, seconds = record.score, record.stage_seconds
-        table.add_row(
-            str(record.round) if record.round else "base",
-            str(score),
-            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
-        )  # fmt: skip
-    console().print(table)
+    console().print(_table(config.campaign, records))
     first, last = records[0], records[-1]
+    if source := source_of(config.folder):
+        print("\n".join([*_left_out(source.shown, numbers, shown), *waiting, *_in_mirror(source.shown, first, last)]))
+        return
     folder = path_from_here(config.folder)
     name = str(config.folder) if config.runs_dir else config.campaign  # how commands find the campaign
     from d3po.flows.server_processes import known_ports, leader
@@ -95,6 +88,35 @@ def show_campaign(config: CampaignConfig) -> None:
     print("\n".join(lines))
     if up:
         print("  d3po up     # Prefect, a worker and MLflow; then the first command with submit in place of run")
+
+
+def _table(campaign: str, records: list[RoundRecord]) -> Table:
+    """The table of the rounds: scores with intervals, pairs, and seconds per stage."""
+    table = Table(title=f"campaign {campaign}: held-out {records[0].eval_scorer}", title_justify="left")
+    stages = ("sample", "judge", "train", "evaluate")
+    heads = [f"{stage.replace('evaluate', 'eval')}\n[s]" for stage in stages]
+    for column in ("round", "held-out [95 %]", "pairs", "ties", *heads):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in records:
+        score, seconds = record.score, record.stage_seconds
+        table.add_row(
+            str(record.round) if record.round else "base",
+            str(score),
+            str(record.num_pairs), str(record.num_ties), *(f"{seconds[stage]:.1f}" for stage in stages),
+        )  # fmt: skip
+    return table
+
+
+def _in_mirror(url: str, first: RoundRecord, last: RoundRecord) -> list[str]:
+    """What to say below the table of a mirrored campaign."""
+    return [
+        f"held-out score {first.score.mean:.3f} -> {last.score.mean:.3f} after round {last.round}",
+        f"mirror      {url}  (read only)",
+        "",
+        "next:",
+        f"  d3po report --campaign {shlex.quote(url)}",
+        f"  d3po pull {shlex.quote(url)}     # to go on with it here",
+    ]
 
 
 def _left_out(campaign: str, numbers: list[int], shown: list[int]) -> list[str]:

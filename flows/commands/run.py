@@ -33,7 +33,8 @@ def run(
 
     settings = setting or []
     if origin:
-        from d3po.flows.commands.mirror import pulled_line, split_url
+        from d3po.flows.commands.mirror import pulled_line
+        from d3po_core.mirror.reading import split_url
 
         mirror, campaign = split_url(origin)
         settings = [*settings, f"store.mirror={mirror}"]

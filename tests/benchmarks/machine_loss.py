@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from d3po_core.mirror.lease import holder_of
 from d3po_core.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT))
@@ -24,6 +25,7 @@ from tests.flows.test_machine_loss import kept, mirrored
 RUN = """import json, sys
 from tests.flows.rounds_in_processes import run_rounds
 run_rounds(json.loads(sys.argv[1]), int(sys.argv[2]), None, False)"""
+PER_CAMPAIGN = 5
 QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -35,6 +37,7 @@ class Machines:
         api = f"http://127.0.0.1:{port}/api"
         self.environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": api}
         self.environment["D3PO_DATA"] = str(home / "data")
+        (home / "data").mkdir()  # runs note there which files they wrote
         self.log = (home / "log").open("wb")
         command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         self.server = self._start(command)
@@ -80,23 +83,33 @@ def lose(machines: Machines, losses: int, dice: random.Random) -> dict[str, Any]
     first, _, seconds = machines.run(folder(machines, "undisturbed"), None)
     expected, lost, campaigns, differing, when = kept(first / "lost"), 0, 0, 0, []
     assert expected["rounds 1"], "the undisturbed run did not end; see the log"
+    missed = 0
     while lost < losses:
         campaigns += 1
-        mirror, in_this = folder(machines, f"campaign-{campaigns}"), 0
+        mirror, in_this, left = folder(machines, f"campaign-{campaigns}"), 0, seconds
         while True:
-            moment = dice.uniform(0, seconds) if lost < losses and in_this < 5 else None
-            runs, status, _ = machines.run(mirror, moment)
+            moment = dice.uniform(0, left) if lost < losses and in_this < PER_CAMPAIGN else None
+            runs, status, lived = machines.run(mirror, moment)
             if status == 0:
+                missed += moment is not None  # it ended first; the next campaign draws another moment
                 break
-            if status == -signal.SIGKILL:
-                lost, in_this = lost + 1, in_this + 1
+            if status == -signal.SIGKILL and was_at_work(runs / "lost", mirror, machines.rounds):
+                lost, in_this, left = lost + 1, in_this + 1, max(left - lived, seconds / 4)
                 when.append(last_record(mirror))
                 print(f"loss {lost}: campaign {campaigns}, mirrored so far: {when[-1]}", flush=True)
             shutil.rmtree(runs)  # also of a machine that came before the lost one's lease ended
         same = kept(runs / "lost") == expected
         differing += not same
         print(f"campaign {campaigns}: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
-    return {"losses": lost, "campaigns": campaigns, "differing": differing, "mirrored_when_lost": when}
+    counts = {"losses": lost, "missed": missed, "campaigns": campaigns, "differing": differing}
+    return {**counts, "mirrored_when_lost": when}
+
+
+def was_at_work(campaign: Path, mirror: Path, rounds: int) -> bool:
+    """Return whether a killed run had the campaign's lease, and work left: else killing it lost nothing."""
+    leases = sorted(mirror.glob("lost/lease/*.json"))
+    finished = (mirror / f"lost/records/round={rounds}/publish.json").exists()
+    return bool(leases) and not finished and json.loads(leases[-1].read_text())["holder"] == holder_of(campaign)
 
 
 def folder(machines: Machines, name: str) -> Path:
@@ -127,7 +140,8 @@ def main() -> None:
     finally:
         machines.close()
     print(
-        f"{results['losses']} machines lost, {results['campaigns']} campaigns, {results['differing']} with other bytes"
+        f"{results['losses']} machines lost at work, {results['missed']} moments missed, {results['campaigns']} "
+        f"campaigns, {results['differing']} with other bytes"
     )
     write_json(RESULTS / "machine_loss.json", vars(settings), before, results)
     shutil.rmtree(home)
