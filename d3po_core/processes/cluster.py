@@ -6,9 +6,9 @@ A private Ray listens on the loopback interface alone and ends with this process
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import Any
 from d3po_core.config import ComputeConfig
 from d3po_core.errors import D3POError
 from d3po_core.paths import python_path
+from d3po_core.processes.watch import MARK, start_watch
 
 # Without it, Ray takes the machine's outer address even if told 127.0.0.1. With this set to 0, all its servers take the
 # loopback interface, as they do on a Mac.
@@ -26,6 +27,9 @@ QUIET = {
     "RAY_grpc_enable_http_proxy": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }  # fmt: skip
 EXTRA = "compute.processes above 1, and scoring.gpus, need Ray: pip install 'd3po[cluster]'"
+
+# By the folder of the private Ray; a watcher ends when its standard input closes, so also with this process.
+_watchers: dict[str, "subprocess.Popen[bytes]"] = {}
 
 
 def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
@@ -41,6 +45,7 @@ def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
             raise D3POError(EXTRA) from None
         if ray.is_initialized():  # the run's workers and scorers share it
             return ray
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells of its token at each start
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if config.address:
             try:
@@ -56,13 +61,16 @@ def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
                 ) from None
             return ray
         folder = tempfile.mkdtemp(prefix="d3po-ray-")
+        watcher = start_watch(folder)
         try:
-            ray.init(
-                address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _temp_dir=folder, **options
-            )
+            with _environment({MARK: folder}):
+                ray.init(
+                    address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _temp_dir=folder, **options
+                )
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            watcher.communicate()
             raise
+        _watchers[folder] = watcher
         return ray
 
 
@@ -71,7 +79,7 @@ def disconnect(ray: Any, private: bool) -> None:
     folder = ray._private.worker._global_node.get_temp_dir_path() if private else None
     ray.shutdown()
     if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+        _watchers.pop(folder).communicate()
 
 
 @contextlib.contextmanager

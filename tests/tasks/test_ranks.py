@@ -26,6 +26,7 @@ from d3po_core.evaluation.job import EVALUATE
 from d3po_core.models.weights import LORA_FILE, weights_sha256
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.processes import engine
+from d3po_core.processes.cluster import connect
 from d3po_core.processes.engine import run_job
 from d3po_core.sampling.job import SAMPLE
 from d3po_core.store.campaign import begin_round, open_campaign
@@ -310,6 +311,12 @@ def test_one_process_never_imports_ray(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "4 False", done.stderr
+
+
+def test_missing_ray_is_one_line_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(D3POError, match=r"needs Ray: pip install 'd3po\[cluster\]'$"):
+        connect(CampaignConfig().compute, 0, 2)
 
 
 def asking(processes: int, device: str = "auto", address: str | None = None) -> CampaignConfig:
