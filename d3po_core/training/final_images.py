@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from d3po_core.config import TrainConfig
-from d3po_core.denoising.ddim import Schedule
+from d3po_core.denoising.ddim import Schedule, per_row
 from d3po_core.devices import send
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import derive_seed, gaussian
@@ -91,10 +91,10 @@ class FinalImageLesson(Lesson):
     def _draw(self, image_R: torch.Tensor, step_R: torch.Tensor, update_seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x_t and the output that leads from it to x_0; noise seeds are hashes of update, image and step."""
         images, steps = (send(x, self.keep_on) for x in (image_R, step_R))
-        signal_R, noise_R, of_x0_R, of_noise_R = (
-            send(x_T, self.keep_on)[steps][:, None, None, None] for x_T in self.schedule.forward()
-        )
         x0_RCHW = self.latents_NTCHW[images, -1].float()
+        signal_R, noise_R, of_x0_R, of_noise_R = (
+            per_row(send(x_T, self.keep_on)[steps], x0_RCHW) for x_T in self.schedule.forward()
+        )
         if self.objective.source == "own_noise":
             latent_RCHW = self.latents_NTCHW[images, steps].float()
             drawn_RCHW = (latent_RCHW - signal_R * x0_RCHW) / noise_R

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from d3po_core.config import TrainConfig
-from d3po_core.denoising.ddim import Schedule, gaussian_kl, rounding_kl
+from d3po_core.denoising.ddim import Schedule, gaussian_kl, per_row, rounding_kl
 from d3po_core.devices import send
 from d3po_core.models.policy import Policy
 from d3po_core.processes.ranks import own_share, sum_over_ranks
@@ -169,7 +169,7 @@ class TrajectoryLesson(Lesson):
         )
         image_R, step_R = send(image_R, self.policy.device), send(step_R, self.policy.device)
         sigma_R = self.schedule.sigma_T[step_R]
-        sampled_RCHW = following.float() - sigma_R[:, None, None, None] * noise
+        sampled_RCHW = following.float() - per_row(sigma_R, noise) * noise
         kl_R = gaussian_kl(mean_RCHW.detach(), sampled_RCHW, sigma_R) - rounding_kl(following, sigma_R)
         return Rows(
             **labels_of(cells, self.policy.device), step_R=step_R, output_RCHW=output_RCHW,

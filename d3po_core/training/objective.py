@@ -150,7 +150,7 @@ class Objective(BaseModel):
 
 def squares(difference_RCHW: torch.Tensor) -> torch.Tensor:
     """Return the mean square over C, H, W, ``[R]``."""
-    return (difference_RCHW**2).mean(dim=(1, 2, 3))
+    return (difference_RCHW**2).flatten(1).mean(dim=1)
 
 
 def of_cell(value_R: torch.Tensor, cell_R: torch.Tensor) -> torch.Tensor:

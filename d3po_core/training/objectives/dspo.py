@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from d3po_core.config import TrainConfig
+from d3po_core.denoising.ddim import per_row
 from d3po_core.training.errors_of_pairs import Safeguarded
 from d3po_core.training.objective import Losses, Rows, squares
 
@@ -22,5 +23,5 @@ class Dspo(Safeguarded):
         output, target, reference = (
             x[rows.winner_P] for x in (rows.output_RCHW, rows.target_RCHW, rows.reference_RCHW)
         )
-        loss_P = squares((output - target) - self.beta * rest_P[:, None, None, None] * (output - reference))
+        loss_P = squares((output - target) - self.beta * per_row(rest_P, output) * (output - reference))
         return Losses.plain(rows.weight_P * loss_P, -rows.rise_R, rest_P.detach())

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 
 from d3po_core.config import TrainConfig
+from d3po_core.denoising.ddim import per_row
 from d3po_core.training.objective import Labels, Losses, Objective, Reference, Rows, squares
 
 
@@ -47,6 +48,6 @@ class Nft(Objective):
     @staticmethod
     def _matched(rows: Rows, missed_RCHW: torch.Tensor) -> torch.Tensor:
         """Return the squared error of x_0 over its mean absolute error, which carries no gradient."""
-        of_x0 = rows.x0_scale_R[:, None, None, None] * missed_RCHW
-        size_R = of_x0.detach().double().abs().mean(dim=(1, 2, 3)).clamp(min=1e-5)
+        of_x0 = per_row(rows.x0_scale_R, missed_RCHW) * missed_RCHW
+        size_R = of_x0.detach().double().abs().flatten(1).mean(dim=1).clamp(min=1e-5)
         return squares(of_x0) / size_R.float()
