@@ -9,7 +9,7 @@ from typing import Any
 from d3po.flows.server_stores import OPTIONS, PASSWORD, Stores, database_names, server_of, store_variables, url_of
 from d3po_core.errors import D3POError
 
-OLDEST = 14  # Prefect's; we test with Debian's 15
+OLDEST = 14  # the oldest that PostgreSQL's project still supports; we test with Debian's 15
 SECONDS = 10.0
 # Migrations name the tables' version: one that ours lack is a newer program's.
 MIGRATIONS = {
