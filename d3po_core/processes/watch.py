@@ -3,7 +3,7 @@
     python -m d3po_core.processes.watch FOLDER
 
 A process of its own, which waits until the run's end closes its standard input. Ray's processes are known by a variable
-of their environment, which each of them gives to those that it starts.
+of their environment, which each of them gives to those that it starts, or by their open files.
 """
 
 import contextlib
@@ -39,12 +39,21 @@ def watch(folder: str) -> None:
 
 
 def _processes(folder: str) -> list[psutil.Process]:
+    """Return Ray's living processes that were started after this one for the Ray in ``folder``."""
+    since = psutil.Process().create_time()
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == folder:
+            if process.create_time() >= since and process.status() != psutil.STATUS_ZOMBIE and _is_of(process, folder):
                 found.append(process)
     return found
+
+
+def _is_of(process: psutil.Process, folder: str) -> bool:
+    if process.environ().get(MARK) == folder:
+        return True
+    # Ray gives some processes a title, which overwrites their environment; they write their logs into the folder.
+    return process.name().startswith("ray") and any(file.path.startswith(folder) for file in process.open_files())
 
 
 if __name__ == "__main__":

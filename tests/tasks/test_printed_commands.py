@@ -12,7 +12,7 @@ from tests.flows.test_printed_commands import arguments_of, printed
 # These start servers, run rounds, change the campaign, or need a model and a GPU: they have tests of their own.
 NOT_HERE = (
     "init", "plan", "doctor", "invite", "revoke", "run", "submit", "campaigns", "up", "down", "status", "label",
-    "import", "discard-round", "replay",
+    "import", "discard-round", "replay", "mirror", "pull", "push",
 )  # fmt: skip
 # Names of the documents' campaign, and what they are called in this one.
 HERE = {"shapes": "tiny", "mine": "tiny", "bright": "tiny", "c": "tiny", "r3-g4-m1": "r2-g4-m1"}
@@ -24,6 +24,9 @@ ALONE = ("compare", "report")  # a name alone mostly speaks of the command; thes
 
 def runnable() -> list[list[str]]:
     commands = [arguments_of(line) for line in LINES]
+    commands = [
+        words for words in commands if not any("://" in word for word in words)
+    ]  # tests/flows/test_reading_mirror
     return [words for words in commands if words[0] not in NOT_HERE and (len(words) > 1 or words[0] in ALONE)]
 
 

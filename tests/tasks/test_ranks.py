@@ -78,8 +78,9 @@ def copied(sampled: CampaignConfig, tmp_path: Path) -> Callable[..., CampaignCon
 @pytest.fixture(scope="module", autouse=True)
 def no_process_is_left() -> Iterator[None]:
     """The two workers that tests share end with them."""
+    before = {*psutil.Process().children(recursive=True)}  # warm processes of other files' tests
     yield
-    children = psutil.Process().children(recursive=True)
+    children = {*psutil.Process().children(recursive=True)} - before
     engine.end_processes()
     assert psutil.wait_procs(children, timeout=20)[1] == []
 
@@ -315,7 +316,7 @@ def test_one_process_never_imports_ray(tmp_path: Path) -> None:
 
 def test_missing_ray_is_one_line_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(D3POError, match=r"needs Ray: pip install 'd3po\[cluster\]'$"):
+    with pytest.raises(D3POError, match=r"need Ray: pip install 'd3po\[cluster\]'$"):
         connect(CampaignConfig().compute, 0, 2)
 
 
