@@ -14,7 +14,7 @@ from d3po_core.mirror.objects import MirrorAwayError, check_url
 from d3po_core.mirror.opening import open_mirror
 from d3po_core.mirror.pulling import pull_campaign
 from d3po_core.mirror.putting import put_campaign
-from d3po_core.mirror.state import LOCK_FILE, read_state, write_state
+from d3po_core.mirror.state import LOCK_FILE, remember_mirror
 from d3po_core.store.campaign import CAMPAIGN_FILE
 from d3po_core.store.files import exclusive
 
@@ -44,9 +44,7 @@ class Session:
             LeaseHeldError: another machine writes the campaign.
             D3POError: the store is away and the folder has no campaign, so nobody knows where it stands.
         """
-        state = read_state(self._folder)
-        state.store = self._config.store.model_dump(mode="json")
-        write_state(self._folder, state)
+        remember_mirror(self._folder, self._config.store)
         try:
             self.lease.take()
             pulled = pull_campaign(self._folder, self._config.store, self.objects)

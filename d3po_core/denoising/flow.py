@@ -25,7 +25,7 @@ FINE_DETAIL, MOST_LEFT = 0.01, 1.3
 
 @dataclass(frozen=True)
 class Levels:
-    """What a pipeline tells its scheduler about the noise levels of T steps.
+    """The options with which a pipeline sets its scheduler's noise levels for T steps.
 
     Attributes:
         from_one: whether levels are spaced from 1 to 1/T before shifting; else the scheduler spaces them.

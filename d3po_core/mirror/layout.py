@@ -7,6 +7,7 @@ lease/<number>.json                                         who writes; the high
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -60,7 +61,7 @@ class StageCopy:
 
 @dataclass(frozen=True)
 class Version:
-    """What lies outside stages, at one moment.
+    """The files and judgements that belong to no stage, at one moment.
 
     Attributes:
         number: its number; the highest counts.
@@ -107,6 +108,11 @@ def numbered(name: str) -> int | None:
     """Return the number in a name of a version or a lease, None if it has none."""
     stem = PurePosixPath(name).stem
     return int(stem) if stem.isdigit() else None
+
+
+def numbers_in(names: Iterable[str]) -> list[int]:
+    """Return the numbers in names of versions or leases."""
+    return [number for name in names if (number := numbered(name)) is not None]
 
 
 def place_of(name: str) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d3po_core.errors import D3POError
-from d3po_core.mirror.layout import lease_name, numbered
+from d3po_core.mirror.layout import lease_name, numbered, numbers_in
 from d3po_core.mirror.objects import Objects
 from d3po_core.store.files import atomic_path
 
@@ -39,7 +39,7 @@ class LeaseLostError(D3POError):
 
 @dataclass(frozen=True)
 class Holding:
-    """What a lease says: who holds it, since when, for how many seconds from its writing; 0 seconds: given back."""
+    """The content of a lease: its holder, since when, and how long it lasts; 0 seconds mean that it was given back."""
 
     holder: str
     who: str
@@ -88,7 +88,7 @@ class Lease:
         """
         for _ in range(TRIES):
             newest = self.newest()
-            own = newest is not None and newest.holding.holder == self._holder
+            own = newest is not None and self.is_own(newest)
             if not own and self.number is not None:
                 raise LeaseLostError(self._lost(newest))
             if newest and not own and newest.holding.seconds and not self.is_over(newest):
@@ -111,7 +111,7 @@ class Lease:
     def release(self) -> None:
         """Give the lease back, if it is ours, so that another machine need not wait for its end."""
         newest = self.newest()
-        if self.number is not None and newest and newest.holding.holder == self._holder:
+        if self.number is not None and newest and self.is_own(newest):
             self._create(newest.number + 1, 0.0)
         self.number = None
 
@@ -137,7 +137,7 @@ class Lease:
         mine = Holding(self._holder, who_am_i(), os.getpid(), self._campaign, self._since, seconds)
         if not self._objects.create(lease_name(number), json.dumps(asdict(mine)).encode()):
             return False
-        there = [n for entry in self._objects.listed("lease/") if (n := numbered(entry.name)) is not None]
+        there = numbers_in(entry.name for entry in self._objects.listed("lease/"))
         if max(there, default=0) > number:
             self._objects.delete(lease_name(number))
             return False

@@ -6,10 +6,10 @@ The library obstore reaches S3, Google Cloud, Azure and folders. It is imported 
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from d3po_core.errors import D3POError
@@ -19,6 +19,8 @@ from d3po_core.urls import inline_secret, masked
 SCHEMES = ("s3", "gs", "az", "file")
 # Larger files go up in parts. Their names hold their content's digest, so writing one twice changes nothing.
 IN_PARTS = 8 << 20
+
+T = TypeVar("T")
 
 
 class MirrorAwayError(D3POError):
@@ -97,12 +99,9 @@ class Objects:
 
         self._count("get")
         with self._errors():
-            try:
-                content = bytes(obstore.get(self._store, self._prefix + name).bytes())
-            except FileNotFoundError as error:
-                if names_no_bucket(str(error)):
-                    raise
-                return None
+            content = _if_there(lambda: bytes(obstore.get(self._store, self._prefix + name).bytes()))
+        if content is None:
+            return None
         self.bytes_received += len(content)
         return content
 
@@ -116,11 +115,8 @@ class Objects:
 
         self._count("get")
         with self._errors():
-            try:
-                stream = obstore.get(self._store, self._prefix + name).stream(min_chunk_size=IN_PARTS)
-            except FileNotFoundError as error:
-                if names_no_bucket(str(error)):
-                    raise
+            stream = _if_there(lambda: obstore.get(self._store, self._prefix + name).stream(min_chunk_size=IN_PARTS))
+            if stream is None:
                 return False
             with path.open("wb") as file:
                 for piece in stream:
@@ -167,12 +163,7 @@ class Objects:
 
         self._count("head")
         with self._errors():
-            try:
-                return obstore.head(self._store, self._prefix + name)
-            except FileNotFoundError as error:
-                if names_no_bucket(str(error)):
-                    raise
-                return None
+            return _if_there(lambda: obstore.head(self._store, self._prefix + name))
 
     def _count(self, kind: str, times: int = 1, sent: int = 0) -> None:
         self.requests[kind] += times
@@ -186,6 +177,16 @@ class Objects:
             yield
         except (BaseError, OSError) as error:
             raise MirrorAwayError(f"the mirror {self.shown} {in_words(error)}") from None
+
+
+def _if_there(ask: Callable[[], T]) -> T | None:
+    """Return what the store answers, None if it has no object of that name; a missing bucket stays an error."""
+    try:
+        return ask()
+    except FileNotFoundError as error:
+        if names_no_bucket(str(error)):
+            raise
+        return None
 
 
 def open_objects(url: str, campaign: str = "", timeout_seconds: float = 10.0) -> Objects:

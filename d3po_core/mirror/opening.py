@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from d3po_core.config import CampaignConfig
+from d3po_core.config import CampaignConfig, StoreConfig
 from d3po_core.mirror.lease import Lease, holder_of
 from d3po_core.mirror.objects import Objects, open_objects
 from d3po_core.mirror.putting import Put, forget_round, put_campaign
-from d3po_core.mirror.state import LOCK_FILE, read_state, write_state
+from d3po_core.mirror.state import LOCK_FILE, read_state, remember_mirror
 from d3po_core.store.files import exclusive
 
 
@@ -17,10 +17,7 @@ def open_mirror(config: CampaignConfig) -> tuple[Objects, Lease]:
         MirrorAwayError: the mirror is a folder that is not there.
         D3POError: the address is none.
     """
-    store = config.store
-    assert store.mirror is not None, "only for campaigns that have a mirror"
-    objects = open_objects(store.mirror, config.campaign, store.timeout_seconds)
-    return objects, Lease(objects, holder_of(config.folder), config.campaign, store.lease_seconds)
+    return _opened(config.folder, config.campaign, config.store)
 
 
 def push(config: CampaignConfig) -> tuple[Put, Objects]:
@@ -30,9 +27,7 @@ def push(config: CampaignConfig) -> tuple[Put, Objects]:
         D3POError: the store is away, or another machine writes the campaign.
     """
     objects, lease = open_mirror(config)
-    state = read_state(config.folder)
-    state.store = config.store.model_dump(mode="json")
-    write_state(config.folder, state)
+    remember_mirror(config.folder, config.store)
     with exclusive(config.folder / LOCK_FILE):
         fresh = _is_free(lease)
         lease.take()
@@ -52,8 +47,7 @@ def forget_in_mirror(campaign: Path, round_number: int) -> None:
     store = read_state(campaign).config
     if store.mirror is None:
         return
-    objects = open_objects(store.mirror, campaign.name, store.timeout_seconds)
-    lease = Lease(objects, holder_of(campaign), campaign.name, store.lease_seconds)
+    objects, lease = _opened(campaign, campaign.name, store)
     with exclusive(campaign / LOCK_FILE):
         lease.take()
         try:
@@ -61,6 +55,12 @@ def forget_in_mirror(campaign: Path, round_number: int) -> None:
             put_campaign(campaign, store, objects, lease)
         finally:
             lease.release()
+
+
+def _opened(campaign: Path, name: str, store: StoreConfig) -> tuple[Objects, Lease]:
+    assert store.mirror is not None, "only for campaigns that have a mirror"
+    objects = open_objects(store.mirror, name, store.timeout_seconds)
+    return objects, Lease(objects, holder_of(campaign), name, store.lease_seconds)
 
 
 def _is_free(lease: Lease) -> bool:

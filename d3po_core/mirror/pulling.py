@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from d3po_core.config import StoreConfig
 from d3po_core.errors import D3POError
-from d3po_core.mirror.layout import REPAIR, STAGES, Piece, StageCopy, Version, place_of, record_name, stage_copy
+from d3po_core.mirror.layout import REPAIR, STAGES, Piece, StageCopy, Version, record_name, stage_copy
 from d3po_core.mirror.objects import Objects
-from d3po_core.mirror.putting import AT_ONCE, diverged, finished_places
+from d3po_core.mirror.putting import AT_ONCE, diverged, finished_places, mirrored_places
 from d3po_core.mirror.state import DivergedError, State, read_state, write_state
 from d3po_core.mirror.versions import journal_entries, newest_version, require_same_campaign
 from d3po_core.people.journal import restore_rows
@@ -22,7 +22,7 @@ SET_ASIDE = ".set-aside"
 
 
 class Pulled(NamedTuple):
-    """What came: stages, files, entries of the journal; and how many files the mirror never had."""
+    """The result of a pull: how much it brought, and how many files the mirror never had."""
 
     stages: int
     files: int
@@ -74,9 +74,12 @@ def pull_campaign(campaign: Path, store: StoreConfig, objects: Objects) -> Pulle
 
 def _unknown_copies(objects: Objects, state: State) -> list[StageCopy]:
     """Return the mirror's stages that are not known to be the same here, in order."""
-    places = sorted(place for entry in objects.listed("records/") if (place := place_of(entry.name)))
     known = set(state.records)
-    names = [name for place in places if (name := record_name(place[0], STAGES[place[1]])) not in known]
+    names = [
+        name
+        for place in sorted(mirrored_places(objects))
+        if (name := record_name(place[0], STAGES[place[1]])) not in known
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         contents = list(pool.map(objects.get, names))
     return [
@@ -148,6 +151,17 @@ def _fetch_all(campaign: Path, pieces: dict[str, Piece], objects: Objects) -> in
         return sum(pool.map(lambda item: _fetch(campaign, item[0], item[1], objects), pieces.items()))
 
 
+def fetch_piece(objects: Objects, name: str, piece: Piece, path: Path) -> None:
+    """Write a file of the campaign, called ``name`` there, to a path.
+
+    Raises:
+        MirrorAwayError: the store does not answer.
+        D3POError: its object is gone or damaged.
+    """
+    if not objects.fetch(piece.object or "", path) or sha256_of(path) != piece.sha256:
+        raise D3POError(f"{objects.shown}/{piece.object}: is gone or damaged, and {name} is needed; {REPAIR}")
+
+
 def _fetch(campaign: Path, name: str, piece: Piece, objects: Objects) -> bool:
     """Bring a file, unless it is here; set another one of that name, which no stage finished, aside."""
     path = campaign / name
@@ -157,8 +171,7 @@ def _fetch(campaign: Path, name: str, piece: Piece, objects: Objects) -> bool:
         aside = campaign / SET_ASIDE / name
         aside.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        if not objects.fetch(piece.object or "", temporary) or sha256_of(temporary) != piece.sha256:
-            raise D3POError(f"{objects.shown}/{piece.object}: is gone or damaged, and {name} is needed; {REPAIR}")
+        fetch_piece(objects, name, piece, temporary)
         if path.exists():
             os.replace(path, aside)
     return True

@@ -31,7 +31,7 @@ Place = tuple[int, int]
 
 
 class Put(NamedTuple):
-    """What a delivery put: stages, and whether there was something new outside them."""
+    """The result of a delivery: how many stages it put, and whether it put a new version."""
 
     stages: int
     version: bool
@@ -48,7 +48,7 @@ def put_campaign(campaign: Path, store: StoreConfig, objects: Objects, lease: Le
     """
     lease.require()
     state = read_state(campaign)
-    there = {place for entry in objects.listed("records/") if (place := place_of(entry.name))}
+    there = mirrored_places(objects)
     new_version = put_version(campaign, there, objects, lease, state)
     write_state(campaign, state)
     put = 0
@@ -141,10 +141,9 @@ def diverged(campaign: Path, there: StageCopy, objects: Objects) -> str:
     )
 
 
-def missing_places(campaign: Path, objects: Objects) -> list[Place]:
-    """Return the finished stages that the mirror lacks."""
-    there = {place_of(entry.name) for entry in objects.listed("records/")}
-    return [place for place in finished_places(campaign) if place not in there]
+def mirrored_places(objects: Objects) -> set[Place]:
+    """Return the stages whose records are in the mirror."""
+    return {place for entry in objects.listed("records/") if (place := place_of(entry.name))}
 
 
 def forget_round(campaign: Path, round_number: int, objects: Objects, lease: Lease) -> None:

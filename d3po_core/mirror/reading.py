@@ -13,9 +13,9 @@ from pathlib import Path
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
-from d3po_core.mirror.layout import REPAIR, Piece, StageCopy, Version, place_of, stage_copy
+from d3po_core.mirror.layout import Piece, StageCopy, Version, place_of, stage_copy
 from d3po_core.mirror.objects import Objects, check_url, open_objects
-from d3po_core.mirror.pulling import lay_out_stage
+from d3po_core.mirror.pulling import fetch_piece, lay_out_stage
 from d3po_core.mirror.putting import AT_ONCE
 from d3po_core.mirror.versions import OUTSIDE, journal_entries, newest_version
 from d3po_core.paths import data_folder
@@ -85,8 +85,7 @@ class MirrorSource:
         if path.is_file() and sha256_of(path) == piece.sha256:
             return
         with atomic_path(path) as temporary:
-            if not self.objects.fetch(piece.object or "", temporary) or sha256_of(temporary) != piece.sha256:
-                raise D3POError(f"{self.shown}/{piece.object}: is gone or damaged, and {name} is needed; {REPAIR}")
+            fetch_piece(self.objects, name, piece, temporary)
 
 
 def campaign_at(name: str) -> CampaignConfig:

@@ -1,4 +1,4 @@
-"""What a campaign's folder knows of its mirror: the address, and what was the same on both sides last."""
+"""A campaign's notes on its mirror: the address, and the content that both had when they last met."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -44,6 +44,13 @@ def read_state(campaign: Path) -> State:
         return State(**json.loads((campaign / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return State()  # everything is compared again
+
+
+def remember_mirror(campaign: Path, store: StoreConfig) -> None:
+    """Note the settings of the mirror, for processes that have no configuration."""
+    state = read_state(campaign)
+    state.store = store.model_dump(mode="json")
+    write_state(campaign, state)
 
 
 def write_state(campaign: Path, state: State) -> None:

@@ -13,7 +13,7 @@ from d3po_core.mirror.layout import (
     STAGES,
     Piece,
     Version,
-    numbered,
+    numbers_in,
     object_name,
     packed,
     version,
@@ -39,7 +39,7 @@ KEPT = 5
 def newest_version(objects: Objects) -> Version | None:
     """Return the newest version, None if the mirror has none."""
     for _ in range(5):
-        numbers = [n for entry in objects.listed("versions/") if (n := numbered(entry.name)) is not None]
+        numbers = numbers_in(entry.name for entry in objects.listed("versions/"))
         if not numbers:
             return None
         name = version_name(max(numbers))
@@ -124,9 +124,9 @@ def _create(new: Version, objects: Objects, lease: Lease) -> Version:
 
 
 def _delete_old(newest: int, objects: Objects) -> None:
-    for entry in objects.listed("versions/"):
-        if (number := numbered(entry.name)) is not None and number <= newest - KEPT:
-            objects.delete(entry.name)
+    for number in numbers_in(entry.name for entry in objects.listed("versions/")):
+        if number <= newest - KEPT:
+            objects.delete(version_name(number))
 
 
 def _outside(campaign: Path) -> Iterator[Path]:

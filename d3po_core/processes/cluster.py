@@ -28,8 +28,8 @@ QUIET = {
 }  # fmt: skip
 EXTRA = "compute.processes above 1, and scoring.gpus, need Ray: pip install 'd3po[cluster]'"
 
-# By the folder of the private Ray; a watcher ends when its standard input closes, so also with this process.
-_watchers: dict[str, "subprocess.Popen[bytes]"] = {}
+# Of the private Ray, if there is one; it ends when its standard input closes, so also with this process.
+_watchers: list["subprocess.Popen[bytes]"] = []
 
 
 def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
@@ -70,16 +70,15 @@ def connect(config: ComputeConfig, gpus: int, cpus: int) -> Any:
         except BaseException:
             watcher.communicate()
             raise
-        _watchers[folder] = watcher
+        _watchers.append(watcher)
         return ray
 
 
-def disconnect(ray: Any, private: bool) -> None:
+def disconnect(ray: Any) -> None:
     """Leave the cluster; a private Ray ends, and its files go."""
-    folder = ray._private.worker._global_node.get_temp_dir_path() if private else None
     ray.shutdown()
-    if folder:
-        _watchers.pop(folder).communicate()
+    while _watchers:
+        _watchers.pop().communicate()
 
 
 @contextlib.contextmanager

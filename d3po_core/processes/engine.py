@@ -23,8 +23,7 @@ LOOK_EVERY_SECONDS = 0.5
 TRIES = 3
 WRITERS = 4
 
-_crew: Crew | None = None
-_scorers: Crew | None = None
+_crews: dict[Kind, Crew] = {}
 # Sampling and the scoring beside it run in two threads.
 _starting = threading.Lock()
 
@@ -58,27 +57,23 @@ def run_job(job: Job, config: CampaignConfig, round_number: int, tell: Tell, kin
 
 
 def _crew_for(config: CampaignConfig, kind: Kind) -> Crew:
-    global _crew, _scorers
     with _starting:
-        if any(not crew.serves(config) for crew in (_crew, _scorers) if crew):
+        if any(not crew.serves(config) for crew in _crews.values()):
             end_processes()
-        if kind == "worker":
-            _crew = _crew or Crew(config, kind)
-            return _crew
-        _scorers = _scorers or Crew(config, kind)
-        return _scorers
+        if kind not in _crews:
+            _crews[kind] = Crew(config, kind)
+        return _crews[kind]
 
 
 @atexit.register
 def end_processes() -> None:
     """End the workers that ``run_job`` started."""
-    global _crew, _scorers
-    crews = [crew for crew in (_crew, _scorers) if crew]
-    _crew = _scorers = None
+    crews = [*_crews.values()]
+    _crews.clear()
     for crew in crews:
         crew.kill_all()
     if crews:
-        disconnect(crews[0].ray, crews[0].private)
+        disconnect(crews[0].ray)
 
 
 @contextlib.contextmanager

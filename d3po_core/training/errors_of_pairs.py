@@ -6,6 +6,8 @@ Sources: Diffusion-DPO, arXiv 2311.12908, Eq. 14; Diffusion-SDPO, arXiv 2511.033
 one number per batch; ours is one per pair, so that it does not depend on how pairs are batched.
 """
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
@@ -14,6 +16,8 @@ from d3po_core.training.objective import Objective, Rows
 
 class Safeguarded(Objective):
     """An objective of u, whose losers' gradient can be scaled so that it does not raise the winner's error."""
+
+    shares_noise: ClassVar[bool] = True
 
     beta: float
     safeguard: bool = Field(False, description="Scale the loser's gradient so that the winner's error cannot grow")

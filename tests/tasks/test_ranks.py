@@ -205,8 +205,7 @@ def killing(number: int) -> Callable[[int], None]:
     def tell(count: int) -> None:
         for worker in left[:]:
             left.remove(worker)
-            assert engine._crew is not None
-            (member,) = (member for member in engine._crew.members if member.number == worker)
+            (member,) = (member for member in engine._crews["worker"].members if member.number == worker)
             os.kill(member.pid, signal.SIGKILL)
 
     return tell
@@ -250,10 +249,10 @@ def test_what_a_user_can_mend_comes_from_a_worker_as_it_is(copied: Callable[...,
 
 
 def test_collective_that_hangs_is_given_up_and_tried_again(copied: Callable[..., CampaignConfig]) -> None:
-    assert engine._crew is not None
+    crew = engine._crews["worker"]
     config = copied("hanging", compute={"hang_seconds": 600})
-    engine._crew.compute = config.compute.model_copy(update={"hang_seconds": 5})
-    engine._crew.config = engine._crew.config.model_copy(update={"compute": config.compute})
+    crew.compute = config.compute.model_copy(update={"hang_seconds": 5})
+    crew.config = crew.config.model_copy(update={"compute": config.compute})
     assert run_job(rank_ends.HANG, config, 1, NOT_TOLD) == 2
     assert (config.folder / "hung").exists()
 

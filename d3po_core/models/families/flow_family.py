@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.denoising.flow import Levels, default_noise_level, flow_chain_of, make_flow_schedule
 from d3po_core.errors import D3POError
+from d3po_core.models.families.flow_parts import native_side
 from d3po_core.models.families.parts import Part
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 
@@ -25,6 +26,8 @@ class FlowFamily(StableDiffusion):
     COMFYUI: ClassVar[bool] = True
 
     PATCH: ClassVar[int] = 2
+    PACKED: ClassVar[int] = 1
+    """Elements of a stored latent that the network reads as one, side by side in its channels."""
     FROM_ONE: ClassVar[bool] = False
     """Whether the pipeline spaces noise levels from 1 to 1/T itself."""
 
@@ -32,6 +35,13 @@ class FlowFamily(StableDiffusion):
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
         """Return the guidance under the pipeline's name; pipelines take the flow's deterministic steps."""
         return f"guidance_scale={guidance},"
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one stored latent, before packing: the network's native size."""
+        config = self.pipeline.transformer.config
+        side = native_side(config) // self.ELEMENT
+        return (config.in_channels // self.PACKED, side, side)
 
     def schedule(self, num_steps: int, eta: float) -> Schedule:
         """Return the steps of the flow's SDE; ``eta`` is its noise level."""

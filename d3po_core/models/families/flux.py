@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.flow_parts import PackedTransformer, native_side
+from d3po_core.models.families.flow_parts import PackedTransformer
 from d3po_core.models.families.packing import packed, places, unpacked
 from d3po_core.models.families.parts import Part, ShiftedVae
 
@@ -24,12 +24,7 @@ class Flux(FlowFamily):
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": PackedTransformer, "vae": ShiftedVae}
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer_2": DEV_TOKENS}
     FROM_ONE: ClassVar[bool] = True
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent before packing; 1,024 pixels unless the transformer says other."""
-        config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
-        return (config.in_channels // 4, side, side)
+    PACKED: ClassVar[int] = 4
 
     @property
     def guidance(self) -> Guidance:

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.flow_parts import Flux2Transformer, Flux2Vae, native_side
+from d3po_core.models.families.flow_parts import Flux2Transformer, Flux2Vae
 from d3po_core.models.families.parts import Part
 
 
@@ -26,12 +26,6 @@ class Flux2Klein(FlowFamily):
     FROM_ONE: ClassVar[bool] = True
     PATCH: ClassVar[int] = 1
     ELEMENT: ClassVar[int] = 2  # stored latents are patches already
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent as patches; 1,024 pixels unless the transformer says other."""
-        config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
-        return (config.in_channels, side // 2, side // 2)
 
     @property
     def guidance(self) -> Guidance:

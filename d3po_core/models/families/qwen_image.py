@@ -1,6 +1,6 @@
 """Qwen-Image: a vision-language model's states, packed latents, a VAE for video, and guidance that keeps its length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import QwenImagePipeline
 
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.flow_parts import QwenTransformer, QwenVae, native_side
+from d3po_core.models.families.flow_parts import QwenTransformer, QwenVae
 from d3po_core.models.families.packing import packed, unpacked
 from d3po_core.models.families.padded import STATES, stack_padded
 from d3po_core.models.families.parts import Part
@@ -24,12 +24,8 @@ class QwenImage(FlowFamily):
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": QwenTransformer, "vae": QwenVae}
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer": 1024}
     FROM_ONE: ClassVar[bool] = True
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent before packing; 1,024 pixels unless the transformer says other."""
-        config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
-        return (config.in_channels // 4, side, side)
+    stack = staticmethod(stack_padded)
+    PACKED: ClassVar[int] = 4
 
     @classmethod
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
@@ -47,11 +43,6 @@ class QwenImage(FlowFamily):
         """Return the language model's states ``[L, D]``, without padding."""
         text_1LD, _ = self.pipeline.encode_prompt(prompt or " ", device=device)
         return {STATES: text_1LD[0]}
-
-    @staticmethod
-    def stack(embeddings: Sequence[Embedding]) -> Embedding:
-        """Return states padded to the longest, with a mask if their lengths differ."""
-        return stack_padded(embeddings)
 
     @staticmethod
     def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:

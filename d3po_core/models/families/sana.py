@@ -32,12 +32,6 @@ pipe = diffusers.DiffusionPipeline.from_pretrained({base})
 steps = pipe.scheduler.config
 pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=steps.get("flow_shift") or steps["shift"])"""
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent: the size that the transformer was trained with."""
-        config = self.pipeline.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
-
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer with two attentions per block."""

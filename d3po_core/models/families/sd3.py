@@ -23,12 +23,6 @@ class StableDiffusion3(FlowFamily):
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
     REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent: the size that the transformer was trained with."""
-        config = self.pipeline.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
-
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer whose blocks see text and image at once."""

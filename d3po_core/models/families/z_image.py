@@ -1,6 +1,6 @@
 """Z-Image: one language model's states of any length, and a transformer that predicts against the flow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import ZImagePipeline
 
 from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
-from d3po_core.models.families.flow_parts import PatchTransformer, native_side
+from d3po_core.models.families.flow_parts import PatchTransformer
 from d3po_core.models.families.padded import MASK, STATES, stack_padded
 from d3po_core.models.families.parts import Part, ShiftedVae
 
@@ -21,12 +21,7 @@ class ZImage(FlowFamily):
     PARTS: ClassVar[dict[str, type[Part]]] = {"transformer": PatchTransformer, "vae": ShiftedVae}
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer": 512}
     FROM_ONE: ClassVar[bool] = True
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of one latent; 1,024 pixels unless the transformer says other."""
-        config, side = self.pipeline.transformer.config, native_side(self.pipeline.transformer.config)
-        return (config.in_channels, side, side)
+    stack = staticmethod(stack_padded)
 
     @classmethod
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
@@ -42,11 +37,6 @@ class ZImage(FlowFamily):
         """Return the language model's states ``[L, D]``, without padding."""
         (text_LD,), _ = self.pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
         return {STATES: text_LD}
-
-    @staticmethod
-    def stack(embeddings: Sequence[Embedding]) -> Embedding:
-        """Return states padded to the longest, with a mask if their lengths differ."""
-        return stack_padded(embeddings)
 
     def predict(
         self,

@@ -1,7 +1,5 @@
 """Alpha-DPO: an alpha-divergence in place of the logarithm (ICLR 2026; yangli-lab/Diffusion_alpha-DPO_ICLR2026)."""
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field, field_validator
 
@@ -12,8 +10,6 @@ from d3po_core.training.objective import Losses, Rows
 
 class AlphaDpo(Safeguarded):
     """(p^a - (1 - a) - a p) / (a (a - 1)), p = sigmoid(u); the authors multiply a by the update's mean p."""
-
-    shares_noise: ClassVar[bool] = True
 
     beta: float = Field(4000.0, gt=0, description="Inverse temperature of mean errors")
     alpha: float = Field(0.9999, gt=0, description="Order of the divergence; not 1, where the formula has no value")

@@ -1,6 +1,6 @@
 """Diffusion-DPO (arXiv 2311.12908, Eq. 14; SalesforceAIResearch/DiffusionDPO), with hinge and IPO."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch.nn.functional import logsigmoid
@@ -12,8 +12,6 @@ from d3po_core.training.objective import Losses, Rows
 
 class DiffusionDpo(Safeguarded):
     """-log sigmoid(u), u = -beta/2 ((l_w - l_l) - (lref_w - lref_l)), l the error of the conditional prediction."""
-
-    shares_noise: ClassVar[bool] = True
 
     beta: float = Field(
         5000.0, gt=0, description="Inverse temperature of mean errors; diffusers' beta_dpo is half of it"

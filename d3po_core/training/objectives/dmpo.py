@@ -1,7 +1,6 @@
 """DMPO: the divergence of sigmoid(u) from a soft label (AIDC-AI/Diffusion-SDPO, train_method dmpo)."""
 
 import math
-from typing import ClassVar
 
 from pydantic import Field
 from torch.nn.functional import logsigmoid
@@ -13,8 +12,6 @@ from d3po_core.training.objective import Losses, Rows
 
 class Dmpo(Safeguarded):
     """KL(Bernoulli(sigmoid(u)) || Bernoulli(1 - alpha)): a pair that is right enough pulls no further."""
-
-    shares_noise: ClassVar[bool] = True
 
     beta: float = Field(2000.0, gt=0, description="Inverse temperature of mean errors")
     alpha: float = Field(0.01, gt=1e-6, lt=0.5, description="Assumed share of wrong labels")

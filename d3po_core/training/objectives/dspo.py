@@ -1,7 +1,5 @@
 """DSPO: direct score preference optimisation (ICLR 2025; huaishengzhu/DSPO, its form for SD 1.5)."""
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from d3po_core.config import TrainConfig
@@ -12,8 +10,6 @@ from d3po_core.training.objective import Losses, Rows, squares
 
 class Dspo(Safeguarded):
     """mean [(pred_w - target) - beta (1 - sigmoid(u)) (pred_w - ref_w)]^2; sigmoid(u) keeps its gradient."""
-
-    shares_noise: ClassVar[bool] = True
 
     beta: float = Field(0.001, gt=0, description="Weight of the preference's score, also within u, as in their code")
 

@@ -28,7 +28,6 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -43,7 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.core.models.tiny_models import WIDTH, tokenizer
+from tests.core.models.tiny_models import WIDTH, small_vae, text_config, tokenizer
 
 SIDE = 8
 # As FLUX.1-dev's, Qwen-Image's and others' files have them.
@@ -73,23 +72,11 @@ def tiny_flow_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def clip(width: int = WIDTH) -> CLIPTextConfig:
-    """A text encoder's configuration, for the embedded model's tokenizer."""
-    marks = tokenizer()
-    return CLIPTextConfig(
-        hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
-        vocab_size=len(marks), max_position_embeddings=marks.model_max_length, bos_token_id=marks.bos_token_id,
-        eos_token_id=marks.eos_token_id, pad_token_id=marks.pad_token_id,
-    )  # fmt: skip
-
-
 def vae(latent_channels: int, **more: Any) -> AutoencoderKL:
-    """A VAE with two pixels per latent element, shifted and scaled."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=latent_channels, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1,
-        scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False, **more,
-    )  # fmt: skip
+    """A small VAE whose latents are shifted and scaled."""
+    return small_vae(
+        latent_channels, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False, **more
+    )
 
 
 def _flux(guidance: bool) -> FluxPipeline:
@@ -100,7 +87,7 @@ def _flux(guidance: bool) -> FluxPipeline:
             in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
         ),
-        vae=vae(4), text_encoder=CLIPTextModel(clip()), text_encoder_2=T5EncoderModel(t5), tokenizer=marks,
+        vae=vae(4), text_encoder=CLIPTextModel(text_config()), text_encoder_2=T5EncoderModel(t5), tokenizer=marks,
         tokenizer_2=tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(**(DYNAMIC if guidance else {"shift": 1.0})),
     )  # fmt: skip
@@ -110,7 +97,7 @@ def _sd35() -> StableDiffusion3Pipeline:
     """What 3.5 has and 3 lacks: a second attention in some blocks, normed queries and keys; and all three encoders."""
     marks = tokenizer()
     t5 = T5Config(vocab_size=len(marks), d_model=2 * WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2)
-    encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(clip()) for n in ("", "_2")}
+    encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(text_config()) for n in ("", "_2")}
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=SIDE, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,

@@ -52,7 +52,8 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
-def _text_config(width: int = WIDTH) -> CLIPTextConfig:
+def text_config(width: int = WIDTH) -> CLIPTextConfig:
+    """A text encoder's configuration, for the embedded model's tokenizer."""
     marks = tokenizer()
     return CLIPTextConfig(
         hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
@@ -61,7 +62,8 @@ def _text_config(width: int = WIDTH) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _vae(latent_channels: int = 4, **more: Any) -> AutoencoderKL:
+def small_vae(latent_channels: int = 4, **more: Any) -> AutoencoderKL:
+    """A VAE with two pixels per latent element."""
     return AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=latent_channels, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **more,
@@ -78,7 +80,7 @@ def _scheduler(name: str) -> DDIMScheduler:
 def _sd(name: str) -> StableDiffusionPipeline:
     linear = {"use_linear_projection": True} if name == "sd2" else {}
     return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**UNET | linear), vae=_vae(), text_encoder=CLIPTextModel(_text_config()),
+        unet=UNet2DConditionModel(**UNET | linear), vae=small_vae(), text_encoder=CLIPTextModel(text_config()),
         tokenizer=tokenizer(), scheduler=_scheduler(name), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -86,8 +88,8 @@ def _sd(name: str) -> StableDiffusionPipeline:
 
 def _sdxl(name: str) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
-        unet=UNet2DConditionModel(**UNET | SDXL), vae=_vae(), text_encoder=CLIPTextModel(_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(SECOND_WIDTH)), tokenizer=tokenizer(),
+        unet=UNet2DConditionModel(**UNET | SDXL), vae=small_vae(), text_encoder=CLIPTextModel(text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(SECOND_WIDTH)), tokenizer=tokenizer(),
         tokenizer_2=tokenizer(), scheduler=_scheduler(name), force_zeros_for_empty_prompt=name == "sdxl",
     )  # fmt: skip
 
@@ -97,9 +99,9 @@ def _sd3() -> StableDiffusion3Pipeline:
         sample_size=8, patch_size=2, in_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=2 * WIDTH, caption_projection_dim=32, pooled_projection_dim=2 * WIDTH, out_channels=8,
     )  # fmt: skip
-    encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(_text_config()) for n in ("", "_2")}
+    encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(text_config()) for n in ("", "_2")}
     return StableDiffusion3Pipeline(
-        transformer=transformer, vae=_vae(8, shift_factor=0.06, scaling_factor=1.5), **encoders, tokenizer=tokenizer(),
+        transformer=transformer, vae=small_vae(8, shift_factor=0.06, scaling_factor=1.5), **encoders, tokenizer=tokenizer(),
         tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
