@@ -75,11 +75,8 @@ def pull_campaign(campaign: Path, store: StoreConfig, objects: Objects) -> Pulle
 def _unknown_copies(objects: Objects, state: State) -> list[StageCopy]:
     """Return the mirror's stages that are not known to be the same here, in order."""
     known = set(state.records)
-    names = [
-        name
-        for place in sorted(mirrored_places(objects))
-        if (name := record_name(place[0], STAGES[place[1]])) not in known
-    ]
+    names = [record_name(number, STAGES[order]) for number, order in sorted(mirrored_places(objects))]
+    names = [name for name in names if name not in known]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         contents = list(pool.map(objects.get, names))
     return [

@@ -101,7 +101,7 @@ def _sd3() -> StableDiffusion3Pipeline:
     )  # fmt: skip
     encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(text_config()) for n in ("", "_2")}
     return StableDiffusion3Pipeline(
-        transformer=transformer, vae=small_vae(8, shift_factor=0.06, scaling_factor=1.5), **encoders, tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
+        transformer=transformer, vae=small_vae(8, shift_factor=0.06, scaling_factor=1.5), **encoders,
+        tokenizer=tokenizer(), tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
