@@ -399,9 +399,11 @@ FIXED_FIELDS = (
 # Fields whose relative values start at the project folder; so do those of scoring.models.
 PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
 
-# Fields that may change even within a round, since they change no number.
+# Fields that may change even within a round, since they change no number beyond rounding.
 FREE_FIELDS = (
-    "accept_changes", "compute.address", "compute.min_processes", "compute.start_seconds", "compute.hang_seconds",
+    "accept_changes",
+    "compute.processes", "compute.address", "compute.min_processes", "compute.start_seconds", "compute.hang_seconds",
+    "scoring.gpus",
     "train.save_every_seconds", "scoring.batch_size", "scoring.while_sampling", "scoring.timeout_seconds",
     "scoring.tries",
     "store.mirror", "store.mirror_images", "store.mirror_trajectories", "store.lease_seconds", "store.timeout_seconds",

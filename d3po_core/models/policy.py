@@ -77,7 +77,7 @@ class Policy:
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
         self._schedules: dict[tuple[int, float], Schedule] = {}
-        self.sizes: BatchSizes | None = None
+        self.sizes: BatchSizes | None = None  # set at the end: memory is measured for exact numbers of rows
         pipeline = family.pipeline
         self.network = getattr(pipeline, family.NETWORK)
         for part in pipeline.components.values():
@@ -104,6 +104,8 @@ class Policy:
             from d3po_core.models.fitting import fitted_plan
 
             fitted_plan(self, Card())
+        if self.device.type == "cuda" and config.precision != "no":
+            self.sizes = BatchSizes(ratio=2)
         if config.compile:
             self._compile()
 
@@ -217,7 +219,7 @@ class Policy:
         """Return the network's output at timesteps t_B in float32, with classifier-free guidance if scale is not 1."""
         rows, embeddings = len(latent_BCHW), self._texts(conditioning)
         if self.sizes is not None:
-            size = self.sizes.fitting(rows)
+            size = self._fitting(rows)
             latent_BCHW, t_B = pad_rows(latent_BCHW, size), pad_rows(t_B, size)
         if conditioning.guided:
             latent_BCHW, t_B = torch.cat([latent_BCHW, latent_BCHW]), t_B.repeat(2)
@@ -233,7 +235,7 @@ class Policy:
         """Return the embeddings for one pass; with guidance, the empty prompt's rows come first."""
         embeddings = conditioning.embeddings
         if self.sizes is not None:
-            size = self.sizes.fitting(len(next(iter(embeddings.values()))))
+            size = self._fitting(len(next(iter(embeddings.values()))))
             embeddings = {name: pad_rows(value, size) for name, value in embeddings.items()}
         if conditioning.guided:
             embeddings = {
@@ -246,15 +248,22 @@ class Policy:
         states = {name: value.to(self.dtype) for name, value in embeddings.items() if value.is_floating_point()}
         return embeddings | states  # masks stay as they are
 
+    def _fitting(self, rows: int) -> int:
+        """Return the size to pad a batch to."""
+        assert self.sizes is not None
+        limit = self.training_rows if torch.is_grad_enabled() else self.sampling_rows
+        return self.sizes.fitting(rows, limit.most)
+
     @contextlib.contextmanager
     def steady(self, conditioning: Conditioning) -> Iterator[None]:
         """Fix conditioning and LoRA, and disable gradients, within this context.
 
         Values that depend only on these are computed once. This is faster, and bit for bit the same.
         """
-        text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
-        with torch.no_grad(), constants_held(self.network, text_BLK):
-            yield
+        with torch.no_grad():
+            text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
+            with constants_held(self.network, text_BLK):
+                yield
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
         """Decode final latents to uint8 images ``[B, height, width, 3]``."""

@@ -67,6 +67,8 @@ class Crew:
         )
         self._sent: dict[str, list[tuple[str, Any]]] = {}
         self.members: list[Member] = []
+        # The last gang, and where it met: its group lasts while its members do.
+        self.met: tuple[list[Member], tuple[str, int]] | None = None
         self.fill()
 
     def serves(self, config: CampaignConfig) -> bool:

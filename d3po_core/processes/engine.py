@@ -235,11 +235,7 @@ class _Gang(_Stage):
                 self.note_loss(str(loss))
 
     def _once(self, members: list[Member]) -> Any:
-        ray, files = self.crew.ray, self.files()
-        try:
-            store = ray.get(members[0].actor.address.remote(), timeout=self.crew.compute.start_seconds)
-        except ray.exceptions.RayError as error:
-            raise _LostError(f"{self.crew.name(members[0])} cannot be asked ({type(error).__name__})") from None
+        files, store = self.files(), self._meeting(members)
         for rank, member in enumerate(members):
             gang = {"rank": rank, "size": len(members), "store": store, "device": self.config.model.device,
                     "seconds": self.crew.compute.hang_seconds}  # fmt: skip
@@ -261,6 +257,18 @@ class _Gang(_Stage):
                     left.discard(member)
                     result = value if member is members[0] else result
         return result
+
+    def _meeting(self, members: list[Member]) -> tuple[str, int]:
+        """Return where the members meet: where the same ones met before, or a new place at the first one's."""
+        if self.crew.met and self.crew.met[0] == members:
+            return self.crew.met[1]
+        ray, first = self.crew.ray, members[0]
+        try:
+            store = ray.get(first.actor.address.remote(), timeout=self.crew.compute.start_seconds)
+        except ray.exceptions.RayError as error:
+            raise _LostError(f"{self.crew.name(first)} cannot be asked ({type(error).__name__})") from None
+        self.crew.met = (members, store)
+        return self.crew.met[1]
 
     def _cause(self, member: Member, answer: dict[str, Any]) -> Exception:
         """Return the error, or the loss of another that made it fail."""

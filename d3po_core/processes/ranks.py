@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from d3po_core.errors import RankError
 
 _stores: dict[str, Any] = {}
+_joined: dict[str, Any] = {}
 
 
 def open_store(host: str) -> tuple[str, int]:
@@ -30,11 +31,16 @@ def open_store(host: str) -> tuple[str, int]:
 
 
 def join(gang: dict[str, Any]) -> None:
-    """Make this process a rank of a new group, instead of any earlier one; its accelerator follows.
+    """Make this process a rank of a group, instead of any earlier one; its accelerator follows.
+
+    Nothing is done if it is that rank already: a new group costs seconds at its first sum.
 
     Args:
         gang: ``rank``, ``size``, ``store`` (host and port), ``device`` and ``seconds`` (the patience of a collective).
     """
+    if _joined == gang:
+        return
+    _joined.clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -49,6 +55,7 @@ def join(gang: dict[str, Any]) -> None:
         patience = timedelta(seconds=gang["seconds"])
         PartialState(cpu=gang["device"] == "cpu", store=store, rank=rank, world_size=size, timeout=patience)
     Accelerator(cpu=gang["device"] == "cpu")  # every policy's accelerator shares its state
+    _joined.update(gang)
 
 
 def free_memory() -> None:

@@ -12,9 +12,9 @@ import os
 import queue
 import shutil
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Worker:
         self._events: queue.Queue[Event] = queue.Queue()
         self._items: queue.Queue[int | None] = queue.Queue()
         self._shipped: dict[str, str] = {}
+        # One thread for all jobs: cuDNN's choice of algorithms, seconds of trials, is kept per thread.
+        self._jobs = ThreadPoolExecutor(1, thread_name_prefix="job")
 
     def look(self, models: dict[str, dict[str, str]]) -> dict[str, Any]:
         """Return where this worker runs, its versions, and how each model's place looks here.
@@ -101,7 +103,7 @@ class Worker:
         return open_store(ray.util.get_node_ip_address())
 
     def begin(self, order: dict[str, Any], files: list[tuple[str, Any]]) -> None:
-        """Start a job in a thread.
+        """Start a job in the thread of jobs.
 
         Args:
             order: ``job`` (its name), ``letter`` (the configuration), ``round``, ``gang`` (see ``ranks.join``) or
@@ -110,7 +112,7 @@ class Worker:
         """
         self._items = queue.Queue()
         self.give(order.get("items", []))
-        threading.Thread(target=self._do, args=(order, files), daemon=True, name="job").start()
+        self._jobs.submit(self._do, order, files)
 
     def give(self, items: list[int | None]) -> None:
         """Give the running job more items; None is the last."""

@@ -1,5 +1,6 @@
 """Draw batches of images and write them from another thread, so that the device never waits for files."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from d3po_core.config import SampleConfig
 from d3po_core.models.policy import Policy
 from d3po_core.sampling.rollout import Drawn, FirstOutputs, Trajectories, start_drawing
 from d3po_core.seeds import ImageSeed
+from d3po_core.store.images import beside_a_gpu
 
 Measured = TypeVar("Measured")
 Written = TypeVar("Written")
@@ -46,13 +48,17 @@ def draw_and_write(
     """
 
     def write_when_there(number: int, drawn: Drawn, measured: Measured) -> Written:
-        return write(number, *drawn.wait(), measured)
+        trajectories, images = drawn.wait()
+        with contextlib.nullcontext() if number == newest else beside_a_gpu():
+            return write(number, trajectories, images, measured)
 
+    newest = -1  # the device is idle once this batch is there
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: deque[Future[Written]] = deque()
         for batch in batches:
             if batch is not None:
                 number, seeds = batch
+                newest = number
                 drawn = start_drawing(policy, config, seeds, first)
                 measured = measure(number, drawn)
             while writing and (writing[0].done() or (batch is not None and len(writing) == MOST_IN_MEMORY - 1)):

@@ -4,6 +4,8 @@ Blocks of one class and shape share compiled code, which is also kept on disk (`
 process starts faster. Code is compiled for exact shapes, so batches are padded to sizes already seen.
 """
 
+import math
+
 import torch
 
 # One entry per shape, with and without gradient, LoRA on and off.
@@ -29,15 +31,27 @@ def compile_whole(network: torch.nn.Module, backend: str = "inductor") -> None:
 
 
 class BatchSizes:
-    """The batch sizes that code was compiled for."""
+    """The batch sizes that code was compiled for, or algorithms were chosen for; with and without gradient apart.
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
+    Args:
+        ratio: a batch grows to fewer than this many times its rows. Compiling for one more size costs minutes, choosing
+            algorithms costs about as much as a pass.
+    """
 
-    def fitting(self, rows: int) -> int:
-        """Return the smallest known size of at least ``rows``; if there is none, remember and return ``rows``."""
-        size = min((size for size in self._seen if size >= rows), default=rows)
-        self._seen.add(size)
+    def __init__(self, ratio: float = math.inf) -> None:
+        self.ratio = ratio
+        self._seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def fitting(self, rows: int, most: int | None = None) -> int:
+        """Return the smallest known size of at least ``rows``; if there is none, remember and return ``rows``.
+
+        Args:
+            rows: the batch.
+            most: the most rows that fit into memory; None for any number.
+        """
+        seen, end = self._seen[torch.is_grad_enabled()], self.ratio * rows
+        size = min((size for size in seen if rows <= size < end and (most is None or size <= most)), default=rows)
+        seen.add(size)
         return size
 
 

@@ -44,9 +44,8 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 
 def pngs_bytes(images: np.ndarray) -> list[bytes]:
-    """Return uint8 images ``[B, height, width, 3]`` as PNG files, packed several at a time beside a busy device."""
-    with beside_a_gpu():
-        return at_once(png_bytes, images)
+    """Return uint8 images ``[B, height, width, 3]`` as PNG files, packed several at a time."""
+    return at_once(png_bytes, images)
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -236,6 +236,30 @@ def test_training_that_lost_a_worker_goes_on_from_its_last_update_and_ends_alike
     assert [path.name for path in (config.folder / "checkpoints").iterdir()] == ["round=1"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_round_goes_on_with_another_number_of_processes(
+    before: int, after: int, copied: Callable[..., CampaignConfig]
+) -> None:
+    begun, undisturbed = copied("moved", processes=before), copied("undisturbed", processes=1)
+    other = begun.model_copy(update={"compute": begun.compute.model_copy(update={"processes": after})})
+    told: list[int] = []
+
+    def stop_at_the_third(count: int) -> None:
+        told.append(count)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(TRAIN, begun, 1, stop_at_the_third)
+    begin_round(other, 1)
+    run_job(TRAIN, other, 1, told.append)
+    train_checkpoint(undisturbed, 1, NOT_TOLD)
+    assert len(told) < 7  # it did not start again
+    weights = [load_file(config.folder / "checkpoints/round=1" / LORA_FILE) for config in (other, undisturbed)]
+    flat = [torch.cat([tensor.flatten() for tensor in of.values()]).tolist() for of in weights]
+    assert relative(flat[0], flat[1]) < 5e-3
+
+
 def test_unforeseen_error_is_worth_a_retry_and_shows_its_traceback(copied: Callable[..., CampaignConfig]) -> None:
     with pytest.raises(RankError, match=r"worker 0 of 2 .* failed: 'unforeseen'; its log .*worker-0\.log") as caught:
         run_job(rank_ends.FAIL, copied("failing"), 1, NOT_TOLD)
