@@ -16,6 +16,7 @@ from d3po_core.config import CampaignConfig
 from d3po_core.paths import resolve_path
 from d3po_core.processes.job import Files
 from d3po_core.store.files import atomic_path, disk_errors
+from d3po_core.store.images import at_once
 from d3po_core.store.integrity import require_files, sha256_of
 
 VERSIONS = ("d3po", "torch", "diffusers")
@@ -26,6 +27,11 @@ MODEL_FIELDS = ("path", "single_file_config")
 def bytes_of(path: Path) -> np.ndarray:
     """Return a file's bytes."""
     return np.fromfile(path, np.uint8)
+
+
+def without_copies(files: Files) -> Files:
+    """Return files' contents as arrays, which Ray hands over without a copy, unlike bytes."""
+    return {path: np.frombuffer(content, np.uint8) for path, content in files.items()}
 
 
 def files_below(folder: Path, paths: Iterable[str]) -> list[str]:
@@ -65,10 +71,16 @@ def unpack(folder: Path, files: Files) -> None:
 
 
 def keep_files(config: CampaignConfig, round_number: int, files: Files) -> None:
-    """Write files into the campaign, in order, each whole or not at all."""
-    for path, content in files.items():
+    """Write files into the campaign, each whole or not at all, the last after all others: it makes them count."""
+
+    def keep(path: str) -> None:
         with atomic_path(config.folder / path) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(files[path])
+
+    paths = list(files)
+    at_once(keep, paths[:-1])
+    for last in paths[-1:]:
+        keep(last)
 
 
 def letter(config: CampaignConfig) -> str:

@@ -141,7 +141,7 @@ class Worker:
         import ray
 
         from d3po_core.processes.job import GangJob, QueueJob
-        from d3po_core.processes.parcel import read_letter, unpack
+        from d3po_core.processes.parcel import read_letter, unpack, without_copies
         from d3po_core.processes.ranks import free_memory, join
 
         folder = self._folder / "campaign"
@@ -156,7 +156,7 @@ class Worker:
         else:
             result = None
             for made in job.make(config, order["round"], self._in_hand()):
-                self._events.put(("made", vars(made)))
+                self._events.put(("made", vars(made) | {"files": without_copies(made.files)}))
         self._keep(folder, ["memory.json"])
         free_memory()
         return result
