@@ -3,6 +3,9 @@
 Each holding is an object ``lease/<number>.json``. Who creates the number after the highest one has the lease. A renewal
 creates the next number, and the holder then deletes older ones. A slow machine could create a number that was taken and
 deleted meanwhile, so after creating one we look whether a higher one exists.
+
+A term lasts as long as nobody but one folder holds the lease, however often it is renewed, given back and taken again.
+What a folder knows of the mirror stays true within a term.
 """
 
 import getpass
@@ -39,7 +42,7 @@ class LeaseLostError(D3POError):
 
 @dataclass(frozen=True)
 class Holding:
-    """The content of a lease: its holder, since when, and how long it lasts; 0 seconds mean that it was given back."""
+    """The content of a lease: its holder, since when, how long it lasts, its term; 0 seconds: it was given back."""
 
     holder: str
     who: str
@@ -47,6 +50,7 @@ class Holding:
     campaign: str
     since: str
     seconds: float
+    term: str = ""
 
 
 class Newest(NamedTuple):
@@ -75,6 +79,7 @@ class Lease:
         self._objects, self._holder, self._campaign, self._seconds = objects, holder, campaign, seconds
         self._clock, self._since = clock, datetime.now(UTC).isoformat(timespec="seconds")
         self.number: int | None = None
+        self.term = ""
         self._renewed_at = 0.0
         self._lock = threading.RLock()
 
@@ -93,12 +98,13 @@ class Lease:
                 raise LeaseLostError(self._lost(newest))
             if newest and not own and newest.holding.seconds and not self.is_over(newest):
                 raise LeaseHeldError(self._held(newest))
+            self.term = (newest.holding.term if newest and own else "") or uuid.uuid4().hex
             if self._create(newest.number + 1 if newest else 1, self._seconds):
                 return not own
         raise LeaseHeldError(f"the lease of {self._objects.shown} changes hands too fast; try again in a minute")
 
     def require(self) -> None:
-        """Check that the lease is ours for long enough to put one object; renew it if it is not.
+        """Ask the store whether the lease is ours for long enough to put one object; renew it if half of it is over.
 
         Raises:
             LeaseLostError: another machine has it.
@@ -107,6 +113,13 @@ class Lease:
         with self._lock:  # the run and the thread that renews both ask
             if self.number is None or self._clock() - self._renewed_at > self._seconds / 2:
                 self.take()
+            # Our own clock may have stood still with this machine, and another one has the lease since.
+            elif max(self._numbers(), default=0) != self.number:
+                newest = self.newest()
+                if newest is None or not self.is_own(newest):
+                    raise LeaseLostError(self._lost(newest))
+                # Another process of this folder renewed it, or took it back from another machine.
+                self.number, self.term = newest.number, newest.holding.term
 
     def release(self) -> None:
         """Give the lease back, if it is ours, so that another machine need not wait for its end."""
@@ -134,10 +147,10 @@ class Lease:
     def _create(self, number: int, seconds: float) -> bool:
         """Create a lease of that number; return whether it is ours and the newest."""
         began = self._clock()
-        mine = Holding(self._holder, who_am_i(), os.getpid(), self._campaign, self._since, seconds)
+        mine = Holding(self._holder, who_am_i(), os.getpid(), self._campaign, self._since, seconds, self.term)
         if not self._objects.create(lease_name(number), json.dumps(asdict(mine)).encode()):
             return False
-        there = numbers_in(entry.name for entry in self._objects.listed("lease/"))
+        there = self._numbers()
         if max(there, default=0) > number:
             self._objects.delete(lease_name(number))
             return False
@@ -146,6 +159,9 @@ class Lease:
             if older < number:
                 self._objects.delete(lease_name(older))
         return True
+
+    def _numbers(self) -> list[int]:
+        return numbers_in(entry.name for entry in self._objects.listed("lease/"))
 
     def is_own(self, newest: Newest) -> bool:
         """Return whether a lease is this folder's."""

@@ -10,9 +10,9 @@ from d3po.tasks import mirroring
 from d3po.tasks.mirroring import Session, mirrored
 from d3po.tasks.mirroring_people import put_judgements
 from d3po_core.errors import D3POError
+from d3po_core.mirror.known import finished_places, mirrored_places
 from d3po_core.mirror.lease import LeaseHeldError, LeaseLostError
 from d3po_core.mirror.opening import push
-from d3po_core.mirror.putting import finished_places, mirrored_places
 from d3po_core.people.journal import raw_rows
 from tests.core.mirror.campaigns import Machine
 
