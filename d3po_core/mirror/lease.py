@@ -8,25 +8,21 @@ A term lasts as long as nobody but one folder holds the lease, however often it 
 What a folder knows of the mirror stays true within a term.
 """
 
-import getpass
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import NamedTuple
 
 from d3po_core.errors import D3POError
+from d3po_core.mirror.holder import Holding, Newest, holding_of, who_am_i
 from d3po_core.mirror.layout import lease_name, numbered, numbers_in
 from d3po_core.mirror.objects import Objects
-from d3po_core.store.files import atomic_path
+from d3po_core.mirror.probing import require_conditions, store_time
 
-HOLDER_FILE = ".mirror-holder.json"
 # S3 tells times in whole seconds.
 ROUNDING = timedelta(seconds=1)
 TRIES = 5
@@ -38,27 +34,6 @@ class LeaseHeldError(D3POError):
 
 class LeaseLostError(D3POError):
     """Another machine took the campaign over; nothing more may be published from here."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """The content of a lease: its holder, since when, how long it lasts, its term; 0 seconds: it was given back."""
-
-    holder: str
-    who: str
-    pid: int
-    campaign: str
-    since: str
-    seconds: float
-    term: str = ""
-
-
-class Newest(NamedTuple):
-    """The newest lease: its number, what it says, and the store's time of its writing."""
-
-    number: int
-    holding: Holding
-    modified: datetime
 
 
 class Lease:
@@ -90,6 +65,7 @@ class Lease:
             LeaseHeldError: another machine holds it.
             LeaseLostError: this process had it, and another machine took it since.
             MirrorAwayError: the store does not answer.
+            D3POError: the store overwrites what it was told to keep, so no lease in it means anything.
         """
         for _ in range(TRIES):
             newest = self.newest()
@@ -98,6 +74,8 @@ class Lease:
                 raise LeaseLostError(self._lost(newest))
             if newest and not own and newest.holding.seconds and not self.is_over(newest):
                 raise LeaseHeldError(self._held(newest))
+            if not own:
+                require_conditions(self._objects)
             self.term = (newest.holding.term if newest and own else "") or uuid.uuid4().hex
             if self._create(newest.number + 1 if newest else 1, self._seconds):
                 return not own
@@ -137,7 +115,7 @@ class Lease:
                 return None
             content = self._objects.get(lease_name(number))
             if content is not None:  # else it was renewed, and deleted, in between
-                return Newest(number, _holding(content), found[number].modified)
+                return Newest(number, holding_of(content), found[number].modified)
         raise LeaseHeldError(f"the lease of {self._objects.shown} is renewed faster than it can be read; try again")
 
     def ends(self, newest: Newest) -> datetime:
@@ -169,15 +147,7 @@ class Lease:
 
     def is_over(self, newest: Newest) -> bool:
         """Return whether a lease has run out, by the store's clock."""
-        return self._store_time() > self.ends(newest)
-
-    def _store_time(self) -> datetime:
-        """Return the store's clock: the time of an object that is written now."""
-        probe = f"clock/{uuid.uuid4().hex}"
-        self._objects.create(probe, b"what time is it")
-        modified = self._objects.modified(probe)
-        self._objects.delete(probe)
-        return modified or datetime.now(UTC)
+        return store_time(self._objects) > self.ends(newest)
 
     def _held(self, newest: Newest) -> str:
         holding, ends = newest.holding, self.ends(newest)
@@ -193,34 +163,3 @@ class Lease:
             f"campaign {self._campaign!r} is no longer written from here: {who} at {self._objects.shown}; nothing more "
             "is published. To go on here, end the other run and type the same command again"
         )
-
-
-def who_am_i() -> str:
-    """Return user and machine, for a person."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
-
-
-def holder_of(campaign: Path) -> str:
-    """Return the id of a campaign's folder on this machine; a copy of the folder elsewhere gets another one."""
-    path, here = campaign / HOLDER_FILE, {"host": socket.gethostname(), "folder": str(campaign.resolve())}
-    try:
-        known = json.loads(path.read_text())
-        if {key: known[key] for key in here} == here:
-            return str(known["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    fresh = uuid.uuid4().hex
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"id": fresh, **here}))
-    return fresh
-
-
-def _holding(content: bytes) -> Holding:
-    try:
-        return Holding(**json.loads(content))
-    except (ValueError, TypeError):
-        return Holding("?", "an unknown writer", 0, "?", "an unknown time", 600.0)

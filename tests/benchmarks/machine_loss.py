@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from d3po_core.mirror.lease import holder_of
+from d3po_core.mirror.holder import holder_of
 from d3po_core.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT))

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from d3po_core.mirror import known, outside
+from d3po_core.mirror.holder import holder_of
 from d3po_core.mirror.known import finished_places, mirrored_places
 from d3po_core.mirror.layout import STAGES, record_name
-from d3po_core.mirror.lease import Lease, holder_of
+from d3po_core.mirror.lease import Lease
 from d3po_core.mirror.objects import MirrorAwayError, Objects
 from d3po_core.mirror.opening import push
 from d3po_core.mirror.putting import put_campaign
