@@ -19,7 +19,7 @@ class FakeGcs(http.server.ThreadingHTTPServer):
         self.stored: dict[str, Stored] = {}
         self.conditions: list[str | None] = []
         self.turn = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def address(self) -> str:
