@@ -67,8 +67,7 @@ class Session:
             LeaseLostError: another machine took the campaign over.
             D3POError: the folder and the mirror hold different stages.
         """
-        if self._lost:
-            raise self._lost
+        self.require()
         began = time.monotonic()
         if began < self._left_alone_until:
             return
@@ -82,6 +81,15 @@ class Session:
         if self._away:
             self._away = False
             self._log.info("the mirror %s answers again and has everything", self.objects.shown)
+
+    def require(self) -> None:
+        """Check that the lease was not lost at its last renewal; the store is not asked.
+
+        Raises:
+            LeaseLostError: another machine took the campaign over.
+        """
+        if self._lost:
+            raise self._lost
 
     def end(self) -> None:
         """Put what is left, and give the lease back."""
@@ -102,8 +110,7 @@ class Session:
             try:
                 self.lease.require()
             except (LeaseLostError, LeaseHeldError) as error:
-                self._lost = LeaseLostError(str(error))
-                self._log.error("%s", error)
+                self._lost = LeaseLostError(str(error))  # the stage ends with it, at its next sign of progress
                 return
             except Exception:  # the next delivery says what is wrong
                 continue
@@ -147,3 +154,13 @@ def deliver(config: CampaignConfig) -> None:
     """
     if session := _sessions.get(config.folder):
         session.deliver()
+
+
+def require_lease(campaign: Path) -> None:
+    """Check, in the middle of a stage, that no other machine took the campaign over; without a mirror, do nothing.
+
+    Raises:
+        LeaseLostError: one did.
+    """
+    if session := _sessions.get(campaign):
+        session.require()

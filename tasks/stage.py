@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from d3po.tasks.live_line import is_shown, say
 from d3po.tasks.logs import flow_logger
+from d3po.tasks.mirroring import require_lease
 from d3po.tasks.showing import StageProgress
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import device_type
@@ -96,7 +97,12 @@ class Bar:
         say(self._line)
 
     def update(self, count: int = 1) -> None:
-        """Count this many more as done."""
+        """Count this many more as done.
+
+        Raises:
+            LeaseLostError: another machine took the campaign over, so the stage is done there.
+        """
+        require_lease(self._stage[0])
         self._done += count
         say(self._line)
         self._shown.tell(self._done / self._total, self._text)

@@ -3,27 +3,26 @@
 Each holding is an object ``lease/<number>.json``. Who creates the number after the highest one has the lease. A renewal
 creates the next number, and the holder then deletes older ones. A slow machine could create a number that was taken and
 deleted meanwhile, so after creating one we look whether a higher one exists.
+
+A term lasts as long as nobody but one folder holds the lease, however often it is renewed, given back and taken again.
+What a folder knows of the mirror stays true within a term.
 """
 
-import getpass
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import NamedTuple
 
 from d3po_core.errors import D3POError
+from d3po_core.mirror.holder import Holding, Newest, holding_of, who_am_i
 from d3po_core.mirror.layout import lease_name, numbered, numbers_in
 from d3po_core.mirror.objects import Objects
-from d3po_core.store.files import atomic_path
+from d3po_core.mirror.probing import require_conditions, store_time
 
-HOLDER_FILE = ".mirror-holder.json"
 # S3 tells times in whole seconds.
 ROUNDING = timedelta(seconds=1)
 TRIES = 5
@@ -35,26 +34,6 @@ class LeaseHeldError(D3POError):
 
 class LeaseLostError(D3POError):
     """Another machine took the campaign over; nothing more may be published from here."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """The content of a lease: its holder, since when, and how long it lasts; 0 seconds mean that it was given back."""
-
-    holder: str
-    who: str
-    pid: int
-    campaign: str
-    since: str
-    seconds: float
-
-
-class Newest(NamedTuple):
-    """The newest lease: its number, what it says, and the store's time of its writing."""
-
-    number: int
-    holding: Holding
-    modified: datetime
 
 
 class Lease:
@@ -75,6 +54,7 @@ class Lease:
         self._objects, self._holder, self._campaign, self._seconds = objects, holder, campaign, seconds
         self._clock, self._since = clock, datetime.now(UTC).isoformat(timespec="seconds")
         self.number: int | None = None
+        self.term = ""
         self._renewed_at = 0.0
         self._lock = threading.RLock()
 
@@ -85,6 +65,7 @@ class Lease:
             LeaseHeldError: another machine holds it.
             LeaseLostError: this process had it, and another machine took it since.
             MirrorAwayError: the store does not answer.
+            D3POError: the store overwrites what it was told to keep, so no lease in it means anything.
         """
         for _ in range(TRIES):
             newest = self.newest()
@@ -93,12 +74,15 @@ class Lease:
                 raise LeaseLostError(self._lost(newest))
             if newest and not own and newest.holding.seconds and not self.is_over(newest):
                 raise LeaseHeldError(self._held(newest))
+            if not own:
+                require_conditions(self._objects)
+            self.term = (newest.holding.term if newest and own else "") or uuid.uuid4().hex
             if self._create(newest.number + 1 if newest else 1, self._seconds):
                 return not own
         raise LeaseHeldError(f"the lease of {self._objects.shown} changes hands too fast; try again in a minute")
 
     def require(self) -> None:
-        """Check that the lease is ours for long enough to put one object; renew it if it is not.
+        """Ask the store whether the lease is ours for long enough to put one object; renew it if half of it is over.
 
         Raises:
             LeaseLostError: another machine has it.
@@ -107,6 +91,13 @@ class Lease:
         with self._lock:  # the run and the thread that renews both ask
             if self.number is None or self._clock() - self._renewed_at > self._seconds / 2:
                 self.take()
+            # Our own clock may have stood still with this machine, and another one has the lease since.
+            elif max(self._numbers(), default=0) != self.number:
+                newest = self.newest()
+                if newest is None or not self.is_own(newest):
+                    raise LeaseLostError(self._lost(newest))
+                # Another process of this folder renewed it, or took it back from another machine.
+                self.number, self.term = newest.number, newest.holding.term
 
     def release(self) -> None:
         """Give the lease back, if it is ours, so that another machine need not wait for its end."""
@@ -124,7 +115,7 @@ class Lease:
                 return None
             content = self._objects.get(lease_name(number))
             if content is not None:  # else it was renewed, and deleted, in between
-                return Newest(number, _holding(content), found[number].modified)
+                return Newest(number, holding_of(content), found[number].modified)
         raise LeaseHeldError(f"the lease of {self._objects.shown} is renewed faster than it can be read; try again")
 
     def ends(self, newest: Newest) -> datetime:
@@ -134,10 +125,10 @@ class Lease:
     def _create(self, number: int, seconds: float) -> bool:
         """Create a lease of that number; return whether it is ours and the newest."""
         began = self._clock()
-        mine = Holding(self._holder, who_am_i(), os.getpid(), self._campaign, self._since, seconds)
+        mine = Holding(self._holder, who_am_i(), os.getpid(), self._campaign, self._since, seconds, self.term)
         if not self._objects.create(lease_name(number), json.dumps(asdict(mine)).encode()):
             return False
-        there = numbers_in(entry.name for entry in self._objects.listed("lease/"))
+        there = self._numbers()
         if max(there, default=0) > number:
             self._objects.delete(lease_name(number))
             return False
@@ -147,21 +138,16 @@ class Lease:
                 self._objects.delete(lease_name(older))
         return True
 
+    def _numbers(self) -> list[int]:
+        return numbers_in(entry.name for entry in self._objects.listed("lease/"))
+
     def is_own(self, newest: Newest) -> bool:
         """Return whether a lease is this folder's."""
         return newest.holding.holder == self._holder
 
     def is_over(self, newest: Newest) -> bool:
         """Return whether a lease has run out, by the store's clock."""
-        return self._store_time() > self.ends(newest)
-
-    def _store_time(self) -> datetime:
-        """Return the store's clock: the time of an object that is written now."""
-        probe = f"clock/{uuid.uuid4().hex}"
-        self._objects.create(probe, b"what time is it")
-        modified = self._objects.modified(probe)
-        self._objects.delete(probe)
-        return modified or datetime.now(UTC)
+        return store_time(self._objects) > self.ends(newest)
 
     def _held(self, newest: Newest) -> str:
         holding, ends = newest.holding, self.ends(newest)
@@ -177,34 +163,3 @@ class Lease:
             f"campaign {self._campaign!r} is no longer written from here: {who} at {self._objects.shown}; nothing more "
             "is published. To go on here, end the other run and type the same command again"
         )
-
-
-def who_am_i() -> str:
-    """Return user and machine, for a person."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
-
-
-def holder_of(campaign: Path) -> str:
-    """Return the id of a campaign's folder on this machine; a copy of the folder elsewhere gets another one."""
-    path, here = campaign / HOLDER_FILE, {"host": socket.gethostname(), "folder": str(campaign.resolve())}
-    try:
-        known = json.loads(path.read_text())
-        if {key: known[key] for key in here} == here:
-            return str(known["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    fresh = uuid.uuid4().hex
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"id": fresh, **here}))
-    return fresh
-
-
-def _holding(content: bytes) -> Holding:
-    try:
-        return Holding(**json.loads(content))
-    except (ValueError, TypeError):
-        return Holding("?", "an unknown writer", 0, "?", "an unknown time", 600.0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from d3po_core.errors import D3POError
-from d3po_core.mirror.told import first_line, in_words, names_no_bucket
+from d3po_core.mirror.told import in_words, names_no_bucket
 from d3po_core.urls import inline_secret, masked
 
 SCHEMES = ("s3", "gs", "az", "file")
@@ -176,7 +176,7 @@ class Objects:
         try:
             yield
         except (BaseError, OSError) as error:
-            raise MirrorAwayError(f"the mirror {self.shown} {in_words(error)}") from None
+            raise MirrorAwayError(f"the mirror {self.shown} {in_words(error, urlsplit(self.url).scheme)}") from None
 
 
 def _if_there(ask: Callable[[], T]) -> T | None:
@@ -222,7 +222,8 @@ def open_objects(url: str, campaign: str = "", timeout_seconds: float = 10.0) ->
     try:
         return Objects(open_store(url, client_options=options, retry_config=retries), url, campaign)
     except (BaseError, ValueError) as error:
-        raise D3POError(f"store.mirror is {masked(url)!r}: {first_line(error)}") from None
+        said = in_words(error, urlsplit(url).scheme)
+        raise D3POError(f"store.mirror is {masked(url)!r}, which {said}") from None
 
 
 def check_url(url: str) -> None:

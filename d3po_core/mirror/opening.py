@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from d3po_core.config import CampaignConfig, StoreConfig
-from d3po_core.mirror.lease import Lease, holder_of
+from d3po_core.mirror.holder import holder_of
+from d3po_core.mirror.lease import Lease
 from d3po_core.mirror.objects import Objects, open_objects
 from d3po_core.mirror.putting import Put, forget_round, put_campaign
 from d3po_core.mirror.state import LOCK_FILE, read_state, remember_mirror

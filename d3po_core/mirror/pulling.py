@@ -1,16 +1,15 @@
 """Bring a campaign from its mirror into a folder; what the folder has more stays, and nothing is overwritten."""
 
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from d3po_core.config import StoreConfig
 from d3po_core.errors import D3POError
-from d3po_core.mirror.layout import REPAIR, STAGES, Piece, StageCopy, Version, record_name, stage_copy
+from d3po_core.mirror.known import AT_ONCE, fetched_copies, finished_places, mirrored_places, require_same
+from d3po_core.mirror.layout import REPAIR, Piece, StageCopy, Version
 from d3po_core.mirror.objects import Objects
-from d3po_core.mirror.putting import AT_ONCE, diverged, finished_places, mirrored_places
 from d3po_core.mirror.state import DivergedError, State, read_state, write_state
 from d3po_core.mirror.versions import journal_entries, newest_version, require_same_campaign
 from d3po_core.people.journal import restore_rows
@@ -52,8 +51,11 @@ def pull_campaign(campaign: Path, store: StoreConfig, objects: Objects) -> Pulle
     if found is None:
         return None
     here = set(finished_places(campaign))
-    copies = _unknown_copies(objects, state)
-    _require_agreement(campaign, copies, here, objects)
+    unknown = [place for place in sorted(mirrored_places(objects)) if not state.knows(place)]
+    copies = fetched_copies(unknown, objects)
+    for copy in copies:
+        if copy.place in here:
+            require_same(campaign, copy, objects)
     changed = _changed_outside(campaign, found, state)
     state.store = store.model_dump(mode="json")
     # The journal first: without it, files that were written from it would look like those of a lost one.
@@ -67,32 +69,9 @@ def pull_campaign(campaign: Path, store: StoreConfig, objects: Objects) -> Pulle
             files += _write_stage(campaign, copy, objects)
             left_out += sum(piece.object is None for piece in copy.files.values())
             stages += 1
-        state.records.append(copy.name)
+        state.note(copy.place)
         write_state(campaign, state)
     return Pulled(stages, files, entries, left_out)
-
-
-def _unknown_copies(objects: Objects, state: State) -> list[StageCopy]:
-    """Return the mirror's stages that are not known to be the same here, in order."""
-    known = set(state.records)
-    names = [record_name(number, STAGES[order]) for number, order in sorted(mirrored_places(objects))]
-    names = [name for name in names if name not in known]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        contents = list(pool.map(objects.get, names))
-    return [
-        stage_copy(content, f"{objects.shown}/{name}")
-        for name, content in zip(names, contents, strict=True)
-        if content is not None
-    ]
-
-
-def _require_agreement(
-    campaign: Path, copies: Iterable[StageCopy], here: set[tuple[int, int]], objects: Objects
-) -> None:
-    for copy in copies:
-        listed = stage_path(campaign, copy.round, copy.stage).with_suffix(".files")
-        if copy.place in here and listed.read_text() != copy.listed:
-            raise DivergedError(diverged(campaign, copy, objects))
 
 
 def _changed_outside(campaign: Path, found: Version, state: State) -> dict[str, Piece]:

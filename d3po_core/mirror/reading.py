@@ -13,11 +13,12 @@ from pathlib import Path
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.mirror.known import AT_ONCE
 from d3po_core.mirror.layout import Piece, StageCopy, Version, place_of, stage_copy
 from d3po_core.mirror.objects import Objects, check_url, open_objects
+from d3po_core.mirror.outside import OUTSIDE
 from d3po_core.mirror.pulling import fetch_piece, lay_out_stage
-from d3po_core.mirror.putting import AT_ONCE
-from d3po_core.mirror.versions import OUTSIDE, journal_entries, newest_version
+from d3po_core.mirror.versions import journal_entries, newest_version
 from d3po_core.paths import data_folder
 from d3po_core.people.journal import restore_rows
 from d3po_core.store.at_hand import serve

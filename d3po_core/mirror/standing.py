@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from d3po_core.mirror.known import finished_places
 from d3po_core.mirror.layout import STAGES, place_of
 from d3po_core.mirror.lease import Lease
 from d3po_core.mirror.objects import Listed, Objects
-from d3po_core.mirror.putting import finished_places
 from d3po_core.mirror.versions import newest_version
 
-REQUESTS_PER_STAGE = 3  # besides the puts
+REQUESTS_PER_STAGE = 5  # besides the puts
 
 
 def standing(campaign: Path, objects: Objects, lease: Lease) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _per_round(everything: list[Listed]) -> dict[str, Any]:
     if not rounds:
         return {"objects_per_round": None, "bytes_per_round": None, "requests_per_round": None}
     stages = sum(entry.name.startswith("records/") for entry in within)
-    # A put per object; per stage a list of the records, and a list and a read of the versions.
+    # A put per object; per stage two looks at the lease, a list and a read of the versions, and a read of the record.
     requests = len(within) + REQUESTS_PER_STAGE * stages
     return {
         "objects_per_round": round(len(within) / len(rounds)),

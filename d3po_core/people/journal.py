@@ -223,12 +223,13 @@ class Journal:
             row = self._connection.execute(query, (sampling, name)).fetchone()
         return row[0] if row else None
 
-    def raw(self) -> tuple[list[list[Any]], list[list[str]]]:
-        """Entries and notes as SQLite holds them, at one moment."""
+    def raw(self, first: int = 0) -> tuple[list[list[Any]], list[list[str]]]:
+        """Entries from a number on, and all notes, as SQLite holds them at one moment."""
         with self._lock, self._errors():
             self._connection.execute("BEGIN")
             try:
-                entries = self._connection.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY seq").fetchall()
+                query = f"SELECT {_COLUMNS} FROM entries WHERE seq >= ? ORDER BY seq"
+                entries = self._connection.execute(query, (first,)).fetchall()
                 notes = self._connection.execute("SELECT * FROM notes ORDER BY sampling, name").fetchall()
             finally:
                 self._connection.execute("ROLLBACK")
@@ -305,12 +306,12 @@ def read_entries(campaign: Path, sampling: str) -> list[Entry]:
         return journal.entries(sampling)
 
 
-def raw_rows(campaign: Path) -> tuple[list[list[Any]], list[list[str]]]:
-    """All entries and notes of the journal as SQLite holds them, for a copy elsewhere; none without a journal."""
+def raw_rows(campaign: Path, first: int = 0) -> tuple[list[list[Any]], list[list[str]]]:
+    """Entries from a number on, and notes, as SQLite holds them, for a copy elsewhere; none without a journal."""
     if not (campaign / JOURNAL_FILE).exists():
         return [], []
     with contextlib.closing(Journal(campaign, read_only=True)) as journal:
-        return journal.raw()
+        return journal.raw(first)
 
 
 def restore_rows(campaign: Path, rows: list[list[Any]], notes: list[list[str]]) -> int:

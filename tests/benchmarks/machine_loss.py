@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from d3po_core.mirror.lease import holder_of
+from d3po_core.mirror.holder import holder_of
 from d3po_core.paths import PROJECT_ROOT
 
 sys.path.insert(0, str(PROJECT_ROOT))
@@ -92,6 +92,8 @@ def lose(machines: Machines, losses: int, dice: random.Random) -> dict[str, Any]
             runs, status, lived = machines.run(mirror, moment)
             if status == 0:
                 missed += moment is not None  # it ended first; the next campaign draws another moment
+                if in_this == 0:  # a busy machine may have been slow at first, and every moment would be missed
+                    seconds = min(seconds, lived)
                 break
             if status == -signal.SIGKILL and was_at_work(runs / "lost", mirror, machines.rounds):
                 lost, in_this, left = lost + 1, in_this + 1, max(left - lived, seconds / 4)

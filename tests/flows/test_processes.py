@@ -1,4 +1,4 @@
-"""A round by two processes through the flow; one of them is killed, and the training goes on."""
+"""A round by two processes through the flow; the run and one of them are killed, and the round ends alike."""
 
 import json
 from collections.abc import Callable
@@ -30,14 +30,21 @@ def ranks_of(data: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(900)
-def test_round_of_two_processes_ends_alike_when_one_of_them_was_killed(
-    run_rounds: Callable[..., int], data: Path
-) -> None:
+def test_round_of_two_processes_ends_alike_whoever_was_killed(run_rounds: Callable[..., int], data: Path) -> None:
+    """The run's own process dies with one of two shards on disk, then with one of two updates; then a worker dies."""
     undisturbed = rounds(run_rounds, data, "two-processes")
     assert [record.round for record in finished_rounds(undisturbed)] == [0, 1]
     assert json.loads((undisturbed / "checkpoints/round=1/checkpoint.json").read_text())["processes"] == 2
     assert {path.name for path in (undisturbed / "logs").iterdir()} == {"worker-0.log", "worker-1.log"}
-    disturbed = rounds(run_rounds, data, "two-processes-one-killed", kill_rank_in="train")
-    assert outcome(disturbed) == outcome(undisturbed)
-    assert (data / "two-processes-one-killed.killed").read_text() == "rank 1"
+
+    name = "two-processes-killed"
+    values, killed = {**SMALL, "campaign": name, "model": MODEL, "compute": COMPUTE}, data / "runs" / name
+    assert run_rounds(values, 1, kill_at="staging/round=1/", after=True) == -9
+    assert len(list(killed.glob("staging/round=1/*.parquet"))) == 1
+    assert not list(killed.glob("samples/round=1/*"))
+    assert run_rounds(values, 1, kill_at="checkpoints/round=1-update=", after=True) == -9
+    assert list(killed.glob("checkpoints/round=1-update=*"))
+    assert not list(killed.glob("updates/round=1/*"))
+    assert outcome(rounds(run_rounds, data, name, kill_rank_in="train")) == outcome(undisturbed)
+    assert (data / f"{name}.killed").read_text() == "rank 1"
     assert ranks_of(data) == []

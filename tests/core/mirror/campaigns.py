@@ -7,7 +7,8 @@ import numpy as np
 
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
-from d3po_core.mirror.lease import Lease, holder_of
+from d3po_core.mirror.holder import holder_of
+from d3po_core.mirror.lease import Lease
 from d3po_core.mirror.objects import Objects, open_objects
 from d3po_core.mirror.pulling import Pulled, pull_campaign
 from d3po_core.mirror.putting import Put, put_campaign

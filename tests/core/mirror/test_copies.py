@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from d3po_core.errors import D3POError
+from d3po_core.mirror.known import finished_places
 from d3po_core.mirror.layout import record_name, stage_copy, version_name
 from d3po_core.mirror.lease import LeaseHeldError
 from d3po_core.mirror.objects import open_objects
-from d3po_core.mirror.putting import finished_places, forget_round, is_mirrored
+from d3po_core.mirror.putting import forget_round, is_mirrored
 from d3po_core.mirror.state import DivergedError
 from d3po_core.people.journal import raw_rows
 from d3po_core.store.integrity import damages

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d3po_core.errors import D3POError
 from d3po_core.mirror.layout import lease_name
 from d3po_core.mirror.lease import Lease, LeaseHeldError, LeaseLostError
 from tests.core.mirror.stores import VirtualStore
@@ -69,6 +70,21 @@ def test_number_that_was_taken_and_deleted_meanwhile_gives_no_lease() -> None:
     first.require()  # now number 3; 1 and 2 are deleted
     assert not second._create(newest.number + 1, SECONDS), "number 2 is free again, and still no lease"
     assert list(store.contents) == [lease_name(3)]
+
+
+class Overwriting(VirtualStore):
+    """A store that does not know conditions."""
+
+    def create(self, name: str, content: bytes) -> bool:
+        self.contents.pop(name, None)
+        return super().create(name, content)
+
+
+def test_store_that_overwrites_what_it_was_told_to_keep_is_refused() -> None:
+    store = Overwriting({}, [1000.0])
+    with pytest.raises(D3POError, match=r"^the mirror s3://virtual/c overwrites an object that it was told to keep"):
+        Lease(store, "machine", "c", SECONDS).take()
+    assert store.contents == {}, "nothing is left there"
 
 
 class Switching(VirtualStore):

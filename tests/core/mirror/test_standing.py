@@ -20,8 +20,8 @@ def test_costs_of_a_round_are_the_mean_of_published_ones(tmp_path: Path, folder_
     ]  # fmt: skip
     machine.objects = VirtualStore(dict.fromkeys(names, (b"x" * 10, 0.0)), [0.0])
     found = standing(machine.folder, machine.objects, machine.lease)
-    # Six objects in two rounds; three stages with three requests each besides the puts.
-    assert (found["objects_per_round"], found["bytes_per_round"], found["requests_per_round"]) == (3, 30, 8)
+    # Six objects in two rounds; three stages with five requests each besides the puts.
+    assert (found["objects_per_round"], found["bytes_per_round"], found["requests_per_round"]) == (3, 30, 10)
 
 
 def test_mirror_without_a_published_round_tells_no_costs(tmp_path: Path, folder_mirror: str) -> None:
