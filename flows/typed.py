@@ -14,7 +14,7 @@ from d3po_core.paths import HERE, absolute, path_in_project, project_folder, res
 
 # Their keys are names, which may hold dots.
 MAPPINGS = ("scoring.models", "judge.scorer_weights")
-HUB_FIELDS = ("model.path", "model.single_file_config")  # a hub id looks like a relative path
+HUB_FIELDS = ("model.path", "model.single_file_config", "model.start_from")  # a hub id looks like a relative path
 
 Values = dict[str, Any]
 Origins = dict[str, str]

@@ -12,8 +12,9 @@ from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
 from d3po_core.models.model_files import chain, check_folder, family_named, family_of, index_of, weight_files
-from d3po_core.models.places import check_path, model_folder
+from d3po_core.models.places import check_path, model_folder, start_place
 from d3po_core.models.single_file import check_single_file, described_by, load_in_8_bits, load_parts, parts_held
+from d3po_core.models.start import check_start, merge_start
 from d3po_core.models.tensor_files import stored_in_8_bits
 from d3po_core.models.text_weights import text_encoder
 from d3po_core.models.weights import expect_finite
@@ -36,6 +37,8 @@ def load_family(config: ModelConfig) -> Family:
     try:
         pipeline, family = _loaded(config)
         _expect_all_weights(pipeline)
+        if config.start_as == "merge":
+            merge_start(config, family(pipeline))
         for name, part in _modules(pipeline):
             expect_finite(part, f"model.path {config.path!r}: {name}")
     except D3POError:
@@ -112,11 +115,13 @@ def check_model(config: ModelConfig) -> None:
     """Check a model's files without loading it, so that a broken one fails before any work.
 
     Raises:
-        D3POError: the folder lacks a pipeline part, or the configured CUDA device is absent.
+        D3POError: the folder lacks a pipeline part, the LoRA to go on from does not fit, or the configured CUDA device
+            is absent.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
     check_path(config)
+    start_place(config)
     path = resolve_path(config.path)
     if not path.exists():
         return
@@ -125,12 +130,17 @@ def check_model(config: ModelConfig) -> None:
     folder = model_folder(config)
     if folder is None:
         return
+    family = _checked_folder(config, path, folder)
+    if config.start_from:
+        check_start(config, family, folder)
+
+
+def _checked_folder(config: ModelConfig, path: Path, folder: Path) -> type[Family]:
     if not path.is_file():
-        check_folder(config, folder)
-        return
+        return check_folder(config, folder)
     held = parts_held(config, path, family_of(config, folder), index_of(config, folder))
     # What the hub's cache lacks comes with loading.
-    check_folder(config, folder, with_weights=resolve_path(str(config.single_file_config)).exists(), held=held)
+    return check_folder(config, folder, with_weights=resolve_path(str(config.single_file_config)).exists(), held=held)
 
 
 def storage_notes(config: ModelConfig) -> list[str]:
