@@ -51,6 +51,8 @@ def lora_in(whose: str, place: Path) -> Path:
                 f"{whose}: is a {place.suffix or 'nameless'} file; expected .safetensors, which runs no code when it "
                 "is read: convert it first"
             )
+        if place.name == ADAPTER_FILE:
+            raise D3POError(f"{whose}: name the folder instead, whose {ADAPTER_CONFIG} says how to scale this file")
         return place
     if (place / ADAPTER_CONFIG).is_file() and not (place / ADAPTER_FILE).is_file():
         raise D3POError(f"{whose}: {ADAPTER_FILE} is missing beside {ADAPTER_CONFIG}; copy the folder again")
@@ -146,8 +148,8 @@ def _described(whose: str, file: Path, metadata: Mapping[str, Any]) -> dict[str,
     for said in found.values():
         for field, expected in plain.items():
             if said.get(field, expected) not in (expected, [], {}):
-                raise D3POError(f"{whose}: {field} is {str(said[field])[:60]!r}; expected {expected!r}, as a plain LoRA "
-                                "has it")  # fmt: skip
+                raise D3POError(f"{whose}: {field} is {str(said[field])[:60]!r}; expected {expected!r}, as a plain "
+                                "LoRA has it")  # fmt: skip
     return found
 
 

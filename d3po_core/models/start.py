@@ -96,6 +96,16 @@ def continued(config: ModelConfig, family: Family, start: Layers, initial: State
     return found
 
 
+def start_in_diffusers(config: ModelConfig, family: Family) -> State:
+    """Return the LoRA to go on from as ``pipe.load_lora_weights`` takes it: its factor is in the weights."""
+    return {
+        f"{part}.{name}.lora_{half}.weight": value
+        for part, layers in read_start(config, family).items()
+        for name, layer in layers.items()
+        for half, value in (("A", layer.down), ("B", layer.scale * layer.up))
+    }
+
+
 @torch.no_grad()
 def merge_start(config: ModelConfig, family: Family) -> None:
     """Add the LoRA to go on from to the weights of the loaded pipeline, each rounded once.
@@ -185,4 +195,4 @@ def _downloaded(config: ModelConfig) -> Path:
             f"model.start_from {place!r}: cannot be downloaded ({' '.join(str(error).split())[:200]}); is the hub id "
             "right, and the network there? A folder or file works too"
         ) from None
-    return Path(folder) / wanted[0]
+    return Path(folder) if wanted[0] == ADAPTER_FILE else Path(folder) / wanted[0]
