@@ -62,6 +62,24 @@ Z_IMAGE: Table = {
        for block in ("layers", "noise_refiner", "context_refiner")
        for ours, theirs in {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}.items()},
 }  # fmt: skip
+KLEIN: Table = {
+    "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    **{name: theirs for name, theirs in FLUX.items() if "attn." in name and name.startswith("transformer_blocks.")},
+    "transformer_blocks.N.ff.linear_in": "double_blocks.N.img_mlp.0",
+    "transformer_blocks.N.ff.linear_out": "double_blocks.N.img_mlp.2",
+    "transformer_blocks.N.ff_context.linear_in": "double_blocks.N.txt_mlp.0",
+    "transformer_blocks.N.ff_context.linear_out": "double_blocks.N.txt_mlp.2",
+    "single_transformer_blocks.N.attn.to_qkv_mlp_proj": "single_blocks.N.linear1",
+    "single_transformer_blocks.N.attn.to_out": "single_blocks.N.linear2",
+    "single_transformer_blocks.N.attn.norm_q.weight": "single_blocks.N.norm.query_norm.scale",
+    "single_transformer_blocks.N.attn.norm_k.weight": "single_blocks.N.norm.key_norm.scale",
+}  # fmt: skip
 # Their joined layer -> our layers in it, in order.
 JOINED: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": {
@@ -81,18 +99,19 @@ JOINED: dict[str, dict[str, tuple[str, ...]]] = {
         for block in ("layers", "noise_refiner", "context_refiner")
     },
 }  # fmt: skip
-TABLES = {"flux": FLUX, "sd35": SD3, "z-image": Z_IMAGE}
+JOINED["klein"] = {theirs: ours for theirs, ours in JOINED["flux"].items() if "double" in theirs}
+TABLES = {"flux": FLUX, "klein": KLEIN, "sd35": SD3, "z-image": Z_IMAGE}
 
 
 def native_state(kind: str, state: State, blocks: int = 0) -> State:
-    """Return a network's weights under its authors' names; Qwen-Image's authors use diffusers'.
+    """Return a network's weights under its authors' names; Qwen-Image's are those of diffusers, and SANA's are left so.
 
     Args:
-        kind: ``flux``, ``sd35``, ``z-image`` or ``qwen``.
+        kind: ``flux``, ``klein``, ``sd35``, ``z-image``, ``qwen`` or ``sana``.
         state: the network's weights in diffusers.
         blocks: the number of joint blocks, for Stable Diffusion 3.
     """
-    if kind == "qwen":
+    if kind in ("qwen", "sana"):
         return dict(state)
     state, found = dict(state), State()
     for theirs, ours in JOINED[kind].items():
@@ -118,6 +137,6 @@ def _renamed(name: str, table: Table) -> str:
 def _swapped(kind: str, name: str, value: torch.Tensor, blocks: int) -> torch.Tensor:
     """The authors keep shift before scale where diffusers keeps scale before shift."""
     last = kind == "sd35" and name.startswith(f"transformer_blocks.{blocks - 1}.norm1_context.linear")
-    if kind in ("flux", "sd35") and (name.startswith("norm_out.linear") or last):
+    if kind in ("flux", "klein", "sd35") and (name.startswith("norm_out.linear") or last):
         return torch.cat(value.chunk(2)[::-1])
     return value

@@ -17,7 +17,7 @@ from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.loading import check_model, load_family, storage_notes
 from tests.core.models.native_files import native_state
-from tests.core.models.single_files import under, vae_state
+from tests.core.models.single_files import under, unet_state, vae_state
 from tests.core.models.tiny_flow_models import tiny_flow_model
 from tests.core.models.tiny_models import tiny_model
 
@@ -70,8 +70,11 @@ def write(state: State, path: Path, **metadata: str) -> Path:
 
 
 @pytest.mark.usefixtures("flux_of_any_width")
-@pytest.mark.parametrize("prefix", ["", MERGED])
-@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "sd35", "qwen", "z-image"])
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("flux-dev", ""), ("flux-dev", MERGED), ("flux-schnell", ""), ("sd35", ""), ("sd35", MERGED), ("qwen", ""),
+     ("qwen", MERGED), ("z-image", MERGED), ("klein", ""), ("klein", MERGED), ("sana", "")],
+)  # fmt: skip
 def test_a_transformer_alone_goes_into_the_folders_pipeline(
     name: str, prefix: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -81,6 +84,15 @@ def test_a_transformer_alone_goes_into_the_folders_pipeline(
     expect_same(pipeline.transformer, folder, "transformer")
     expect_same(pipeline.vae, folder, "vae")
     expect_same(pipeline.text_encoder, folder, "text_encoder")
+
+
+def test_a_unet_alone_goes_into_the_folders_pipeline(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """In the first authors' names, and as diffusers writes its folder's file."""
+    folder = folder_of("sdxl")
+    unet = DiffusionPipeline.from_pretrained(folder).unet
+    file = write(under(MERGED, unet_state(unet)), tmp_path / "alone.safetensors")
+    for path in (file, folder / "unet" / WEIGHTS):
+        expect_same(loaded(path, folder).unet, folder, "unet")
 
 
 def test_a_whole_merged_flux_file_needs_no_weights_from_the_folder(
