@@ -7,6 +7,7 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
+from d3po_core.export.base import said_of_base
 from d3po_core.export.cards import card, hub_model, public_config
 from d3po_core.export.kohya import READERS, write_for_others
 from d3po_core.export.native_names import READERS as NATIVE_READERS
@@ -130,10 +131,9 @@ def _card(
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
         drawing=_drawing(config, family, hub or public_config(config)["model"]["path"]), readers=readers,
-        start=said_of_start(config, part),
+        start=said_of_start(campaign, config, part),
         call=family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
-        missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
-                               "below before you upload this.\n\n",
+        missing=said_of_base(config.model, family, hub),
         scores=_scores(campaign, number, part, config.model), part=part, line=loading_line(checkpoint, '"FOLDER"'),
         labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
         beta=train.beta, rate=train.learning_rate,

@@ -15,22 +15,24 @@ from d3po_core.store.integrity import RESTORE
 from d3po_core.store.sealed import read_sealed
 
 
-def said_of_start(config: CampaignConfig, part: str) -> str:
+def said_of_start(campaign: Path, config: CampaignConfig, part: str) -> str:
     """Return a model card's paragraph; empty if the campaign began with the base model.
 
     Args:
+        campaign: the campaign's folder.
         config: the round's configuration.
         part: what is exported: ``LoRA``, or the network's name.
     """
-    start = _shown(config)
-    if start is None:
+    if _shown(config) is None:
         return ""
+    digests = [sha256 for files in start_digests(campaign).values() for sha256 in files.values()]
+    start = f"`{_shown(config)}`" + (f" (SHA-256 `{digests[0]}`)" if len(digests) == 1 else "")
     if config.model.start_as == "continue":
-        return f"Training went on from the LoRA `{start}`, which this one contains: use this one alone.\n\n"
+        return f"Training went on from the LoRA {start}, which this one contains: use this one alone.\n\n"
     if part != "LoRA":
-        return f"The LoRA `{start}` was merged into the base model first; these weights contain it.\n\n"
+        return f"The LoRA {start} was merged into the base model first; these weights contain it.\n\n"
     return (
-        f"The LoRA `{start}` was merged into the base model first, and this one holds only what was learned on top: "
+        f"The LoRA {start} was merged into the base model first, and this one holds only what was learned on top: "
         "use both, each at strength 1. The lines above merge the first. In ComfyUI, chain two LoRA loaders; in "
         "AUTOMATIC1111, name both in the prompt.\n\n"
     )

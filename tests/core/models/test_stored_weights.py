@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_model
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from d3po_core.config import ModelConfig
@@ -47,7 +48,7 @@ def flux_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(entry, "checkpoint_mapping_fn", types.FunctionType(code, read.__globals__))
 
 
-def loaded(path: Path, described_by: Path | None = None, **settings: Any) -> Any:
+def loaded(path: Path, described_by: Path | str | None = None, **settings: Any) -> Any:
     place = str(described_by) if described_by else None
     return load_family(ModelConfig(path=str(path), single_file_config=place, device="cpu", **settings)).pipeline
 
@@ -93,6 +94,23 @@ def test_a_unet_alone_goes_into_the_folders_pipeline(folder_of: Callable[[str], 
     file = write(under(MERGED, unet_state(unet)), tmp_path / "alone.safetensors")
     for path in (file, folder / "unet" / WEIGHTS):
         expect_same(loaded(path, folder).unet, folder, "unet")
+
+
+def test_what_a_file_lacks_comes_from_the_hubs_cache(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the hub's client lays its cache out: a snapshot by revision, and a file that names the newest."""
+    folder, cache = folder_of("z-image"), tmp_path / "models--ann--model"
+    shutil.copytree(folder, cache / "snapshots" / "abc")
+    (cache / "snapshots" / "abc" / "transformer" / WEIGHTS).unlink()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(constants, name, value)
+    file = write(native("z-image", folder), tmp_path / "alone.safetensors")
+    pipeline = loaded(file, "ann/model")
+    for part in ("transformer", "vae", "text_encoder"):
+        expect_same(getattr(pipeline, part), folder, part)
 
 
 def test_a_whole_merged_flux_file_needs_no_weights_from_the_folder(
