@@ -64,10 +64,10 @@ def run(start_as: str, start: Path, folder: Path) -> CampaignConfig:
     values: dict[str, Any] = {
         "campaign": start_as, "seed": 5, "runs_dir": str(folder / "runs"),
         "model": {"device": "cpu", "lora_rank": 4, "start_from": str(start), "start_as": start_as},
-        "sample": {"groups_per_round": 3, "group_size": 3, "num_steps": 3, "prompts": str(folder / "train.txt")},
+        "sample": {"groups_per_round": 2, "group_size": 2, "num_steps": 2, "prompts": str(folder / "train.txt")},
         "judge": {"scorers": ["brightness"]},
         "train": {"updates_per_round": 2, "micro_batch": 16, "learning_rate": 1e-2, "reference": "base"},
-        "evaluate": {"images_per_prompt": 2, "scorers": ["brightness"], "prompts": str(folder / "held_out.txt")},
+        "evaluate": {"images_per_prompt": 1, "scorers": ["brightness"], "prompts": str(folder / "held_out.txt")},
     }  # fmt: skip
     config = load_config(values, "test")
     open_campaign(config)
@@ -116,7 +116,7 @@ def test_the_base_of_the_campaign_has_the_start(
 def test_rounds_are_made_again(start_as: str, started: Callable[[str], CampaignConfig]) -> None:
     config = started(start_as)
     model = policy_at(config, 0)
-    for sample in ("r0-e1", "r1-g0-m0", "r1-e0"):
+    for sample in ("r0-e1", "r1-g0-m0"):
         assert regenerate(config.folder, sample, model).same_bytes
     assert replay_round(config.folder, 1, model).identical
 
@@ -146,8 +146,7 @@ def test_the_card_says_how_to_use_the_export_and_its_lines_load_it(
     torch.testing.assert_close(outputs(policy, names["pipe"].unet), outputs(policy), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("start_as", WAYS)
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("start_as", "number"), [("continue", 0), ("continue", 1), ("merge", 1)])
 def test_a_notebook_loads_the_round(start_as: str, number: int, started: Callable[[str], CampaignConfig]) -> None:
     config = started(start_as)
     pipeline = load_pipeline(config.folder, number)
