@@ -145,4 +145,5 @@ def _is_path(field: str, value: Any) -> bool:
 
 def _may_be_hub_id(field: str, value: str) -> bool:
     named = field in HUB_FIELDS or field.startswith("scoring.models.")
-    return named and not value.startswith((".", "/", "~")) and value.count("/") <= 1
+    most = 2 if field == "model.start_from" else 1  # owner/name/file
+    return named and not value.startswith((".", "/", "~")) and value.count("/") <= most

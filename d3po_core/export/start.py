@@ -1,15 +1,12 @@
 """What an export says of the LoRA that a campaign went on from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from d3po_core.config import CampaignConfig
-from d3po_core.errors import D3POError
 from d3po_core.export.cards import public_config
 from d3po_core.models.families import Family
-from d3po_core.models.lora_files import ADAPTER_FILE
-from d3po_core.models.places import start_place
+from d3po_core.models.weights import merging_lines
 from d3po_core.reproducing.frozen import FROZEN_FILE, START
 from d3po_core.store.integrity import RESTORE
 from d3po_core.store.sealed import read_sealed
@@ -40,16 +37,7 @@ def said_of_start(campaign: Path, config: CampaignConfig, part: str) -> str:
 
 def merging(config: CampaignConfig, family: type[Family]) -> str:
     """Return lines of Python that merge the start into ``pipe``; empty if the exported weights need none."""
-    start = _shown(config)
-    if start is None or config.model.start_as == "continue" or config.model.train == "full":
-        return ""
-    if _is_peft(config):
-        merged = f"peft.PeftModel.from_pretrained(pipe.{family.NETWORK}, {json.dumps(start)}).merge_and_unload()"
-        return f"\nimport peft\npipe.{family.NETWORK} = {merged}"
-    owner, _, rest = start.partition("/")
-    name, _, file = rest.partition("/")
-    shown = f"{json.dumps(f'{owner}/{name}')}, weight_name={json.dumps(file)}" if file else json.dumps(start)
-    return f"\npipe.load_lora_weights({shown})\npipe.fuse_lora()\npipe.unload_lora_weights()"
+    return "".join(f"\n{line}" for line in merging_lines(config.model, family.NETWORK, _shown(config)))
 
 
 def start_digests(campaign: Path) -> dict[str, Any]:
@@ -63,11 +51,3 @@ def start_digests(campaign: Path) -> dict[str, Any]:
 def _shown(config: CampaignConfig) -> str | None:
     shown: str | None = public_config(config)["model"]["start_from"]
     return shown
-
-
-def _is_peft(config: CampaignConfig) -> bool:
-    try:
-        place = start_place(config.model)
-    except D3POError:  # gone since; the export needs no more than its name
-        return False
-    return place is not None and (place / ADAPTER_FILE).is_file()

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from d3po_core.errors import D3POError
 from d3po_core.models.lora_names import Place
 from d3po_core.models.tensor_files import header_of
-from d3po_core.models.weights import LORA_FILE
+from d3po_core.models.weights import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Where diffusers keeps PEFT's configurations, of all parts in one.
 _METADATA = "lora_adapter_metadata"
 _KEY = re.compile(r"(?P<layer>.+?)[._]lora[._](?P<half>A|B|down|up)(?:\.\w+)?\.weight")

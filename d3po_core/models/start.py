@@ -15,11 +15,11 @@ from huggingface_hub import HfApi, snapshot_download
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
-from d3po_core.models.lora_files import ADAPTER_CONFIG, ADAPTER_FILE, NAMED, Layer, Layers, lora_in, read_lora
+from d3po_core.models.lora_files import NAMED, Layer, Layers, lora_in, read_lora
 from d3po_core.models.lora_names import places_by_name
 from d3po_core.models.model_files import index_of, layers_per_block
 from d3po_core.models.places import start_place
-from d3po_core.models.weights import LORA_FILE
+from d3po_core.models.weights import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE
 
 State = dict[str, torch.Tensor]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from d3po.loading import load_pipeline
 from d3po.tasks.evaluating import _evaluate
@@ -20,6 +21,7 @@ from d3po_core.errors import D3POError
 from d3po_core.export.lora import export_lora
 from d3po_core.models.loaded import load_policy, policy_at
 from d3po_core.models.policy import Policy
+from d3po_core.models.weights import loading_line
 from d3po_core.paths import resolve_path
 from d3po_core.processes.parcel import letter, model_places, read_letter
 from d3po_core.records import EvaluateRecord
@@ -144,6 +146,21 @@ def test_the_card_says_how_to_use_the_export_and_its_lines_load_it(
     exec(loading.replace(f'"{start.name}"', repr(str(start))).replace('"FOLDER"', repr(str(tmp_path / "lora"))), names)
     policy = policy_at(config, 1)
     torch.testing.assert_close(outputs(policy, names["pipe"].unet), outputs(policy), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start_as", WAYS)
+def test_the_printed_line_loads_the_round(start_as: str, started: Callable[[str], CampaignConfig]) -> None:
+    """As the report, MLflow and ``d3po export-lora`` print it, run on the base model."""
+    config = started(start_as)
+    checkpoint = config.folder / "checkpoints/round=1"
+    names: dict[str, Any] = {"pipe": load_pipeline_of_the_base()}
+    exec(loading_line(checkpoint, repr(str(checkpoint)), config.model), names)
+    policy = policy_at(config, 1)
+    torch.testing.assert_close(outputs(policy, names["pipe"].unet), outputs(policy), rtol=1e-4, atol=1e-5)
+
+
+def load_pipeline_of_the_base() -> Any:
+    return StableDiffusionPipeline.from_pretrained(resolve_path("data/shapes/model"), safety_checker=None)
 
 
 @pytest.mark.parametrize(("start_as", "number"), [("continue", 0), ("continue", 1), ("merge", 1)])
