@@ -13,22 +13,28 @@ def load_pipeline(campaign: Path, round_number: int, pipeline: Any = None) -> An
     Args:
         campaign: the campaign's folder.
         round_number: a finished round.
-        pipeline: the base model; None loads it as the round's configuration says.
+        pipeline: the base model; None loads it as the round's configuration says. With ``model.start_as: merge`` it
+            is the model that the LoRA of ``model.start_from`` was merged into.
 
     Raises:
         D3POError: the model cannot be loaded, or the checkpoint's file changed since training.
     """
     import diffusers
 
+    from d3po_core.models.families import FAMILIES
     from d3po_core.models.loading import load_family
+    from d3po_core.models.start import start_in_diffusers
     from d3po_core.models.weights import LORA_FILE, weights_file, weights_sha256
     from d3po_core.store.campaign import round_config
     from d3po_core.store.stages import checkpoint_path
     from d3po_core.store.tables import partition, read_rows
 
-    pipeline = pipeline or load_family(round_config(campaign, round_number).model).pipeline
+    config = round_config(campaign, round_number).model
+    pipeline = pipeline or load_family(config).pipeline
     relative = checkpoint_path(round_number)
     if relative is None:
+        if config.start_from and config.start_as == "continue":
+            pipeline.load_lora_weights(start_in_diffusers(config, FAMILIES[type(pipeline).__name__](pipeline)))
         return pipeline
     folder = campaign / relative
     (row,) = read_rows(partition(campaign, "rounds", round_number) / "part.parquet")

@@ -49,6 +49,12 @@ class ModelConfig(_Section):
     zero_terminal_snr: bool | None = Field(
         None, description="Whether a UNet's last timestep is pure noise; read from its files by default"
     )
+    start_from: str | None = Field(
+        None, description="LoRA to go on from: hub id, folder or .safetensors file; of another program too"
+    )
+    start_as: Literal["continue", "merge"] = Field(
+        "continue", description="Go on training that LoRA, or merge it into the base model first"
+    )
     train: Literal["lora", "full"] = Field(
         "lora", description="Train a LoRA, or all weights of the network (with a far lower train.learning_rate)"
     )
@@ -67,6 +73,14 @@ class ModelConfig(_Section):
         "auto: measure the GPU and take what fits",
     )
     compile: bool = Field(False, description="Compile the network's blocks: slower start, faster passes on a GPU")
+
+    @model_validator(mode="after")
+    def _start_is_clear(self) -> Self:
+        if self.start_as == "merge" and not self.start_from:
+            raise ValueError("model.start_as is 'merge' and model.start_from names no LoRA to merge; name one")
+        if self.start_from and self.train == "full" and self.start_as == "continue":
+            raise ValueError("model.train is 'full', which trains no LoRA to continue; set model.start_as to 'merge'")
+        return self
 
 
 class ComputeConfig(_Section):
@@ -392,12 +406,14 @@ class CampaignConfig(_Section):
 # Fields that decide what a campaign's numbers mean: rounds are comparable only while these stay unchanged.
 FIXED_FIELDS = (
     "seed", "model.path", "model.revision", "model.variant", "model.single_file_config", "model.prediction_type",
-    "model.zero_terminal_snr", "model.train", "model.lora", "evaluate", "sample.num_steps", "sample.guidance_scale",
-    "sample.eta",
+    "model.zero_terminal_snr", "model.start", "model.train", "model.lora", "evaluate", "sample.num_steps",
+    "sample.guidance_scale", "sample.eta",
 )  # fmt: skip
 
 # Fields whose relative values start at the project folder; so do those of scoring.models.
-PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")
+PATH_FIELDS = (
+    "model.path", "model.single_file_config", "model.start_from", "sample.prompts", "evaluate.prompts", "runs_dir",
+)  # fmt: skip
 
 # Fields that may change even within a round, since they change no number beyond rounding.
 FREE_FIELDS = (

@@ -14,7 +14,7 @@ from d3po_core.paths import HERE, absolute, path_in_project, project_folder, res
 
 # Their keys are names, which may hold dots.
 MAPPINGS = ("scoring.models", "judge.scorer_weights")
-HUB_FIELDS = ("model.path", "model.single_file_config")  # a hub id looks like a relative path
+HUB_FIELDS = ("model.path", "model.single_file_config", "model.start_from")  # a hub id looks like a relative path
 
 Values = dict[str, Any]
 Origins = dict[str, str]
@@ -145,4 +145,5 @@ def _is_path(field: str, value: Any) -> bool:
 
 def _may_be_hub_id(field: str, value: str) -> bool:
     named = field in HUB_FIELDS or field.startswith("scoring.models.")
-    return named and not value.startswith((".", "/", "~")) and value.count("/") <= 1
+    most = 2 if field == "model.start_from" else 1  # owner/name/file
+    return named and not value.startswith((".", "/", "~")) and value.count("/") <= most

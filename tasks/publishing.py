@@ -16,7 +16,7 @@ from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.devices import check_processes
-from d3po_core.models.loading import check_model
+from d3po_core.models.loading import check_model, storage_notes
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
 from d3po_core.paths import running_clone
@@ -70,7 +70,8 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     check_held_out(training, held_out)
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
-    notes = [*prompt_notes(training, "sample.prompts"), *prompt_notes(held_out, "evaluate.prompts")]
+    notes = [*storage_notes(config.model), *prompt_notes(training, "sample.prompts")]
+    notes += prompt_notes(held_out, "evaluate.prompts")
     return notes + check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
 
 

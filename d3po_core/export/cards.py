@@ -18,7 +18,8 @@ def card(header: dict[str, Any], body: str) -> str:
 def public_config(config: CampaignConfig) -> dict[str, Any]:
     """Return a configuration to publish: no ``runs_dir``, and only the last part of paths outside the project."""
     values = config.model_dump(mode="json", exclude={"runs_dir"})
-    places = [("model", "path"), ("model", "single_file_config"), ("sample", "prompts"), ("evaluate", "prompts")]
+    places = [*(("model", field) for field in ("path", "single_file_config", "start_from")),
+              ("sample", "prompts"), ("evaluate", "prompts")]  # fmt: skip
     for holder, key in [
         *((values[section], field) for section, field in places),
         *((values["scoring"]["models"], name) for name in values["scoring"]["models"]),

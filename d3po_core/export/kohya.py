@@ -8,12 +8,12 @@ ComfyUI reads alpha there and diffusers reads it from the file's metadata. Sourc
 ``extensions-builtin/Lora/network.py``.
 """
 
-import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from d3po_core.models.other_names import first_authors_name
 from d3po_core.models.weights import sort_metadata
 
 KOHYA_FILE, COMFYUI_FILE = "kohya.safetensors", "comfyui.safetensors"
@@ -25,13 +25,6 @@ READERS = {
 # Width of a UNet's text input -> the model's name in the file's metadata.
 BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 _HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-           "conv_shortcut": "skip_connection"}  # fmt: skip
-_OUTER = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-}  # fmt: skip
 
 
 def write_for_others(lora_file: Path, folder: Path, rank: int, alpha: float, layers_per_block: int | None) -> Path:
@@ -60,35 +53,6 @@ def write_for_others(lora_file: Path, folder: Path, rank: int, alpha: float, lay
     save_file(converted, output, metadata=_metadata(state, rank, alpha) if of_unet else {"format": "pt"})
     sort_metadata(output)
     return output
-
-
-def first_authors_name(module: str, layers_per_block: int) -> str:
-    """Return a UNet module's name in the first Stable Diffusion code; any block may hold attention.
-
-    Args:
-        module: its name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
-        layers_per_block: as in the UNet's configuration.
-    """
-    side, _, rest = module.partition("_blocks." if not module.startswith("mid_block") else "_block.")
-    if side not in ("down", "up", "mid"):
-        return next((new + module[len(old) :] for old, new in _OUTER.items() if module.startswith(old)), module)
-    block, kind, place, inner = _parts(rest if side != "mid" else f"0.{rest}")
-    if kind == "resnets":
-        inner = re.sub(r"^\w+", lambda match: _RESNET.get(match[0], match[0]), inner)
-    if side == "mid":  # a resnet, an attention, a resnet
-        return f"middle_block.{2 * place if kind == 'resnets' else 2 * place + 1}.{inner}"
-    if side == "down":
-        if kind == "downsamplers":
-            return f"input_blocks.{(layers_per_block + 1) * (block + 1)}.0.{inner.replace('conv', 'op')}"
-        return f"input_blocks.{(layers_per_block + 1) * block + place + 1}.{int(kind == 'attentions')}.{inner}"
-    if kind == "upsamplers":
-        return f"output_blocks.{(layers_per_block + 1) * block + layers_per_block}.2.{inner}"
-    return f"output_blocks.{(layers_per_block + 1) * block + place}.{int(kind == 'attentions')}.{inner}"
-
-
-def _parts(name: str) -> tuple[int, str, int, str]:
-    block, kind, place, inner = name.split(".", 3)
-    return int(block), kind, int(place), inner
 
 
 def _metadata(state: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, str]:

@@ -7,10 +7,12 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
+from d3po_core.export.base import said_of_base
 from d3po_core.export.cards import card, hub_model, public_config
 from d3po_core.export.kohya import READERS, write_for_others
-from d3po_core.export.native_names import NATIVE, write_native
 from d3po_core.export.native_names import READERS as NATIVE_READERS
+from d3po_core.export.native_names import write_native
+from d3po_core.export.start import merging, said_of_start, start_digests
 from d3po_core.models.families import FAMILIES, Family, Part
 from d3po_core.models.families.stable_diffusion import StableDiffusion
 from d3po_core.models.model_files import (
@@ -21,6 +23,7 @@ from d3po_core.models.model_files import (
     scheduler_of,
     tensor_shapes,
 )
+from d3po_core.models.other_names import NATIVE
 from d3po_core.models.places import model_folder
 from d3po_core.models.weights import LORA_FILE, loading_line, weights_file, weights_sha256
 from d3po_core.queries.lookup import trained_round
@@ -62,6 +65,7 @@ def export_lora(campaign: Path, output: Path, round_name: str = "champion") -> i
         "round": number,
         **{key: row[key] for key in ("lora_sha256", "config_sha256", "git_commit")},
         "config": public_config(config),
+        **start_digests(campaign),
     }
     family = _family(config.model, file)
     with new_folder(output) as folder:
@@ -126,11 +130,11 @@ def _card(
     people = "people" if config.judge.labeller != "proxy" else "proxy scorers"
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
-        drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
+        drawing=_drawing(config, family, hub or public_config(config)["model"]["path"]), readers=readers,
+        start=said_of_start(campaign, config, part),
         call=family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
-        missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
-                               "below before you upload this.\n\n",
-        scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
+        missing=said_of_base(config.model, family, hub),
+        scores=_scores(campaign, number, part, config.model), part=part, line=loading_line(checkpoint, '"FOLDER"'),
         labeller=config.judge.labeller, judges=people, steps=sample.num_steps,
         beta=train.beta, rate=train.learning_rate,
         extent=f"Rank {config.model.lora_rank}, alpha {config.model.lora_alpha or config.model.lora_rank}"
@@ -145,19 +149,22 @@ def _network(config: ModelConfig, family: type[Family]) -> Part | None:
     return parts_of(config, folder, family)[family.NETWORK] if folder else None
 
 
-def _drawing(config: ModelConfig, family: type[Family], base: str) -> str:
+def _drawing(campaign: CampaignConfig, family: type[Family], base: str) -> str:
+    config = campaign.model
     folder = model_folder(config)
     absent = [name for name in absent_parts(config, folder) if f"{name}=" not in family.DRAWING] if folder else []
     said = scheduler_of(config, folder, family).config if folder else {}
     fields = ("prediction_type", "rescale_betas_zero_snr", "clip_sample", "set_alpha_to_one")
     chain = "".join(f", {field}={said[field]!r}" for field in fields if field in said)
-    return family.DRAWING.format(base=", ".join([json.dumps(base), *(f"{name}=None" for name in absent)]), chain=chain)
+    lines = family.DRAWING.format(base=", ".join([json.dumps(base), *(f"{name}=None" for name in absent)]), chain=chain)
+    return lines + merging(campaign, family)
 
 
-def _scores(campaign: Path, number: int, part: str) -> str:
+def _scores(campaign: Path, number: int, part: str, model: ModelConfig) -> str:
     """Return a Markdown table of all held-out scores of the base and the round, with intervals."""
     records = [read_record(campaign, n, "evaluate", EvaluateRecord) for n in (0, number)]
-    lines = [f"| held-out score, {records[1].num_images} images | base model | with this {part} |", "|---|---|---|"]
+    base = "base model with the LoRA of the start" if model.start_from else "base model"
+    lines = [f"| held-out score, {records[1].num_images} images | {base} | with this {part} |", "|---|---|---|"]
     for scorer in records[1].scores:
         cells = [str(record.scores[scorer]) for record in records]
         lines.append(f"| {scorer} | {' | '.join(cells)} |")
@@ -183,7 +190,7 @@ image = pipe(
 ).images[0]
 ```
 
-{readers}{scores}
+{start}{readers}{scores}
 
 In brackets: 95 % intervals of the mean over prompts. Prompts and seeds are the same for both columns and were never
 trained on.

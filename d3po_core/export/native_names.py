@@ -7,73 +7,15 @@ kohya-ss/sd-scripts ``networks/lora_flux.py``, ``networks/lora_sd3.py``; ComfyUI
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from d3po_core.export.kohya import KOHYA_FILE
+from d3po_core.models.other_names import NATIVE, Blocks
 from d3po_core.models.weights import sort_metadata
 
-QKV = {"to_q": 1, "to_k": 1, "to_v": 1}
-ADDED_QKV = {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1}
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Names of a kind of block.
-
-    Attributes:
-        ours: the list of blocks in diffusers.
-        theirs: the same in the authors' code.
-        plain: layer by layer, ours to theirs.
-        joined: their layer to our layers in it, each with its height as a multiple of the network's width.
-    """
-
-    ours: str
-    theirs: str
-    plain: Mapping[str, str]
-    joined: Mapping[str, Mapping[str, int]]
-
-
-def _of(attention: str, names: Mapping[str, int]) -> dict[str, int]:
-    return {f"{attention}.{name}": height for name, height in names.items()}
-
-
-_FLUX_ATTENTION = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}
-_FLUX_JOINED = {"img_attn.qkv": _of("attn", QKV), "txt_attn.qkv": _of("attn", ADDED_QKV)}
-NATIVE: dict[str, tuple[Blocks, ...]] = {
-    "FluxPipeline": (
-        Blocks("transformer_blocks", "double_blocks", _FLUX_ATTENTION | {
-            "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2", "norm1.linear": "img_mod.lin",
-            "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
-            "norm1_context.linear": "txt_mod.lin",
-        }, _FLUX_JOINED),
-        Blocks("single_transformer_blocks", "single_blocks",
-               {"proj_out": "linear2", "norm.linear": "modulation.lin"},
-               {"linear1": {**_of("attn", QKV), "proj_mlp": 4}}),
-    ),
-    "Flux2KleinPipeline": (
-        Blocks("transformer_blocks", "double_blocks", _FLUX_ATTENTION | {
-            "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
-            "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
-        }, _FLUX_JOINED),
-        Blocks("single_transformer_blocks", "single_blocks",
-               {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}, {}),
-    ),
-    "StableDiffusion3Pipeline": (
-        Blocks("transformer_blocks", "joint_blocks", {
-            "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
-            "attn2.to_out.0": "x_block.attn2.proj",
-            "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
-            "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
-        }, {
-            "x_block.attn.qkv": _of("attn", QKV), "context_block.attn.qkv": _of("attn", ADDED_QKV),
-            "x_block.attn2.qkv": _of("attn2", QKV),
-        }),
-    ),
-}  # fmt: skip
 # For the model card. sd-scripts does not train FLUX.2.
 READERS = {
     "FluxPipeline": "sd-scripts and ComfyUI", "StableDiffusion3Pipeline": "sd-scripts and ComfyUI",

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -12,8 +11,12 @@ from transformers.utils import logging as transformers_logging
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
-from d3po_core.models.model_files import chain, check_folder, family_named, tensor_shapes
-from d3po_core.models.places import check_path, model_folder
+from d3po_core.models.model_files import chain, check_folder, family_named, family_of, index_of, weight_files
+from d3po_core.models.places import check_path, model_folder, start_place
+from d3po_core.models.single_file import check_single_file, described_by, load_in_8_bits, load_parts, parts_held
+from d3po_core.models.start import check_start, merge_start
+from d3po_core.models.tensor_files import stored_in_8_bits
+from d3po_core.models.text_weights import text_encoder
 from d3po_core.models.weights import expect_finite
 from d3po_core.paths import resolve_path
 
@@ -34,6 +37,8 @@ def load_family(config: ModelConfig) -> Family:
     try:
         pipeline, family = _loaded(config)
         _expect_all_weights(pipeline)
+        if config.start_as == "merge":
+            merge_start(config, family(pipeline))
         for name, part in _modules(pipeline):
             expect_finite(part, f"model.path {config.path!r}: {name}")
     except D3POError:
@@ -54,30 +59,50 @@ def load_family(config: ModelConfig) -> Family:
 def _loaded(config: ModelConfig) -> tuple[Any, type[Family]]:
     path, dtype = resolve_path(config.path), DTYPES[config.precision]
     if config.single_file_config:
-        described_by = _local(config.single_file_config)
-        index = DiffusionPipeline.load_config(described_by, revision=config.revision)
-        family = family_named(config, index.get("_class_name"))
-        source = str(path) if path.exists() else config.path
-        options = _left_out(family, index)
-        return family.PIPELINE.from_single_file(source, config=described_by, torch_dtype=dtype, **options), family
-    if path.exists():
-        folder = path
+        if not path.is_file():
+            raise D3POError(f"model.path {config.path!r}: is no file; leave out model.single_file_config, which "
+                            "describes one .safetensors file")  # fmt: skip
+        folder, family, index = _described(config, path)
+        parts = load_parts(config, path, folder, family, index, dtype)
     else:
-        index = DiffusionPipeline.load_config(config.path, revision=config.revision)
-        family = family_named(config, index.get("_class_name"))
-        folder = Path(DiffusionPipeline.download(
-            config.path, revision=config.revision, variant=config.variant, use_safetensors=True,
-            **_left_out(family, index),
-        ))  # fmt: skip
-        check_folder(config, folder)
+        folder = path if path.exists() else _downloaded(config)
+        index = DiffusionPipeline.load_config(str(folder))
+        family, parts = family_named(config, index.get("_class_name")), {}
+    for name in family.TEXT_PARTS:
+        if name not in parts and index.get(name, [None])[0] is not None:
+            parts[name] = text_encoder(config, folder / name, index[name][1], dtype)
+    for name in {family.NETWORK, "vae"} - parts.keys():
+        files = weight_files(config, folder, name)
+        if stored_in_8_bits(f"model.path {config.path!r}", files):
+            parts[name] = load_in_8_bits(config, files, folder, name, index[name][1], dtype)
+    rest = {family.NETWORK, "vae"} - parts.keys()
+    return family.PIPELINE.from_pretrained(
+        str(folder), variant=config.variant if rest else None, dtype=dtype, use_safetensors=True,
+        **_left_out(family, index) | parts,
+    ), family  # fmt: skip
+
+
+def _described(config: ModelConfig, path: Path) -> tuple[Path, type[Family], dict[str, Any]]:
+    """Return the folder that describes a file and has the parts that it lacks, its family and its index."""
+    folder = described_by(config)
     index = DiffusionPipeline.load_config(str(folder))
     family = family_named(config, index.get("_class_name"))
-    encoders = {name: _text_encoder(config, folder / name, index[name][1], dtype)
-                for name in family.TEXT_PARTS if index.get(name, [None])[0] is not None}  # fmt: skip
-    options = _left_out(family, index) | encoders
-    return family.PIPELINE.from_pretrained(
-        str(folder), variant=config.variant, dtype=dtype, use_safetensors=True, **options
-    ), family
+    held = parts_held(config, path, family, index)
+    folder = described_by(config, held)
+    check_folder(config, folder, held=held)
+    return folder, family, index
+
+
+def _downloaded(config: ModelConfig) -> Path:
+    """Download a hub model, and return its checked folder."""
+    index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+    family = family_named(config, index.get("_class_name"))
+    folder = Path(DiffusionPipeline.download(
+        config.path, revision=config.revision, variant=config.variant, use_safetensors=True,
+        **_left_out(family, index),
+    ))  # fmt: skip
+    check_folder(config, folder)
+    return folder
 
 
 def _left_out(family: type[Family], index: dict[str, Any]) -> dict[str, Any]:
@@ -86,55 +111,53 @@ def _left_out(family: type[Family], index: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(absent) | family.LEFT_OUT
 
 
-def _text_encoder(config: ModelConfig, folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    """Load a text encoder and refuse missing weights, which the library would draw at random."""
-    has_variant = config.variant and any(folder.glob(f"*.{config.variant}*safetensors"))
-    encoder, found = getattr(transformers, kind).from_pretrained(
-        folder, dtype=dtype, variant=config.variant if has_variant else None, use_safetensors=True,
-        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
-    wrong = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
-    if wrong:
-        raise ValueError(f"{folder.name}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}")
-    return encoder
-
-
 def check_model(config: ModelConfig) -> None:
     """Check a model's files without loading it, so that a broken one fails before any work.
 
     Raises:
-        D3POError: the folder lacks a pipeline part, or the configured CUDA device is absent.
+        D3POError: the folder lacks a pipeline part, the LoRA to go on from does not fit, or the configured CUDA device
+            is absent.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise D3POError("model.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
     check_path(config)
+    start_place(config)
     path = resolve_path(config.path)
     if not path.exists():
         return
     if path.is_file():
-        _check_single_file(config, path)
+        check_single_file(config, path)
     folder = model_folder(config)
-    if folder is not None:
-        check_folder(config, folder, with_weights=not path.is_file())
+    if folder is None:
+        return
+    family = _checked_folder(config, path, folder)
+    if config.start_from:
+        check_start(config, family, folder)
 
 
-def _check_single_file(config: ModelConfig, path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise D3POError(
-            f"model.path {config.path!r}: is a {path.suffix or 'nameless'} file; expected .safetensors, which runs "
-            "no code when it is read: convert it first"
-        )
-    if not config.single_file_config:
-        raise D3POError(
-            f"model.path {config.path!r}: is one file; set model.single_file_config to the folder or hub id of the "
-            "model that it was made from, whose configuration and tokenizer are needed"
-        )
-    tensor_shapes(config, path)
+def _checked_folder(config: ModelConfig, path: Path, folder: Path) -> type[Family]:
+    if not path.is_file():
+        return check_folder(config, folder)
+    held = parts_held(config, path, family_of(config, folder), index_of(config, folder))
+    # What the hub's cache lacks comes with loading.
+    return check_folder(config, folder, with_weights=resolve_path(str(config.single_file_config)).exists(), held=held)
 
 
-def _local(path: str) -> str:
-    local = resolve_path(path)
-    return str(local) if local.exists() else path
+def storage_notes(config: ModelConfig) -> list[str]:
+    """Return one line per part of a model on this machine whose weights are stored in 8 bits."""
+    path, folder = resolve_path(config.path), model_folder(config)
+    if folder is None or not folder.is_dir():
+        return []
+    whose, index = f"model.path {config.path!r}", index_of(config, folder)
+    stored = {part: stored_in_8_bits(whose, weight_files(config, folder, part))
+              for part, entry in index.items() if isinstance(entry, list)}  # fmt: skip
+    if path.is_file():
+        held = parts_held(config, path, family_of(config, folder), index)
+        stored = {part: how for part, how in stored.items() if part not in held} | {
+            path.name: stored_in_8_bits(whose, [path])
+        }
+    computed = {"no": "single precision"}.get(config.precision, config.precision)
+    return [f"{whose}: {what} is stored as {how} and computed in {computed}" for what, how in stored.items() if how]
 
 
 def _modules(pipeline: Any) -> list[tuple[str, torch.nn.Module]]:

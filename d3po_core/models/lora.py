@@ -1,4 +1,4 @@
-"""A LoRA beside a frozen network; with the LoRA off, the network is the base model."""
+"""A LoRA beside a frozen network; with the LoRA off, or as it was at the start, the network is the base model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import Family
+from d3po_core.models.start import continued, read_start
 from d3po_core.models.weights import LORA_FILE, sort_metadata
 
 
@@ -21,6 +22,7 @@ class Lora:
 
     def __init__(self, network: Any, family: Family, config: ModelConfig, seed: int) -> None:
         self._network, self._family, self._config = network, family, config
+        start = read_start(config, family) if config.start_from and config.start_as == "continue" else None
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or config.lora_rank,
@@ -35,6 +37,11 @@ class Lora:
         for _, parameter in self.parameters():
             parameter.data = parameter.data.float()
         self._initial = {k: v.clone() for k, v in get_peft_model_state_dict(network).items()}
+        self._start: dict[str, torch.Tensor] = {}
+        if start is not None:
+            self._initial = continued(config, family, start, self._initial)
+            self.reset()
+            self._start = {name: weight.detach().clone() for name, weight in self.parameters()}
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Return names and values of the LoRA's weights, in a fixed order."""
@@ -45,7 +52,22 @@ class Lora:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Switch the LoRA off within this context, at no memory cost."""
+        """Switch the LoRA off within this context, at no memory cost; a continued one is as it was at the start."""
+        if not self._start:
+            with self._off():
+                yield
+            return
+        trained = [(weight, weight.data) for _, weight in self.parameters()]
+        try:
+            for name, weight in self.parameters():
+                weight.data = self._start[name].to(weight.device)
+            yield
+        finally:
+            for weight, data in trained:
+                weight.data = data
+
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
         self._network.disable_adapters()
         try:
             yield
@@ -63,7 +85,7 @@ class Lora:
         try:
             for layer, original in zip(layers, originals, strict=True):
                 layer.get_base_layer().weight.data = original + layer.get_delta_weight("default")
-            with self.base():
+            with self._off():
                 yield
         finally:
             for layer, original in zip(layers, originals, strict=True):

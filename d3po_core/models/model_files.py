@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,23 @@ from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES, Family, Network, Part
 from d3po_core.models.places import INDEX, model_folder
+from d3po_core.models.tensor_files import check_shards, header_of, stored_in_8_bits, tensors_of
 from d3po_core.paths import resolve_path
 
-# Real configurations take some kB and real weight headers some 100 kB; a larger file is something else.
-MOST_JSON_BYTES, MOST_HEADER_BYTES = 4_000_000, 25_000_000
+# Real configurations take some kB; a larger file is something else.
+MOST_JSON_BYTES = 4_000_000
 
 
-def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -> type[Family]:
+def check_folder(
+    config: ModelConfig, folder: Path, with_weights: bool = True, held: Collection[str] = ()
+) -> type[Family]:
     """Check that a model folder's files fit each other, and return its family.
+
+    Args:
+        config: the model's settings.
+        folder: the folder.
+        with_weights: whether it must have weights.
+        held: the parts whose weights come from one file instead.
 
     Raises:
         D3POError: a file is absent, damaged or asks for something the family cannot do; one line.
@@ -32,7 +41,7 @@ def check_folder(config: ModelConfig, folder: Path, with_weights: bool = True) -
     scheduler_of(config, folder, family)
     _check_settings(config, family)
     if with_weights:
-        _check_weights(config, folder, family, index)
+        _check_weights(config, folder, family, index, held)
     return family
 
 
@@ -51,6 +60,11 @@ def _check_settings(config: ModelConfig, family: type[Family]) -> None:
 def family_of(config: ModelConfig, folder: Path) -> type[Family]:
     """Return the family that a folder's index names; D3POError if it is unreadable or names none of ours."""
     return family_named(config, _read(config, folder, INDEX).get("_class_name"))
+
+
+def index_of(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Return a folder's index: library and class of each part; D3POError if it is unreadable."""
+    return _read(config, folder, INDEX)
 
 
 def absent_parts(config: ModelConfig, folder: Path) -> list[str]:
@@ -152,7 +166,7 @@ def marks_of(config: ModelConfig) -> tuple[str | None, bool | None]:
     path = resolve_path(config.path)
     if not path.is_file():
         return None, None
-    header = _header(config, path)
+    header = header_of(f"model.path {config.path!r}", path)
     metadata = header.get("__metadata__") or {}
     spec = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
     prediction = "v_prediction" if "v_pred" in header else spec.get(str(metadata.get("modelspec.prediction_type")))
@@ -185,7 +199,7 @@ def network_elements(config: ModelConfig) -> int | None:
     folder = model_folder(config)
     if folder is None or not folder.is_dir():
         return None
-    files = [path for part in ("unet", "transformer") for path in _weight_files(config, folder, part)]
+    files = [path for part in ("unet", "transformer") for path in weight_files(config, folder, part)]
     return sum(math.prod(shape) for path in files for shape in tensor_shapes(config, path).values()) or None
 
 
@@ -195,27 +209,8 @@ def tensor_shapes(config: ModelConfig, path: Path) -> dict[str, tuple[int, ...]]
     Raises:
         D3POError: the file is truncated, is not safetensors, or has an oversized header.
     """
-    header = _header(config, path)
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-
-
-def _header(config: ModelConfig, path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            found = path.stat().st_size
-            if not 2 <= size <= min(MOST_HEADER_BYTES, found - 8):
-                raise ValueError(f"a header of {size} bytes in a file of {found}; at most {MOST_HEADER_BYTES}")
-            header: dict[str, Any] = json.loads(file.read(size))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
-        if found != 8 + size + end or not all(isinstance(entry["shape"], list) for entry in entries):
-            raise ValueError(f"{found} bytes; its header needs {8 + size + end}")
-        return header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = str(error)[:200] if isinstance(error, OSError | ValueError) else "its header is damaged"
-        raise D3POError(f"model.path {config.path!r}: {path.parent.name}/{path.name} is no whole safetensors file "
-                        f"({reason}); copy it again") from None  # fmt: skip
+    tensors = tensors_of(f"model.path {config.path!r}", path)
+    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
 
 
 def _read(config: ModelConfig, folder: Path, name: str) -> dict[str, Any]:
@@ -266,28 +261,37 @@ def _checked(config: ModelConfig, part: str, kind: type[Part], content: dict[str
         raise D3POError(f"model.path {config.path!r}: {part}/config.json: {said}") from None
 
 
-def _weight_files(config: ModelConfig, folder: Path, part: str) -> list[Path]:
+def weight_files(config: ModelConfig, folder: Path, part: str) -> list[Path]:
     """Return a part's weight files: the variant's if it has any, else the plain ones."""
     files = sorted((folder / part).glob("*.safetensors"))
     variant = [path for path in files if config.variant and f".{config.variant}" in path.stem]
     return variant or [path for path in files if "." not in path.stem]
 
 
-def _check_weights(config: ModelConfig, folder: Path, family: type[Family], index: dict[str, Any]) -> None:
+def _check_weights(
+    config: ModelConfig, folder: Path, family: type[Family], index: dict[str, Any], held: Collection[str]
+) -> None:
     wanted = f"*.{config.variant}*safetensors" if config.variant else "*.safetensors"
+    whose = f"model.path {config.path!r}"
     for part in needed_parts(family, index):
+        if part in held:
+            continue
         if part.startswith("tokenizer"):
             pattern, there = "*.json", any((folder / part).glob("*.json"))
         elif part == "scheduler":
             pattern, there = "scheduler_config.json", (folder / part / "scheduler_config.json").is_file()
         else:
-            files = _weight_files(config, folder, part)
-            for path in files:
-                tensor_shapes(config, path)
+            files = weight_files(config, folder, part)
+            of_variant = any(f".{config.variant}" in path.stem for path in files)
+            check_shards(whose, folder / part, files, config.variant if of_variant else None)
+            stored_in_8_bits(whose, files)
             # Other encoders may lack the variant; we then use their plain files, as the pipeline does.
             strict = config.variant and part in (family.NETWORK, "vae", "text_encoder")
             pattern = wanted
-            there = any(f".{config.variant}" in path.stem for path in files) if strict else bool(files)
+            there = of_variant if strict else bool(files)
+        if not there and held:
+            raise D3POError(f"{whose}: {part} is missing in the file, and {part}/{pattern} in model.single_file_config"
+                            "; is it a whole model, made from model.single_file_config?")  # fmt: skip
         if not there:
             raise D3POError(
                 f"model.path {config.path!r}: {part}/{pattern} is missing; expected a whole pipeline folder, written "

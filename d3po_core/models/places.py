@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from d3po_core.config import ModelConfig
 from d3po_core.errors import D3POError
@@ -39,3 +39,25 @@ def check_path(config: ModelConfig) -> None:
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     if looks_local and not path.exists():
         raise D3POError(f"model.path {config.path!r}: no such folder ({path}); expected a diffusers pipeline or hub id")
+
+
+def start_place(config: ModelConfig) -> Path | None:
+    """Return where the LoRA to go on from lies: the user's own file or folder, or the hub's cached copy; else None.
+
+    Raises:
+        D3POError: ``model.start_from`` neither exists nor can be a hub id.
+    """
+    if not config.start_from:
+        return None
+    place = resolve_path(config.start_from)
+    if place.exists():
+        return place
+    parts = config.start_from.split("/")
+    if config.start_from.startswith((".", "/", "~")) or len(parts) < 2:
+        raise D3POError(f"model.start_from {config.start_from!r}: no such file or folder ({place}); expected a LoRA's "
+                        "folder, .safetensors file or hub id")  # fmt: skip
+    try:
+        folder = Path(snapshot_download("/".join(parts[:2]), local_files_only=True)).joinpath(*parts[2:])
+    except (OSError, ValueError):  # not in the cache, or not a hub id
+        return None
+    return folder if folder.is_file() or next(folder.glob("*.safetensors"), None) else None

@@ -8,7 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from d3po_core.config import CampaignConfig, ModelConfig, is_url
 from d3po_core.errors import D3POError
 from d3po_core.machine.hub import hub_files
-from d3po_core.models.places import INDEX, cached_folder
+from d3po_core.models.places import INDEX, cached_folder, start_place
 from d3po_core.paths import resolve_path
 from d3po_core.planning.model_facts import WEIGHTS, read_json
 from d3po_core.scorers.models import MODELS, source_of
@@ -26,7 +26,7 @@ class Download:
         hub_id: the id.
         revision: its revision; the newest if None.
         variant: the variant of a pipeline's weights.
-        pipeline: whether it is a pipeline, or one learned scorer.
+        pipeline: whether it is a pipeline, or one learned scorer or LoRA.
     """
 
     field: str
@@ -46,6 +46,9 @@ def missing_downloads(config: CampaignConfig) -> list[Download]:
         if name and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not resolve_path(name).exists()
         if not _is_whole(cached_folder(name, model.revision), model)
     ]
+    start = model.start_from
+    if start and start.count("/") and not start.startswith((".", "/", "~")) and start_place(model) is None:
+        found.append(Download("model.start_from", "/".join(start.split("/")[:2]), pipeline=False))
     for scorer in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         where = config.scoring.models.get(scorer, MODELS[scorer].default if scorer in MODELS else "")
         if scorer in MODELS and not is_url(where) and _scorer_is_missing(scorer, where):

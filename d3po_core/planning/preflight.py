@@ -6,7 +6,7 @@ from d3po_core.config import CampaignConfig, TrainConfig
 from d3po_core.devices import check_processes
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
-from d3po_core.models.places import check_path
+from d3po_core.models.places import check_path, start_place
 from d3po_core.models.written import require_space
 from d3po_core.planning.downloads import files_of, missing_downloads
 from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
@@ -75,8 +75,12 @@ def check_learning(config: CampaignConfig) -> None:
 
 
 def check_model_path(config: CampaignConfig) -> None:
-    """Check that the model is a folder, a file or a hub id, and that its description can be read; D3POError if not."""
+    """Check that the model is a folder, a file or a hub id, and that its description can be read; D3POError if not.
+
+    So too the LoRA to go on from.
+    """
     check_path(config.model)
+    start_place(config.model)
     facts_of(config.model)
 
 

@@ -21,7 +21,7 @@ from d3po_core.store.integrity import require_files, sha256_of
 
 VERSIONS = ("d3po", "torch", "diffusers")
 INPUTS = "inputs"
-MODEL_FIELDS = ("path", "single_file_config")
+MODEL_FIELDS = ("path", "single_file_config", "start_from")
 
 
 def bytes_of(path: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from d3po_core.people.raters import rater_report
 from d3po_core.report import answers, plots
 from d3po_core.report.gather import STAGES, Facts, Row, gather
 from d3po_core.report.pictures import SHEETS, RoundPictures, choose, round_pictures, thumbnail
+from d3po_core.store.campaign import round_config
 from d3po_core.store.files import atomic_path
 from d3po_core.store.tables import connect
 from d3po_core.urls import masked
@@ -138,7 +139,8 @@ def _checkpoint(facts: Facts) -> Row | None:
         return None
     folder = facts.folder / row["checkpoint_out"]
     path, exists = path_in_project(folder), weights_file(folder).exists()
-    line = loading_line(folder, json.dumps(path)) if exists else None
+    model = round_config(facts.folder, facts.champion).model
+    line = loading_line(folder, json.dumps(path), model) if exists else None
     return {"path": path, "sha256": row["lora_sha256"], "exists": exists, "line": line}
 
 

@@ -1,8 +1,9 @@
 """Watch what a campaign's numbers depend on besides its configuration: held-out prompts and files.
 
-The campaign stores its held-out prompts when it is opened. It also stores digests of the model's files, of learned
-scorers' weights, and of the module of a scorer that is the user's own function. A change is an error before any work;
-``accept_changes`` records it instead. Training prompts may change: each round notes the digest of those it drew from.
+The campaign stores its held-out prompts when it is opened. It also stores digests of the model's files, of the LoRA to
+start from, of learned scorers' weights, and of the module of a scorer that is the user's own function. A change is an
+error before any work; ``accept_changes`` records it instead. Training prompts may change: each round notes the digest
+of those it drew from.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 
 from d3po_core.config import CampaignConfig, is_url
 from d3po_core.errors import D3POError
-from d3po_core.models.places import cached_folder
+from d3po_core.models.places import cached_folder, start_place
 from d3po_core.paths import resolve_path
 from d3po_core.store.files import atomic_path
 from d3po_core.store.integrity import RESTORE, sha256_of
@@ -22,6 +23,7 @@ from d3po_core.store.sealed import read_sealed, sealed
 
 FROZEN_FILE = "frozen.json"
 NAMED = 3
+START = "LoRA to start from"
 
 
 def freeze(config: CampaignConfig, held_out: list[str], evaluated: Iterable[str] = ()) -> list[str]:
@@ -74,7 +76,8 @@ def digests_of(config: CampaignConfig, known: dict[str, list[Any]]) -> dict[str,
 
 def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
     """Return the files on this machine that the numbers depend on, each with its name for messages."""
-    places = {"model": config.model.path, "model configuration": config.model.single_file_config}
+    model = config.model
+    places = {"model": model.path, "model configuration": model.single_file_config, START: model.start_from}
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         where = config.scoring.models.get(name)
         if where and not is_url(where):
@@ -85,7 +88,9 @@ def _watched(config: CampaignConfig) -> list[tuple[str, Path]]:
     for what, place in places.items():
         root = resolve_path(place) if place else None
         if place and root and not root.exists() and what.startswith("model"):
-            root = cached_folder(place, config.model.revision)
+            root = cached_folder(place, model.revision)
+        if what == START:
+            root = start_place(model)
         if root is None or not root.exists():
             continue
         files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and _counts(p, root))

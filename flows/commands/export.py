@@ -31,7 +31,7 @@ def export_lora(
     round: Annotated[str, typer.Option(help="champion, latest or the number of a finished round")] = "champion",
 ) -> None:
     """Export a round's LoRA, or its fully trained network, with a model card, ready to upload."""
-    from d3po_core.store.campaign import campaign_named
+    from d3po_core.store.campaign import campaign_named, round_config
 
     folder = campaign_named(campaign).folder
     outside_campaigns(output)
@@ -42,4 +42,5 @@ def export_lora(
     number = export(folder, output, round)
     if rejected := rejection(folder, number):
         print(f"warning: {rejected}", file=sys.stderr)
-    print(f"round {number} in {output}: {loading_line(output, repr(str(output)))}")
+    model = round_config(folder, number).model
+    print(f"round {number} in {output}: {loading_line(output, repr(str(output)), model)}")

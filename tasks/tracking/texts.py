@@ -83,7 +83,7 @@ def _tell_round(
 
 def _loading_lines(config: CampaignConfig, standing: Standing, version: str) -> str:
     assert standing.record.checkpoint is not None
-    line = loading_line(config.folder / standing.record.checkpoint, "folder")
+    line = loading_line(config.folder / standing.record.checkpoint, "folder", config.model)
     local = resolve_path(config.model.path)
     model = str(local) if local.exists() else config.model.path  # these lines are run in any folder
     return (

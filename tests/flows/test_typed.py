@@ -100,6 +100,9 @@ def test_a_hub_id_is_no_path_unless_there_is_such_a_folder(here: Path) -> None:
     assert typed_values(None, ["model.path=folder/name"], None)[0] == {"model": {"path": "folder/name"}}
     (here / "folder" / "name").mkdir()
     assert typed_values(None, ["model.path=folder/name"], None)[0] == {"model": {"path": f"{here}/folder/name"}}
+    assert typed_values(None, ["model.start_from=a/b/c.safetensors"], None)[0] == {
+        "model": {"start_from": "a/b/c.safetensors"}
+    }
     models = typed_values(None, ["scoring.models.my.taste=http://host/x", "scoring.models.pickscore=./f"], None)[0]
     assert models == {"scoring": {"models": {"my.taste": "http://host/x", "pickscore": f"{here}/f"}}}
 

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from d3po_core.export.kohya import COMFYUI_FILE, KOHYA_FILE, first_authors_name, write_for_others
+from d3po_core.export.kohya import COMFYUI_FILE, KOHYA_FILE, write_for_others
+from d3po_core.models.other_names import first_authors_name
 from tests.core.models.single_files import unet_state
 from tests.core.models.tiny_models import tiny_model
 

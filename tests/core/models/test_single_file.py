@@ -91,7 +91,8 @@ def test_single_file_without_some_of_its_weights_is_one_line(part: str, models: 
 
 def test_lora_in_place_of_a_model_is_one_line(models: Path, tmp_path: Path) -> None:
     lora = policy(models / "sd").weights.save(tmp_path)
-    assert "missing in the checkpoint" in refusal(lora, models / "sd-config")
+    with pytest.raises(D3POError, match=r"is a LoRA; name it as model.start_from"):
+        policy(lora, models / "sd-config")
 
 
 def test_space_for_a_round_is_that_of_the_folder(models: Path) -> None:
