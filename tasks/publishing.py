@@ -20,7 +20,7 @@ from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
 from d3po_core.paths import running_clone
-from d3po_core.planning.preflight import check_hub
+from d3po_core.planning.preflight import check_hub, check_sizes, check_texts
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -60,6 +60,8 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     """
     check_model(config.model)
     check_hub(config)
+    check_sizes(config)
+    check_texts(config)
     optimizer_class(config.train)
     check_objective(config)
     check_beta(config.train)
@@ -71,7 +73,8 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
     notes = [*prompt_notes(training, "sample.prompts"), *prompt_notes(held_out, "evaluate.prompts")]
-    return notes + check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
+    used, sample = [*training, *held_out[: config.evaluate.max_prompts]], config.sample
+    return notes + check_length(config.model, used, sample.long_prompts, sample.negative_prompt)
 
 
 def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
