@@ -46,10 +46,10 @@ class Grid:
         """
         if self.fits(size):
             return
-        most, near = f" up to {self.most}" if self.most else "", self.nearest(size)
+        most, near = f" up to {self.most}" if self.most else "", " and ".join(map(told, self.nearest(size)))
         raise D3POError(
-            f"{field} of {told(size)} pixels does not fit a {self.family}; expected multiples of {self.step}{most}; "
-            f"the nearest that {'fit are' if len(near) > 1 else 'fits is'} {' and '.join(map(told, near))} (height x width)"
+            f"{field} of {told(size)} pixels does not fit a {self.family}; expected multiples of {self.step}{most}, "
+            f"height x width: nearest are {near}"
         )
 
 
