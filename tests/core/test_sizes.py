@@ -23,7 +23,7 @@ def test_the_nearest_sizes_fit_and_nothing_that_fits_lies_between(grid: Grid, si
     assert 1 <= len(near) <= 2
     assert all(map(grid.fits, near))
     for place, side in enumerate(size):
-        fitting = [n for n in range(grid.step, (grid.most or 6000) + 1, grid.step)]
+        fitting = range(grid.step, (grid.most or 6000) + 1, grid.step)
         closest = min(abs(n - side) for n in fitting)
         assert closest == min(abs(found[place] - side) for found in near)
 
@@ -43,8 +43,8 @@ def test_the_line_names_field_family_and_neighbours() -> None:
     with pytest.raises(D3POError) as refused:
         Grid("StableDiffusion3Pipeline", 16, 3072).check((500, 760), "sample.height and sample.width: an image")
     assert str(refused.value) == (
-        "sample.height and sample.width: an image of 500 x 760 pixels does not fit a StableDiffusion3Pipeline; expected "
-        "multiples of 16 up to 3072, height x width: nearest are 496 x 752 and 512 x 768"
+        "sample.height and sample.width: an image of 500 x 760 pixels does not fit a StableDiffusion3Pipeline; "
+        "expected multiples of 16 up to 3072, height x width: nearest are 496 x 752 and 512 x 768"
     )
 
 
