@@ -40,7 +40,8 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
         (folder / f"{name}.txt").write_text("\n".join(prompts))
     values: dict[str, Any] = json.loads(json.dumps(SETTINGS)) | {"runs_dir": str(folder / "runs"), "campaign": "sized"}
     values["sample"] |= {
-        "prompts": str(folder / "train.txt"), "sizes": SIZES, "guidance_scale": 2.0, "negative_prompt": "a black circle",
+        "prompts": str(folder / "train.txt"), "sizes": SIZES, "guidance_scale": 2.0,
+        "negative_prompt": "a black circle",
     }  # fmt: skip
     values["evaluate"] |= {"prompts": str(folder / "held_out.txt"), "height": 32, "width": 64}
     config = load_config(values, "test")

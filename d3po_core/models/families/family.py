@@ -87,6 +87,16 @@ class Family(Protocol):
         """Return arguments of the pipeline's call for a model card; ``network`` is None if its file is not here."""
         ...
 
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the argument of the pipeline's call for a negative prompt; empty if none is needed."""
+        ...
+
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return arguments of the pipeline's call for a size in pixels."""
+        ...
+
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether trained weights with these names and shapes belong to this family."""

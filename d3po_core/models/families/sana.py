@@ -32,6 +32,11 @@ pipe = diffusers.DiffusionPipeline.from_pretrained({base})
 steps = pipe.scheduler.config
 pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=steps.get("flow_shift") or steps["shift"])"""
 
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return the size, and that the pipeline must not draw its nearest published one instead."""
+        return f"{super().call_size(height, width)}\n    use_resolution_binning=False,"
+
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer with two attentions per block."""

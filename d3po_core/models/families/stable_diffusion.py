@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -73,6 +74,16 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
         """Return guidance and step noise under the pipeline's names."""
         return f"guidance_scale={guidance},\n    eta={eta},"
+
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the negative prompt under the pipeline's name; empty if there is none."""
+        return f"negative_prompt={json.dumps(negative_prompt)}," if negative_prompt else ""
+
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return the size under the pipeline's names."""
+        return f"height={height}, width={width},"
 
     @property
     def grid(self) -> Grid:
