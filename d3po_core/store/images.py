@@ -73,6 +73,15 @@ def load_png(path: Path) -> np.ndarray:
         ) from None
 
 
+def aspect(path: Path) -> float:
+    """Return an image's width as a multiple of its height, from the file's first bytes; 1 if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.width / image.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 1.0
+
+
 def load_pngs(paths: list[Path]) -> np.ndarray:
     """Read images of one size as uint8 ``[B, height, width, 3]``, several at a time."""
     return np.stack(at_once(load_png, paths))
