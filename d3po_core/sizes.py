@@ -46,14 +46,14 @@ class Grid:
         """
         if self.fits(size):
             return
-        most, near = f" up to {self.most}" if self.most else "", " and ".join(map(told, self.nearest(size)))
+        most, near = f" up to {self.most}" if self.most else "", " and ".join(map(in_words, self.nearest(size)))
         raise D3POError(
-            f"{field} of {told(size)} pixels does not fit a {self.family}; expected multiples of {self.step}{most}, "
-            f"height x width: nearest are {near}"
+            f"{field} of {in_words(size)} pixels does not fit a {self.family}; expected multiples of {self.step}{most}"
+            f", height x width: nearest are {near}"
         )
 
 
-def told(size: Size) -> str:
+def in_words(size: Size) -> str:
     """Return a size in words, such as ``512 x 768``: height, then width."""
     return f"{size[0]} x {size[1]}"
 

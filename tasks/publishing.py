@@ -34,7 +34,7 @@ from d3po_core.records import (
 from d3po_core.reproducing.frozen import freeze
 from d3po_core.sampling.prompt_notes import prompt_notes, prompts_shown
 from d3po_core.sampling.prompts import check_held_out, load_prompts
-from d3po_core.scorers.finding import check_scoring_gpus, load_scorers
+from d3po_core.scorers.finding import check_scoring_gpus, check_sizes_scored, load_scorers
 from d3po_core.store.campaign import open_campaign
 from d3po_core.store.goals import rounds_to_do
 from d3po_core.store.integrity import record_files
@@ -67,6 +67,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     check_beta(config.train)
     check_processes(config)
     check_scoring_gpus(config)
+    check_sizes_scored(config)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)

@@ -25,7 +25,7 @@ from d3po_core.models.places import model_folder
 from d3po_core.models.weights import LORA_FILE, loading_line, weights_file, weights_sha256
 from d3po_core.queries.lookup import trained_round
 from d3po_core.records import EvaluateRecord
-from d3po_core.sizes import told
+from d3po_core.sizes import in_words
 from d3po_core.store.campaign import round_config
 from d3po_core.store.files import new_folder
 from d3po_core.store.stages import checkpoint_path, read_record
@@ -148,7 +148,9 @@ def _call(config: CampaignConfig, family: type[Family]) -> str:
         family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
         family.call_away(sample.negative_prompt),
         family.call_size(*size) if size else "",
-        f"# also trained at {', '.join(told(other) for other in others if other)} (height x width)" if others else "",
+        f"# also trained at {', '.join(in_words(other) for other in others if other)} (height x width)"
+        if others
+        else "",
     ]
     return "\n    ".join(line for line in lines if line)
 

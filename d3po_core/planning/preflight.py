@@ -12,7 +12,7 @@ from d3po_core.models.written import require_space
 from d3po_core.planning.downloads import files_of, missing_downloads
 from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
 from d3po_core.sampling.prompts import check_held_out, load_prompts
-from d3po_core.scorers.finding import check_scorer, check_scoring_gpus
+from d3po_core.scorers.finding import check_scorer, check_scoring_gpus, check_sizes_scored
 from d3po_core.store.campaign import CAMPAIGN_FILE, check_fits, rules_of
 
 # On two CPU cores, a network of this size takes minutes per image.
@@ -62,9 +62,10 @@ def check_prompts(config: CampaignConfig) -> tuple[list[str], list[str]]:
 
 
 def check_scorers(config: CampaignConfig) -> None:
-    """Check that every scorer is known, or can be imported, and uses its GPUs; D3POError if not."""
+    """Check that every scorer is known or can be imported, and gets the sizes it judges; D3POError if not."""
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         check_scorer(name, config.scoring)
+    check_sizes_scored(config)
     check_scoring_gpus(config)
 
 
