@@ -3,19 +3,23 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
-from d3po_core.config import CampaignConfig, ModelConfig
+from d3po_core.config import CampaignConfig, ModelConfig, SampleConfig
 from d3po_core.errors import D3POError
 from d3po_core.models.asked import Asked
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
 from d3po_core.models.prompt_length import check_length
 from d3po_core.planning.preflight import check_texts
-from d3po_core.seeds import gaussian
+from d3po_core.sampling.rollout import FirstOutputs, replay_steps, start_drawing
+from d3po_core.seeds import ImageSeed, gaussian
 from tests.core.models.tiny_models import tiny_model
+from tests.core.sampling.drawing import stir_lora
 
 SHORT = "a red circle on a gray background"
 LONG = "a blue cross on a white background and " * 12  # the small tokenizer reads 10 tokens, so windows hold 8
@@ -31,6 +35,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def policy(folder: Path) -> Policy:
     return load_policy(ModelConfig(path=str(folder), device="cpu", lora_rank=2), seed=0, asked=ASKED)
+
+
+@pytest.fixture(scope="module")
+def drawn_in_single() -> dict[str, np.ndarray]:
+    """By model, what was drawn in single precision, which comes first."""
+    return {}
 
 
 def windows_by_hand(tokenizer: Callable[..., object], text: str, least: int) -> list[list[int]]:
@@ -129,3 +139,33 @@ def test_families_that_do_not_read_by_windows_say_so(tmp_path: Path) -> None:
     values = {"model": {"path": path}, "sample": {"long_prompts": "chunk"}}
     with pytest.raises(D3POError, match=said):
         check_texts(CampaignConfig.model_validate(values))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_mixed_sizes_and_lengths_replay_and_agree_in_half_precision(
+    precision: Literal["no", "bf16"], folder: Path, drawn_in_single: dict[str, np.ndarray]
+) -> None:
+    """Also in the faster passes, and at a size whose latents do not halve evenly."""
+    sizes, texts = ((16, 24), (18, 26)), (SHORT, LONG[:80])
+    config = ModelConfig(path=str(folder), device="cpu", lora_rank=2, precision=precision)
+    policy = load_policy(config, seed=0, asked=replace(ASKED, sizes=sizes))
+    stir_lora(policy, seed=1, size=0.1)
+    settings = SampleConfig(num_steps=2, guidance_scale=3.0)
+    batches = [
+        [ImageSeed(text, start, 10 * start + member, size) for start, text in enumerate(texts) for member in (0, 1)]
+        for size in sizes
+    ]
+    first = FirstOutputs(policy, settings, [seed for batch in batches for seed in batch], torch.float32)
+    pixels = []
+    for batch in batches:
+        found, images = start_drawing(policy, settings, batch, first).wait()
+        assert images.shape[1:3] == batch[0].size
+        schedule, prompts = policy.schedule(2, 1.0, batch[0].size), [seed.prompt for seed in batch]
+        for step in range(2):
+            x, following = found.latents_BTCHW[:, step], found.latents_BTCHW[:, step + 1]
+            with torch.no_grad():
+                again = replay_steps(policy, schedule, prompts, x, following, torch.full((4,), step), 3.0)[0]
+            torch.testing.assert_close(again, found.log_probs_BT[:, step], rtol=0, atol=1e-3)
+        pixels.append(images.flatten().astype(int))
+    ours = drawn_in_single.setdefault(folder.name, np.concatenate(pixels))
+    assert np.abs(np.concatenate(pixels) - ours).max() <= 6
