@@ -27,9 +27,17 @@ def _listed(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _pairs(value: Any) -> Any:
+    """Sizes, each of two numbers."""
+    if isinstance(value, list | tuple) and all(isinstance(size, list | tuple) and len(size) == 2 for size in value):
+        return value
+    raise ValueError(f"sample.sizes is {value!r}; write pairs of height and width, such as [[512, 768], [768, 512]]")
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=8, le=8192)]
+Sizes = Annotated[tuple[tuple[Side, Side], ...], BeforeValidator(_pairs)]
 
 
 class _Section(BaseModel):
@@ -106,7 +114,7 @@ class SampleConfig(_Section):
         None, description="Height of the images in pixels, set with width; the network's native size by default"
     )
     width: Side | None = Field(None, description="Width of the images in pixels, set with height")
-    sizes: tuple[tuple[Side, Side], ...] = Field(
+    sizes: Sizes = Field(
         (), description="Several sizes instead, such as [[512, 768], [768, 512]] (height, width); each group draws one"
     )
     negative_prompt: str = Field(

@@ -3,7 +3,6 @@
 A size is (height, width). None stands for the size that the network was trained with.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d3po_core.errors import D3POError
@@ -70,13 +69,3 @@ def given(height: int | None, width: int | None, section: str) -> Size | None:
         there, missing = ("width", "height") if height is None else ("height", "width")
         raise ValueError(f"{section}.{there} is set and {section}.{missing} is not; set both, or neither")
     return height, width
-
-
-def pixels(size: Size) -> int:
-    """Return the number of pixels of an image of this size."""
-    return size[0] * size[1]
-
-
-def largest(sizes: Sequence[Size]) -> Size:
-    """Return the size with the most pixels; the first of equal ones."""
-    return max(sizes, key=pixels)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3po_core.config import CampaignConfig, SampleConfig
+from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
 from d3po_core.errors import D3POError
 from d3po_core.seeds import evaluation_seeds, member_seed
-from d3po_core.sizes import Grid, largest
+from d3po_core.sizes import Grid
 
 sides = st.integers(1, 5000)
 grids = st.builds(Grid, st.just("A"), st.sampled_from([2, 8, 16, 32]), st.one_of(st.none(), st.integers(64, 3000)))
@@ -56,7 +56,9 @@ def test_the_line_names_field_family_and_neighbours() -> None:
         ({"sample": {"height": 64, "width": 64, "sizes": [[64, 32]]}}, "sample.sizes is set, and so are"),
         ({"sample": {"sizes": [[64, 32], [64, 32]]}}, "sample.sizes names a size twice"),
         ({"sample": {"negative_prompt": "blurry"}}, "sample.guidance_scale is 1, which turns guidance off"),
-        ({"sample": {"sizes": [[64]]}}, "sample.sizes"),
+        ({"sample": {"sizes": [[64]]}}, r"sample.sizes is \[\[64\]\]; write pairs of height and width, such as"),
+        ({"sample": {"sizes": [64, 96]}}, "write pairs of height and width, such as"),
+        ({"sample": {"sizes": "64x96"}}, "write pairs of height and width, such as"),
     ],
 )
 def test_settings_that_disagree_are_one_line(values: dict[str, object], told: str) -> None:
@@ -104,8 +106,3 @@ def test_groups_draw_sizes_by_the_campaigns_seed_and_keep_their_other_seeds() ->
         plain = member_seed(1, 1, "p", 0, member, False)
         assert (seed.initial_seed, seed.noise_seed, plain.size) == (plain.initial_seed, plain.noise_seed, None)
     assert {seed.size for seed in evaluation_seeds(["a", "b"], 3, 1, (64, 32))} == {(64, 32)}
-
-
-def test_several_sizes_have_a_largest() -> None:
-    assert largest([(64, 64), (32, 256), (100, 64)]) == (32, 256)
-    assert SampleConfig(sizes=((64, 32), (32, 64))).image_sizes == ((64, 32), (32, 64))
