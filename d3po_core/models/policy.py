@@ -263,13 +263,13 @@ class Policy:
 
         Values that depend only on these are computed once. This is faster, and bit for bit the same.
         """
-        if conditioning.parts:  # each has a text of its own
-            with torch.no_grad():
+        with torch.no_grad():
+            if conditioning.parts:  # each has a text of its own
                 yield
-            return
-        text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
-        with torch.no_grad(), constants_held(self.network, text_BLK):
-            yield
+                return
+            text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
+            with constants_held(self.network, text_BLK):
+                yield
 
     def decode(self, latent_BCHW: torch.Tensor) -> np.ndarray:
         """Decode final latents to uint8 images ``[B, height, width, 3]``."""
