@@ -63,14 +63,15 @@ def _tokenizers(config: ModelConfig, folder: Path) -> dict[str, Any]:
 def _warning(name: str, window: int, cut: list[str], tokens: dict[str, list[int]], long_prompts: str) -> str:
     shown = "; ".join(f"{prompt[:60]!r} ({len(tokens[prompt])})" for prompt in cut[:NAMED])
     more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
+    verb = "are" if len(cut) > 1 else "is"
     most = -(-(max(len(tokens[prompt]) for prompt in cut) - 2) // (window - 2))
     what = {
         "truncate": ", and what lies beyond is not seen",
         "error": ", and sample.long_prompts is 'error'",
-        "chunk": f", and are read in up to {most} windows of {window - 2}",
+        "chunk": f", and {verb} read in up to {most} windows of {window - 2}",
     }[long_prompts]
     return (
-        f"{len(cut)} prompt{'s are' if len(cut) > 1 else ' is'} longer than the {window} tokens that {name} reads"
+        f"{len(cut)} prompt{'s' * (len(cut) > 1)} {verb} longer than the {window} tokens that {name} reads"
         f"{what}: {shown}{more}"
     )
 
