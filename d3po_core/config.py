@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from d3po_core.paths import data_folder, resolve_path
+from d3po_core.sizes import Size, given
 from d3po_core.urls import schema_pattern
 from d3po_core.ways import Mode
 
@@ -26,8 +27,17 @@ def _listed(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _pairs(value: Any) -> Any:
+    """Sizes, each of two numbers."""
+    if isinstance(value, list | tuple) and all(isinstance(size, list | tuple) and len(size) == 2 for size in value):
+        return value
+    raise ValueError(f"sample.sizes is {value!r}; write pairs of height and width, such as [[512, 768], [768, 512]]")
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=8, le=8192)]
+Sizes = Annotated[tuple[tuple[Side, Side], ...], BeforeValidator(_pairs)]
 
 
 class _Section(BaseModel):
@@ -100,6 +110,43 @@ class SampleConfig(_Section):
     )
     batch_size: int = Field(64, ge=1, le=65536, description="Images per pass through the network")
     latent_dtype: Literal["float32", "float16"] = Field("float32", description="Number format of stored trajectories")
+    height: Side | None = Field(
+        None, description="Height of the images in pixels, set with width; the network's native size by default"
+    )
+    width: Side | None = Field(None, description="Width of the images in pixels, set with height")
+    sizes: Sizes = Field(
+        (), description="Several sizes instead, such as [[512, 768], [768, 512]] (height, width); each group draws one"
+    )
+    negative_prompt: str = Field(
+        "", max_length=8000, description="What guidance leads away from; needs guidance by two passes. Empty by default"
+    )
+    long_prompts: Literal["error", "truncate", "chunk"] = Field(
+        "truncate",
+        description="Prompts longer than a text encoder reads: error: stop before the round; truncate: warn, the rest "
+        "is not read; chunk: read them window by window (Stable Diffusion 1, 2 and XL)",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if given(self.height, self.width, "sample") and self.sizes:
+            raise ValueError("sample.sizes is set, and so are sample.height and sample.width; set one or the other")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError("sample.sizes names a size twice; expected each once")
+        return self
+
+    @model_validator(mode="after")
+    def _negative_prompt_is_used(self) -> Self:
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                "sample.negative_prompt is set and sample.guidance_scale is 1, which turns guidance off; raise the "
+                "scale, or leave the negative prompt out"
+            )
+        return self
+
+    @property
+    def image_sizes(self) -> tuple[Size | None, ...]:
+        """Return the sizes of which each group has one; None is the network's native size."""
+        return self.sizes or (given(self.height, self.width, "sample"),)
 
     @property
     def images_per_round(self) -> int:
@@ -294,6 +341,17 @@ class EvaluateConfig(_Section):
         32, ge=0, le=1_000_000, description="Held-out images used to measure the drift from the base"
     )
     grid_prompts: int = Field(6, ge=1, le=32, description="Prompts in the image grid")
+    height: Side | None = Field(
+        None,
+        description="Height of the held-out images in pixels, set with width; as sampled by default, or the network's "
+        "native size if sample.sizes has several",
+    )
+    width: Side | None = Field(None, description="Width of the held-out images in pixels, set with height")
+
+    @model_validator(mode="after")
+    def _size_is_whole(self) -> Self:
+        given(self.height, self.width, "evaluate")
+        return self
 
 
 class GuardConfig(_Section):
@@ -375,11 +433,22 @@ class CampaignConfig(_Section):
         """Return the scorers of the held-out images; rounds report the first."""
         return tuple(dict.fromkeys([*(self.evaluate.scorers or self.judge.scorers), *self.evaluate.unseen]))
 
+    @property
+    def held_out_size(self) -> Size | None:
+        """Return the size of the held-out images; None is the network's native size."""
+        sampled = self.sample.image_sizes
+        own = given(self.evaluate.height, self.evaluate.width, "evaluate")
+        return own or (sampled[0] if len(sampled) == 1 else None)
+
     def sha256(self) -> str:
         """Return the digest of the resolved configuration, the same for equal configurations."""
         if self._elsewhere:
             return self._elsewhere[1]
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        values = self.model_dump(mode="json")
+        for section, names in LATER_FIELDS.items():
+            unset = getattr(CampaignConfig(), section).model_dump(mode="json")
+            values[section] = {k: v for k, v in values[section].items() if k not in names or v != unset[k]}
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def on_worker(self, folder: Path, sha256: str) -> Self:
@@ -393,8 +462,13 @@ class CampaignConfig(_Section):
 FIXED_FIELDS = (
     "seed", "model.path", "model.revision", "model.variant", "model.single_file_config", "model.prediction_type",
     "model.zero_terminal_snr", "model.train", "model.lora", "evaluate", "sample.num_steps", "sample.guidance_scale",
-    "sample.eta",
+    "sample.eta", "sample.height", "sample.width", "sample.sizes", "sample.negative_prompt", "sample.long_prompts",
 )  # fmt: skip
+
+# Fields that came later, by section: while they have their defaults, a configuration keeps the digest it had before.
+LATER_FIELDS = {
+    "sample": ("height", "width", "sizes", "negative_prompt", "long_prompts"), "evaluate": ("height", "width"),
+}  # fmt: skip
 
 # Fields whose relative values start at the project folder; so do those of scoring.models.
 PATH_FIELDS = ("model.path", "model.single_file_config", "sample.prompts", "evaluate.prompts", "runs_dir")

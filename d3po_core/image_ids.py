@@ -30,6 +30,11 @@ def group_of(sample: str) -> str:
     return sample.rpartition("-m")[0]
 
 
+def number_of(group: str) -> int:
+    """Return the number of a group in its round."""
+    return int(group.rpartition("-g")[2])
+
+
 def round_of(image: str) -> int:
     """Return the number of the round that drew an image, a member's or a held-out one."""
     return int(image.partition("-")[0].removeprefix("r"))

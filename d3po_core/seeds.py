@@ -1,9 +1,12 @@
 """Seeds derived from an image's identity, so that it does not depend on batch size or sharding."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from d3po_core.sizes import Size
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -46,17 +49,22 @@ def permutation(seed: int, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ImageSeed:
-    """An image's prompt, the seed of its x_T, and the seed of the noise of its T steps."""
+    """An image's prompt, the seed of its x_T, the seed of the noise of its T steps, and its size.
+
+    The size is height and width in pixels; None is the network's native size.
+    """
 
     prompt: str
     initial_seed: int
     noise_seed: int
+    size: Size | None = None
 
 
 def member_seed(
-    campaign_seed: int, round_number: int, prompt: str, occurrence: int, member: int, share_initial_latent: bool
-) -> ImageSeed:
-    """Return the prompt and seeds of a member of a round's group.
+    campaign_seed: int, round_number: int, prompt: str, occurrence: int, member: int, share_initial_latent: bool,
+    sizes: Sequence[Size | None] = (None,),
+) -> ImageSeed:  # fmt: skip
+    """Return the prompt, the seeds and the size of a member of a round's group.
 
     Args:
         campaign_seed: the campaign's seed.
@@ -65,16 +73,17 @@ def member_seed(
         occurrence: how many earlier groups of the round have this prompt.
         member: the image's place in its group.
         share_initial_latent: whether all members start from one x_T.
+        sizes: the sizes to draw the group's from.
     """
     key = (campaign_seed, round_number, prompt, occurrence)
     initial = () if share_initial_latent else (member,)
-    return ImageSeed(prompt, derive_seed(*key, "x_T", *initial), derive_seed(*key, "noise", member))
+    size = sizes[derive_seed(*key, "size") % len(sizes)]
+    return ImageSeed(prompt, derive_seed(*key, "x_T", *initial), derive_seed(*key, "noise", member), size)
 
 
-def evaluation_seeds(prompts: list[str], images_per_prompt: int, campaign_seed: int) -> list[ImageSeed]:
-    """Return the held-out images' prompts and seeds, the same in every round and never used in training."""
-    return [
-        ImageSeed(prompt, *(derive_seed(campaign_seed, "evaluate", prompt, k, what) for what in ("x_T", "noise")))
-        for prompt in prompts
-        for k in range(images_per_prompt)
-    ]
+def evaluation_seeds(
+    prompts: list[str], images_per_prompt: int, campaign_seed: int, size: Size | None = None
+) -> list[ImageSeed]:
+    """Return the held-out images' prompts, seeds and size, the same in every round and never used in training."""
+    keys = [(campaign_seed, "evaluate", prompt, k) for prompt in prompts for k in range(images_per_prompt)]
+    return [ImageSeed(key[2], derive_seed(*key, "x_T"), derive_seed(*key, "noise"), size) for key in keys]

@@ -52,6 +52,7 @@ def _evaluate(config: CampaignConfig, round_number: int) -> EvaluateRecord:
         {
             "sample_id": paths[i].stem, "prompt": seed.prompt, "seed": seed.noise_seed, "scorer": name,
             "score": float(scores[name][i]), "image_path": str(paths[i]), "checkpoint": checkpoint_path(round_number),
+            "height": images.shape[1], "width": images.shape[2],
         }
         for name in scores
         for i, seed in enumerate(seeds)
@@ -82,5 +83,5 @@ def _grid(config: CampaignConfig, round_number: int, images: np.ndarray) -> str:
     chosen = per_prompt[::stride][: settings.grid_prompts, :columns]
     relative = f"images/round={round_number}/grid.png"
     with atomic_path(config.folder / relative) as temporary:
-        sheet(chosen.reshape(-1, *images.shape[1:]), columns=columns, cell=96).save(temporary, format="PNG")
+        sheet(list(chosen.reshape(-1, *images.shape[1:])), columns=columns, cell=96).save(temporary, format="PNG")
     return relative

@@ -20,7 +20,7 @@ from d3po_core.models.loading import check_model
 from d3po_core.models.prompt_length import check_length
 from d3po_core.models.space import check_space
 from d3po_core.paths import running_clone
-from d3po_core.planning.preflight import check_hub
+from d3po_core.planning.preflight import check_hub, check_sizes, check_texts
 from d3po_core.records import (
     DeriveRecord,
     EvaluateRecord,
@@ -34,7 +34,7 @@ from d3po_core.records import (
 from d3po_core.reproducing.frozen import freeze
 from d3po_core.sampling.prompt_notes import prompt_notes, prompts_shown
 from d3po_core.sampling.prompts import check_held_out, load_prompts
-from d3po_core.scorers.finding import check_scoring_gpus, load_scorers
+from d3po_core.scorers.finding import check_scoring_gpus, check_sizes_scored, load_scorers
 from d3po_core.store.campaign import open_campaign
 from d3po_core.store.goals import rounds_to_do
 from d3po_core.store.integrity import record_files
@@ -60,18 +60,22 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     """
     check_model(config.model)
     check_hub(config)
+    check_sizes(config)
+    check_texts(config)
     optimizer_class(config.train)
     check_objective(config)
     check_beta(config.train)
     check_processes(config)
     check_scoring_gpus(config)
+    check_sizes_scored(config)
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
     notes = [*prompt_notes(training, "sample.prompts"), *prompt_notes(held_out, "evaluate.prompts")]
-    return notes + check_length(config.model, [*training, *held_out[: config.evaluate.max_prompts]])
+    used, sample = [*training, *held_out[: config.evaluate.max_prompts]], config.sample
+    return notes + check_length(config.model, used, sample.long_prompts, sample.negative_prompt)
 
 
 def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:

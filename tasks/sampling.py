@@ -1,6 +1,5 @@
 """Sample: draw groups of images from the last checkpoint, with their trajectories."""
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
@@ -18,10 +17,10 @@ from d3po_core.reproducing.frozen import prompts_sha256
 from d3po_core.sampling.job import SAMPLE, Shard, round_shards
 from d3po_core.sampling.prompts import load_prompts
 from d3po_core.store.files import atomic_path
-from d3po_core.store.images import load_pngs, sheet
+from d3po_core.store.images import at_once, load_png, sheet
 from d3po_core.store.integrity import LEFT_OUT, damages, listed_files
 from d3po_core.store.stages import checkpoint_path, finish_stage, stage_path, start_of
-from d3po_core.store.tables import partition, write_table
+from d3po_core.store.tables import joined, partition, write_table
 
 SHEET_IMAGES = 64
 
@@ -40,7 +39,7 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     shards = _sample_shards(config, round_number)
     if plan := plan_in_words(config):
         run_logger().info(plan)
-    table = pa.concat_tables([pq.ParquetFile(shard.rows_path).read() for shard in shards])
+    table = joined("samples", [pq.ParquetFile(shard.rows_path).read() for shard in shards])
     write_table(config.folder, "samples", round_number, table)
     contact_sheet = _contact_sheet(config, round_number, table["image_path"].to_pylist()[:SHEET_IMAGES])
     prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
@@ -94,7 +93,7 @@ def _draw_left_out(config: CampaignConfig, round_number: int) -> None:
 
 
 def _contact_sheet(config: CampaignConfig, round_number: int, image_paths: list[str]) -> str:
-    images = load_pngs([config.folder / path for path in image_paths])
+    images = at_once(load_png, [config.folder / path for path in image_paths])
     relative = f"images/round={round_number}/contact_sheet.png"
     size = config.sample.group_size
     columns = size * max(1, 12 // size)  # whole groups side by side

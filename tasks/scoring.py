@@ -60,8 +60,7 @@ def score_round(
     scores: dict[str, list[float]] = {name: [] for name in config.judge.scorers}
     others = load_scorers(config, [name for name in scores if name not in by_shard])
     with scoring_turn(config, others):
-        for start in range(0, len(samples), SCORE_BATCH) if others else ():
-            batch = samples[start : start + SCORE_BATCH]
+        for batch in _batches(samples) if others else ():
             images = load_pngs([config.folder / sample["image_path"] for sample in batch])
             for name, scorer in others.items():
                 scores[name] += scorer(images, [sample["prompt"] for sample in batch]).tolist()
@@ -81,6 +80,13 @@ def score_round(
             scores[name] += values
         dissimilarities += found.dissimilarities
     return scores, dissimilarities
+
+
+def _batches(samples: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Split rows into batches of images of one size, in order."""
+    for _, alike in itertools.groupby(samples, lambda sample: (sample.get("height"), sample.get("width"))):
+        rows = list(alike)
+        yield from (rows[start : start + SCORE_BATCH] for start in range(0, len(rows), SCORE_BATCH))
 
 
 @contextlib.contextmanager

@@ -32,9 +32,9 @@ losses AS (SELECT round, loser_id AS sample_id, count(*) AS lost FROM preference
 judged AS (
     SELECT DISTINCT round, unnest([first_id, second_id]) AS sample_id FROM votes WHERE rater_kind = 'human'
 ), every AS (
-    SELECT round, sample_id, 'train' AS kind, prompt, seed, checkpoint, image_path FROM samples
+    SELECT round, sample_id, 'train' AS kind, prompt, seed, checkpoint, image_path, height, width FROM samples
     UNION ALL
-    SELECT DISTINCT round, sample_id, 'held-out', prompt, seed, checkpoint, image_path FROM evaluations
+    SELECT DISTINCT round, sample_id, 'held-out', prompt, seed, checkpoint, image_path, height, width FROM evaluations
 )
 SELECT e.*, coalesce(won, 0) AS won, coalesce(lost, 0) AS lost, j.sample_id IS NOT NULL AS judged,
        row_number() OVER (PARTITION BY e.round ORDER BY kind DESC,

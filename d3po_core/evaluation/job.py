@@ -26,7 +26,7 @@ def held_out_seeds(config: CampaignConfig) -> list[ImageSeed]:
     """Return the held-out images' seeds, prompt by prompt; the same in every round."""
     settings = config.evaluate
     prompts = load_prompts(settings.prompts, settings.prompt_column, "evaluate.prompts")[: settings.max_prompts]
-    return evaluation_seeds(prompts, settings.images_per_prompt, config.seed)
+    return evaluation_seeds(prompts, settings.images_per_prompt, config.seed, config.held_out_size)
 
 
 def held_out_path(round_number: int, index: int) -> Path:
@@ -62,7 +62,7 @@ def _make(config: CampaignConfig, round_number: int, items: Iterable[int | None]
 
 
 def _kl(config: CampaignConfig, policy: Policy, seeds: list[ImageSeed], latents_BTCHW: torch.Tensor) -> torch.Tensor:
-    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    schedule = policy.schedule(config.sample.num_steps, config.sample.eta, config.held_out_size)
     return policy.sampling_rows.fit(
         config.sample.batch_size,
         lambda rows: kl_from_base(policy, schedule, seeds, latents_BTCHW, config.sample.guidance_scale, rows),

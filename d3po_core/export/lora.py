@@ -25,6 +25,7 @@ from d3po_core.models.places import model_folder
 from d3po_core.models.weights import LORA_FILE, loading_line, weights_file, weights_sha256
 from d3po_core.queries.lookup import trained_round
 from d3po_core.records import EvaluateRecord
+from d3po_core.sizes import in_words
 from d3po_core.store.campaign import round_config
 from d3po_core.store.files import new_folder
 from d3po_core.store.stages import checkpoint_path, read_record
@@ -127,7 +128,7 @@ def _card(
     body = _BODY.format(
         name=campaign.name, number=number, sha256=row["lora_sha256"], prompt=json.dumps(prompt), file=CONFIG_FILE,
         drawing=_drawing(config.model, family, hub or public_config(config)["model"]["path"]), readers=readers,
-        call=family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
+        call=_call(config, family), long=_LONG if sample.long_prompts == "chunk" else "",
         missing="" if hub else "The base model was a folder: put its hub id under `base_model` above and in the lines "
                                "below before you upload this.\n\n",
         scores=_scores(campaign, number, part), part=part, line=loading_line(checkpoint, '"FOLDER"'),
@@ -138,6 +139,20 @@ def _card(
         images=sample.images_per_round, size=sample.group_size,
     )  # fmt: skip
     return card(header, body)
+
+
+def _call(config: CampaignConfig, family: type[Family]) -> str:
+    """Return the arguments of the pipeline's call: guidance, negative prompt and size, a line each."""
+    sample, (size, *others) = config.sample, config.sample.image_sizes
+    lines = [
+        family.call(sample.guidance_scale, sample.eta, _network(config.model, family)),
+        family.call_away(sample.negative_prompt),
+        family.call_size(*size) if size else "",
+        f"# also trained at {', '.join(in_words(other) for other in others if other)} (height x width)"
+        if others
+        else "",
+    ]
+    return "\n    ".join(line for line in lines if line)
 
 
 def _network(config: ModelConfig, family: type[Family]) -> Part | None:
@@ -164,6 +179,12 @@ def _scores(campaign: Path, number: int, part: str) -> str:
     return "\n".join(lines)
 
 
+_LONG = """\
+Prompts longer than 77 tokens were read in windows of 75, as AUTOMATIC1111 and compel read them. The lines above cut
+them; compel gives `prompt_embeds` of all windows.
+
+"""
+
 _BODY = """
 # {name}, round {number}
 
@@ -183,7 +204,7 @@ image = pipe(
 ).images[0]
 ```
 
-{readers}{scores}
+{long}{readers}{scores}
 
 In brackets: 95 % intervals of the mean over prompts. Prompts and seeds are the same for both columns and were never
 trained on.

@@ -33,7 +33,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "are_different": _bool, "has_label": _bool, "image_0_uid": _text, "image_1_uid": _text, "best_image_uid": _text,
     "model_0": _text, "model_1": _text, "ranking_id": _int, "round": _int, "pair_id": _text, "group_id": _text,
     "weight": _real, "agreement": _real, "num_raters": _int, "people_for": _int, "people_against": _int,
-    "proxies_for": _int, "proxies_against": _int,
+    "proxies_for": _int, "proxies_against": _int, "height": _int, "width": _int,
 }  # fmt: skip
 _HUB_NAMES = {pa.binary(): "binary", _text: "string", _real: "float64", _int: "int64", _bool: "bool"}
 
@@ -176,6 +176,7 @@ pairs = load_dataset("FOLDER", "images", split="train")  # images decoded, to lo
 | `weight`, `agreement` | weight of the pair in training, and share of its raters that agree: above 0, at most 1 |
 | `num_raters` | raters who voted on the pair |
 | `people_for`, `people_against`, `proxies_for`, `proxies_against` | votes for and against the preferred image |
+| `height`, `width` | size of both images in pixels; null in rounds of earlier versions |
 | `round`, `pair_id`, `group_id`, `ranking_id` | where the pair comes from |
 | `are_different`, `has_label` | true for all pairs; some trainers filter by them |
 """

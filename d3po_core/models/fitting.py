@@ -114,4 +114,4 @@ def _predict(policy: Policy, rows: int) -> torch.Tensor:
 
 
 def _latents(policy: Policy, rows: int) -> torch.Tensor:
-    return torch.stack([gaussian(row, *policy.latent_shape) for row in range(rows)]).to(policy.device)
+    return torch.stack([gaussian(row, *policy.largest_latent) for row in range(rows)]).to(policy.device)

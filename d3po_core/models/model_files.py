@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from d3po_core.config import CampaignConfig, ModelConfig
 from d3po_core.errors import D3POError
-from d3po_core.models.families import FAMILIES, Family, Network, Part
+from d3po_core.models.families import FAMILIES, Family, Network, Part, Vae
 from d3po_core.models.places import INDEX, model_folder
+from d3po_core.models.written import latent_at
 from d3po_core.paths import resolve_path
 
 # Real configurations take some kB and real weight headers some 100 kB; a larger file is something else.
@@ -173,10 +174,15 @@ def with_model_defaults(config: CampaignConfig) -> CampaignConfig:
         config = config.model_copy(update={"model": model})
     if "eta" in config.sample.model_fields_set:
         return config
-    network = parts_of(config.model, folder, family)[family.NETWORK]
+    parts, scheduler = parts_of(config.model, folder, family), scheduler_of(config.model, folder, family)
+    network, vae = parts[family.NETWORK], parts["vae"]
     assert isinstance(network, Network), "families say so"
-    scheduler = scheduler_of(config.model, folder, family)
-    eta = family.default_eta(config.sample.num_steps, scheduler, network.latent_shape)
+    assert isinstance(vae, Vae), "families say so"
+    native, per_side = network.latent_shape, vae.pixels_per_latent
+    eta = min(  # one noise level for all sizes, which leaves no grain in any
+        family.default_eta(config.sample.num_steps, scheduler, latent_at(native, per_side, size))
+        for size in (*config.sample.image_sizes, config.held_out_size)
+    )
     return config.model_copy(update={"sample": config.sample.model_copy(update={"eta": eta})})
 
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from d3po_core.config import ModelConfig
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.errors import D3POError
-from d3po_core.models.families import Embedding, Family, Guidance
+from d3po_core.models.asked import Asked, why_not
+from d3po_core.models.conditioning import Conditioning, TextReader
+from d3po_core.models.families import Embedding, Family
 from d3po_core.models.loading import DTYPES
 from d3po_core.models.lora import Lora
 from d3po_core.models.loss_scale import LossScale
@@ -27,6 +29,7 @@ from d3po_core.models.text_cache import TextCache
 from d3po_core.models.trained import Trained
 from d3po_core.models.whole import Whole
 from d3po_core.seeds import gaussian
+from d3po_core.sizes import Size
 from d3po_core.speed.compiling import BatchSizes, compile_regions, compile_whole, pad_rows
 from d3po_core.speed.decoder_attention import attend_by_products
 from d3po_core.speed.folded_upsampling import fold_upsampling
@@ -38,21 +41,6 @@ from d3po_core.speed.fused_layers import (
     split_gated_layers,
 )
 from d3po_core.speed.row_limit import RowLimit
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Embeddings of B prompts and of the empty prompt, the guidance scale, and how the network is guided."""
-
-    embeddings: Embedding
-    empty: Embedding
-    guidance_scale: float
-    guidance: Guidance = "two passes"
-
-    @property
-    def guided(self) -> bool:
-        """Return whether a pass has two rows per image, one of them for the empty prompt."""
-        return self.guidance == "two passes" and self.guidance_scale != 1.0
 
 
 class Policy:
@@ -69,14 +57,19 @@ class Policy:
         config: its settings.
         seed: seed of the LoRA's initial weights.
         plan: how to share the GPU's memory; by default what ``model.memory`` says, and ``auto`` measures it.
+        asked: the sizes and texts that its campaign draws.
     """
 
-    def __init__(self, family: Family, config: ModelConfig, seed: int, plan: MemoryPlan | None = None) -> None:
-        self.config, self.family = config, family
+    def __init__(
+        self, family: Family, config: ModelConfig, seed: int, plan: MemoryPlan | None = None, asked: Asked | None = None
+    ) -> None:
+        self.config, self.family, self.asked = config, family, asked or Asked()
+        if problem := why_not(config, self.asked, family.PIPELINE.__name__, family.guidance):
+            raise D3POError(problem)
         self.dtype = DTYPES[config.precision]
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device = self.accelerator.device
-        self._schedules: dict[tuple[int, float], Schedule] = {}
+        self._schedules: dict[tuple[int, float, Size | None], Schedule] = {}
         self.sizes: BatchSizes | None = None  # set at the end: memory is measured for exact numbers of rows
         pipeline = family.pipeline
         self.network = getattr(pipeline, family.NETWORK)
@@ -127,7 +120,8 @@ class Policy:
         self._placement = Placement(self.family.pipeline, self.device, moves=not stays)
         for name in ("vae", *self.family.TEXT_PARTS):
             self._placement.move(name, place)
-        self._texts_kept = TextCache(self.family, self._placement, self.device, keep_on=place)
+        cache = TextCache(self.family, self._placement, self.device, keep_on=place)
+        self._reader = TextReader(self.family, self.asked, cache, self.device)
 
     def memory_used(self) -> dict[str, Any]:
         """Return the plan with the rows at once that training and sampling were cut to, for records."""
@@ -141,7 +135,7 @@ class Policy:
         Raises:
             D3POError: a part fails, or its output does not fit the next part.
         """
-        latent_1CHW = gaussian(0, 1, *self.latent_shape).to(self.device)
+        latent_1CHW = gaussian(0, 1, *self.largest_latent).to(self.device)
         t_1 = torch.ones(1, dtype=torch.long, device=self.device)
         part = "text_encoder"
         try:
@@ -181,20 +175,34 @@ class Policy:
         decoder = self.family.pipeline.vae.decoder
         for part in (self.network, decoder):
             scale_group_norms(part)
-        attend_by_products(decoder, math.prod(self.latent_shape[1:]))
+        attend_by_products(decoder, math.prod(self.largest_latent[1:]))
         compile_regions(self.network, self.family.REGIONS)
         compile_whole(decoder)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent: channels first."""
+        """Shape of one latent of the network's native size: channels first."""
         return self.family.latent_shape
 
-    def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Return the model's denoising steps on its device; cached, because a copy waits for all device work."""
-        if (num_steps, eta) not in self._schedules:
-            self._schedules[num_steps, eta] = self.family.schedule(num_steps, eta).to(self.device)
-        return self._schedules[num_steps, eta]
+    def latent_shape_at(self, size: Size | None) -> tuple[int, ...]:
+        """Return the shape of one latent of an image of this height and width in pixels; None is the native size."""
+        return self.latent_shape if size is None else self.family.latent_shape_at(*size)
+
+    @property
+    def largest_latent(self) -> tuple[int, ...]:
+        """Shape of the largest latent that the campaign draws, which takes the most memory."""
+        return max((self.latent_shape_at(size) for size in self.asked.sizes), key=math.prod)
+
+    def schedule(self, num_steps: int, eta: float, size: Size | None = None) -> Schedule:
+        """Return the denoising steps of images of a size, on the model's device.
+
+        They are cached, because a copy waits for all device work.
+        """
+        key = (num_steps, eta, size)
+        if key not in self._schedules:
+            made = self.family.schedule(num_steps, eta, self.latent_shape_at(size))
+            self._schedules[key] = made.to(self.device)
+        return self._schedules[key]
 
     def encode(self, prompts: list[str], guidance_scale: float) -> Conditioning:
         """Embed prompts; recent ones come from a cache.
@@ -208,15 +216,12 @@ class Policy:
                 f"sample.guidance_scale is {guidance_scale:g}, and model.path {self.config.path!r} takes no "
                 "guidance: it was distilled to draw without; set it to 1"
             )
-        self._texts_kept.embed(list(dict.fromkeys([*prompts, ""])))
-        # Together, so that texts of unequal length become equal.
-        both = self.family.stack([self._texts_kept[prompt] for prompt in [*prompts, ""]])
-        stacked = {name: value[:-1].to(self.device) for name, value in both.items()}
-        empty = {name: value[-1].to(self.device) for name, value in both.items()}
-        return Conditioning(stacked, empty, guidance_scale, guidance)
+        return self._reader.conditioning(prompts, guidance_scale)
 
     def predict(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Return the network's output at timesteps t_B in float32, with classifier-free guidance if scale is not 1."""
+        if conditioning.parts:
+            return self._predict_parts(latent_BCHW, t_B, conditioning)
         rows, embeddings = len(latent_BCHW), self._texts(conditioning)
         if self.sizes is not None:
             size = self._fitting(rows)
@@ -231,8 +236,14 @@ class Policy:
         without_BCHW, with_BCHW = (half[:rows] for half in output.chunk(2))
         return self.family.guide(without_BCHW, with_BCHW, conditioning.guidance_scale)
 
+    def _predict_parts(self, latent_BCHW: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Return the outputs of rows whose texts have unequal length, one pass for each length."""
+        rows_B = torch.cat([rows for rows, _ in conditioning.parts])
+        outputs = [self.predict(latent_BCHW[rows], t_B[rows], part) for rows, part in conditioning.parts]
+        return torch.cat(outputs)[rows_B.argsort()]
+
     def _texts(self, conditioning: Conditioning) -> Embedding:
-        """Return the embeddings for one pass; with guidance, the empty prompt's rows come first."""
+        """Return the embeddings for one pass; with guidance, the negative prompt's rows come first."""
         embeddings = conditioning.embeddings
         if self.sizes is not None:
             size = self._fitting(len(next(iter(embeddings.values()))))
@@ -260,6 +271,10 @@ class Policy:
 
         Values that depend only on these are computed once. This is faster, and bit for bit the same.
         """
+        if conditioning.parts:  # each has a text of its own
+            with torch.no_grad():
+                yield
+            return
         with torch.no_grad():
             text_BLK = self._texts(conditioning)[self.family.TEXT_STATES]
             with constants_held(self.network, text_BLK):

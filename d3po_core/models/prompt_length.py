@@ -1,4 +1,4 @@
-"""Count and name the prompts that a model's text encoders cut, before a round starts."""
+"""Count and name the prompts that are too long for a model's text encoders, before a round starts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,28 +14,40 @@ from d3po_core.models.places import model_folder
 NAMED = 3
 
 
-def check_length(config: ModelConfig, prompts: Iterable[str]) -> list[str]:
-    """Return one line per encoder about the prompts it cuts; none if the tokenizers are not on this machine.
+def check_length(
+    config: ModelConfig, prompts: Iterable[str], long_prompts: str = "truncate", negative_prompt: str = ""
+) -> list[str]:
+    """Return one line per encoder about the prompts that are too long for it; none if no tokenizer is here.
+
+    Args:
+        config: the model.
+        prompts: the prompts, training and held-out.
+        long_prompts: what is done with them, as in ``sample.long_prompts``.
+        negative_prompt: what guidance leads away from; it is counted too.
 
     Raises:
-        D3POError: every encoder reads two prompts as the same.
+        D3POError: some are too long and that is an error, or every encoder reads two prompts as the same.
     """
     folder = model_folder(config)
     if folder is None:
         return []
-    distinct, windows = list(dict.fromkeys(prompts)), family_of(config, folder).TEXT_WINDOWS
+    distinct, family = list(dict.fromkeys([*prompts, *filter(None, [negative_prompt])])), family_of(config, folder)
     warnings, shortened = [], set[str]()
     read: dict[str, tuple[Any, ...]] = dict.fromkeys(distinct, ())
     for name, tokenizer in _tokenizers(config, folder).items():
-        window = min(int(tokenizer.model_max_length), windows.get(name, int(tokenizer.model_max_length)))
+        most = int(tokenizer.model_max_length)
+        window = min(most, family.TEXT_WINDOWS.get(name, most))
         tokens = dict(zip(distinct, tokenizer(distinct, truncation=False).input_ids, strict=True))
         cut = [prompt for prompt in distinct if len(tokens[prompt]) > window]
         # The window's last place holds the end token.
         read = {prompt: (*before, tuple(tokens[prompt][: window - 1])) for prompt, before in read.items()}
         shortened |= set(cut)
         if cut:
-            warnings.append(_warning(name, window, cut, tokens))
-    _require_distinct(read, shortened)
+            warnings.append(_warning(name, window, cut, tokens, long_prompts))
+    if warnings and long_prompts == "error":
+        raise D3POError(f"{'; '.join(warnings)}; shorten them, or set sample.long_prompts to another value")
+    if long_prompts != "chunk":
+        _require_distinct(read, shortened)
     return warnings
 
 
@@ -48,12 +60,18 @@ def _tokenizers(config: ModelConfig, folder: Path) -> dict[str, Any]:
         raise D3POError(f"model.path {config.path!r}: a tokenizer cannot be read ({str(error)[:200]})") from None
 
 
-def _warning(name: str, window: int, cut: list[str], tokens: dict[str, list[int]]) -> str:
+def _warning(name: str, window: int, cut: list[str], tokens: dict[str, list[int]], long_prompts: str) -> str:
     shown = "; ".join(f"{prompt[:60]!r} ({len(tokens[prompt])})" for prompt in cut[:NAMED])
     more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
+    most = -(-(max(len(tokens[prompt]) for prompt in cut) - 2) // (window - 2))
+    what = {
+        "truncate": ", and what lies beyond is not seen",
+        "error": ", and sample.long_prompts is 'error'",
+        "chunk": f", and are read in up to {most} windows of {window - 2}",
+    }[long_prompts]
     return (
-        f"{len(cut)} prompt{'s are' if len(cut) > 1 else ' is'} longer than the {window} tokens that {name} reads, and "
-        f"what lies beyond is not seen: {shown}{more}"
+        f"{len(cut)} prompt{'s are' if len(cut) > 1 else ' is'} longer than the {window} tokens that {name} reads"
+        f"{what}: {shown}{more}"
     )
 
 

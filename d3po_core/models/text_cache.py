@@ -1,6 +1,8 @@
 """A cache of recent prompts' embeddings."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -10,11 +12,19 @@ from d3po_core.models.placement import Placement
 MOST_EMBEDDINGS = 4096
 
 
+class Text(NamedTuple):
+    """A text as an encoder reads it: whether guidance leads away from it, and in how many windows."""
+
+    prompt: str
+    negative: bool = False
+    windows: int = 1
+
+
 class TextCache:
-    """Embeds prompts and caches the latest; a cached prompt skips the text encoder.
+    """Embeds texts and caches the latest; a cached text skips the text encoder.
 
     Args:
-        family: embeds one prompt.
+        family: embeds one text.
         placement: moves the text encoders to the device.
         device: the text encoders' device.
         keep_on: the device that holds the embeddings.
@@ -22,23 +32,29 @@ class TextCache:
 
     def __init__(self, family: Family, placement: Placement, device: torch.device, keep_on: torch.device) -> None:
         self._family, self._placement, self._device, self._keep_on = family, placement, device, keep_on
-        self._kept: OrderedDict[str, Embedding] = OrderedDict()
+        self._kept: OrderedDict[Text, Embedding] = OrderedDict()
 
-    def __getitem__(self, prompt: str) -> Embedding:
-        """Return the embedding of a prompt from the latest ``embed``."""
-        return self._kept[prompt]
+    def __getitem__(self, text: Text) -> Embedding:
+        """Return the embedding of a text from the latest ``embed``."""
+        return self._kept[text]
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> None:
-        """Embed all these prompts, and drop the oldest of the others."""
-        if all(prompt in self._kept for prompt in prompts):
+    def embed(self, texts: Iterable[Text]) -> None:
+        """Embed all these texts, and drop the oldest of the others."""
+        wanted = list(dict.fromkeys(texts))
+        if all(text in self._kept for text in wanted):
             return
         with self._placement.on_device(*self._family.TEXT_PARTS):
-            # One at a time, so that an embedding cannot depend on the other prompts in a batch.
-            for prompt in prompts:
-                if prompt not in self._kept:
-                    embedding = self._family.embed(prompt, self._device)
-                    self._kept[prompt] = {name: value.to(self._keep_on) for name, value in embedding.items()}
-                self._kept.move_to_end(prompt)
-        while len(self._kept) > max(MOST_EMBEDDINGS, len(prompts)):
+            # One at a time, so that an embedding cannot depend on the other texts in a batch.
+            for text in wanted:
+                if text not in self._kept:
+                    self._kept[text] = {name: value.to(self._keep_on) for name, value in self._embedded(text).items()}
+                self._kept.move_to_end(text)
+        while len(self._kept) > max(MOST_EMBEDDINGS, len(wanted)):
             self._kept.popitem(last=False)
+
+    def _embedded(self, text: Text) -> Embedding:
+        if text.windows > 1:
+            return self._family.embed_windows(text.prompt, text.windows, self._device)
+        embed = self._family.embed_negative if text.negative else self._family.embed
+        return embed(text.prompt, self._device)

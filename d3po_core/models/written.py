@@ -5,6 +5,7 @@ import shutil
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.sizes import Size
 
 # For a hub model that is not on this machine yet, assume Stable Diffusion 1.5.
 UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS = (4, 64, 64), 8, 860_000_000
@@ -33,16 +34,30 @@ def free_bytes(config: CampaignConfig) -> int:
 def written_bytes(config: CampaignConfig, latent: tuple[int, ...], per_side: int, trained: int) -> int:
     """Estimate the bytes a round writes: trajectories, images (at most one byte per channel as PNG), weights.
 
+    Of several sizes, the largest counts.
+
     Args:
         config: the campaign's configuration.
-        latent: shape of a latent; its last two dimensions are height and width.
+        latent: shape of a latent of the native size; its last two dimensions are height and width.
         per_side: the pixel width of one latent element.
         trained: number of weights in a checkpoint; 0 for a LoRA, which is small.
     """
-    *_, height, width = latent
-    trajectory = (config.sample.num_steps + 1) * math.prod(latent)
+    trajectory = (config.sample.num_steps + 1) * max(
+        math.prod(latent_at(latent, per_side, size)) for size in config.sample.image_sizes
+    )
     trajectory *= 4 if config.sample.latent_dtype == "float32" else 2
-    pixels = 3 * (height * per_side) * (width * per_side)
-    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
+    sampled = max(_pixel_bytes(latent, per_side, size) for size in config.sample.image_sizes)
+    held_out = _pixel_bytes(latent, per_side, config.held_out_size)
+    evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * held_out
     # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
-    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
+    return config.sample.images_per_round * (trajectory + sampled) + evaluation + 2 * 3 * 4 * trained
+
+
+def latent_at(latent: tuple[int, ...], per_side: int, size: Size | None) -> tuple[int, ...]:
+    """Return the shape of a latent of an image of a size, from that of the native size."""
+    return latent if size is None else (*latent[:-2], *(side // per_side for side in size))
+
+
+def _pixel_bytes(latent: tuple[int, ...], per_side: int, size: Size | None) -> int:
+    *_, height, width = latent_at(latent, per_side, size)
+    return 3 * (height * per_side) * (width * per_side)

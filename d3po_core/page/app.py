@@ -37,6 +37,7 @@ from d3po_core.page.view import View, ended
 from d3po_core.people.guideline import Guideline, guideline_text, render_guideline
 from d3po_core.people.journal import ConflictError
 from d3po_core.people.tally import Deck
+from d3po_core.store.images import aspect
 from d3po_core.ways import WAYS
 
 COOKIE = "d3po_label"
@@ -135,9 +136,11 @@ class _Page:
         )
         guideline = self.guideline(rater, view.deck) if view.deck else None
         template = self._templates.get_template("middle.html")
+        first = view.deck.campaign / view.deck.image_paths[view.shown[0]] if view.deck and view.shown else None
         return template.render(
             view=view,
             images=images,
+            aspect=aspect(first) if first else 1.0,
             ahead=ahead,
             rater=rater,
             desk=desk,

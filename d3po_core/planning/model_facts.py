@@ -10,6 +10,7 @@ from d3po_core.errors import D3POError
 from d3po_core.models.places import INDEX, model_folder
 from d3po_core.models.written import UNKNOWN_LATENT, UNKNOWN_PIXELS, UNKNOWN_WEIGHTS, written_bytes
 from d3po_core.paths import resolve_path
+from d3po_core.sizes import Grid, Size
 
 WEIGHTS = "*.safetensors"
 
@@ -23,17 +24,24 @@ class ModelFacts:
         latent: shape of a latent; its last two dimensions are height and width.
         per_side: the pixel width of one latent element.
         network_bytes: size of the trained network's files.
+        grid: the sizes that it draws.
+        guidance: how it is guided: ``two passes``, ``told`` or ``none``.
     """
 
     family: str | None = None
     latent: tuple[int, ...] | None = None
     per_side: int | None = None
     network_bytes: int | None = None
+    grid: Grid | None = None
+    guidance: str | None = None
 
     @property
-    def pixels(self) -> int | None:
-        """Return the width of an image in pixels."""
-        return self.latent[-1] * self.per_side if self.latent and self.per_side else None
+    def native(self) -> Size | None:
+        """Return the size that the network was trained with."""
+        if not self.latent or not self.per_side:
+            return None
+        height, width = (side * self.per_side for side in self.latent[-2:])
+        return height, width
 
 
 # By pipeline, how a transformer's file gives its latents: channels if it names none, how many of them make one of a
@@ -42,10 +50,16 @@ TRANSFORMERS = {
     "StableDiffusion3Pipeline": (16, 1, 128, 1), "FluxPipeline": (64, 4, 128, 1), "QwenImagePipeline": (64, 4, 128, 1),
     "ZImagePipeline": (16, 1, 128, 1), "SanaPipeline": (32, 1, 32, 1), "Flux2KleinPipeline": (128, 1, 128, 2),
 }  # fmt: skip
+# By pipeline, the stored elements per side of the smallest piece that the network takes, if not 1.
+PATCHES = {"StableDiffusion3Pipeline": 2, "FluxPipeline": 2, "QwenImagePipeline": 2, "ZImagePipeline": 2}
 # The presets' models, for a plan made before they are downloaded.
 PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelFacts("StableDiffusionPipeline", (4, 64, 64), 8),
-    "stabilityai/stable-diffusion-xl-base-1.0": ModelFacts("StableDiffusionXLPipeline", (4, 128, 128), 8),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelFacts(
+        "StableDiffusionPipeline", (4, 64, 64), 8, grid=Grid("StableDiffusionPipeline", 8), guidance="two passes"
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": ModelFacts(
+        "StableDiffusionXLPipeline", (4, 128, 128), 8, grid=Grid("StableDiffusionXLPipeline", 8), guidance="two passes"
+    ),
 }
 
 
@@ -66,12 +80,28 @@ def facts_of(config: ModelConfig) -> ModelFacts:
     network, vae = (read_json(config, folder / name / "config.json") for name in (part, "vae"))
     files = list((folder / part).glob(WEIGHTS))
     variant = [file for file in files if config.variant and f".{config.variant}" in file.stem]
+    family = str(index.get("_class_name"))
+    per_side = _per_side(vae, family)
     return ModelFacts(
         family=index.get("_class_name"),
-        latent=_latent(network, str(index.get("_class_name"))),
-        per_side=_per_side(vae, str(index.get("_class_name"))),
+        latent=_latent(network, family),
+        per_side=per_side,
         network_bytes=sum(file.stat().st_size for file in variant or files if file.exists()) or None,
+        grid=_grid(network, family, per_side),
+        guidance=_guidance(network, index, family),
     )
+
+
+def _grid(network: dict[str, Any], family: str, per_side: int) -> Grid:
+    step = per_side * PATCHES.get(family, 1)
+    places = network.get("pos_embed_max_size", 96) if family == "StableDiffusion3Pipeline" else None
+    return Grid(family, step, step * places if isinstance(places, int) else None)
+
+
+def _guidance(network: dict[str, Any], index: dict[str, Any], family: str) -> str:
+    if family == "FluxPipeline":
+        return "told" if network.get("guidance_embeds") else "none"
+    return "none" if family == "Flux2KleinPipeline" and index.get("is_distilled") else "two passes"
 
 
 def _latent(network: dict[str, Any], family: str) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from d3po_core.planning.preflight import check_prompts, problems
 from d3po_core.planning.rates import measured_rate
 from d3po_core.planning.timing import Timing, estimate
 from d3po_core.planning.work import Work, round_work
+from d3po_core.sizes import Size
 from d3po_core.store.goals import rounds_ahead
 from d3po_core.store.stages import stage_path
 
@@ -29,6 +30,8 @@ class Plan:
         prompts: number of training prompts.
         held_out_prompts: number of held-out prompts in use.
         scorers: what judges the images.
+        sizes: the sizes of which each group has one; None is the native size of a model that is not here.
+        held_out_size: the size of the held-out images, likewise.
         work: counts of a round after round 0.
         timing: seconds of a round.
         gpu: the GPU that torch will use; None for the CPU.
@@ -47,6 +50,8 @@ class Plan:
     prompts: int
     held_out_prompts: int
     scorers: list[str]
+    sizes: list[Size | None]
+    held_out_size: Size | None
     work: Work
     timing: Timing
     gpu: Gpu | None
@@ -86,6 +91,8 @@ def make_plan(config: CampaignConfig, rounds: int) -> Plan:
         prompts=len(training),
         held_out_prompts=len(held_out),
         scorers=list(config.judge.scorers) if config.judge.labeller != "human" else [],
+        sizes=[size or facts.native for size in config.sample.image_sizes],
+        held_out_size=config.held_out_size or facts.native,
         work=work,
         timing=estimate(config, work, facts, gpu_bytes),
         gpu=gpu,

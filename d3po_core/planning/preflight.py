@@ -6,12 +6,13 @@ from d3po_core.config import CampaignConfig, TrainConfig
 from d3po_core.devices import check_processes
 from d3po_core.errors import D3POError
 from d3po_core.machine.gpus import find_driver, torch_build, why_no_gpu
+from d3po_core.models.asked import asked_by, why_not
 from d3po_core.models.places import check_path
 from d3po_core.models.written import require_space
 from d3po_core.planning.downloads import files_of, missing_downloads
 from d3po_core.planning.model_facts import ModelFacts, disk_bytes, facts_of
 from d3po_core.sampling.prompts import check_held_out, load_prompts
-from d3po_core.scorers.finding import check_scorer, check_scoring_gpus
+from d3po_core.scorers.finding import check_scorer, check_scoring_gpus, check_sizes_scored
 from d3po_core.store.campaign import CAMPAIGN_FILE, check_fits, rules_of
 
 # On two CPU cores, a network of this size takes minutes per image.
@@ -26,6 +27,8 @@ def problems(config: CampaignConfig) -> Iterator[D3POError]:
         check_scorers,
         check_learning,
         check_model_path,
+        check_sizes,
+        check_texts,
         check_disk,
         check_gpu,
         check_processes,
@@ -59,9 +62,10 @@ def check_prompts(config: CampaignConfig) -> tuple[list[str], list[str]]:
 
 
 def check_scorers(config: CampaignConfig) -> None:
-    """Check that every scorer is known, or can be imported, and uses its GPUs; D3POError if not."""
+    """Check that every scorer is known or can be imported, and gets the sizes it judges; D3POError if not."""
     for name in dict.fromkeys((*config.judge.scorers, *config.evaluation_scorers)):
         check_scorer(name, config.scoring)
+    check_sizes_scored(config)
     check_scoring_gpus(config)
 
 
@@ -78,6 +82,27 @@ def check_model_path(config: CampaignConfig) -> None:
     """Check that the model is a folder, a file or a hub id, and that its description can be read; D3POError if not."""
     check_path(config.model)
     facts_of(config.model)
+
+
+def check_sizes(config: CampaignConfig) -> None:
+    """Check that the model draws the sizes that are asked for; D3POError if it does not."""
+    grid = facts_of(config.model).grid
+    if grid is None:
+        return
+    sample, evaluate = config.sample, config.evaluate
+    name = "sample.sizes: an image" if sample.sizes else "sample.height and sample.width: an image"
+    for size in sample.image_sizes:
+        if size:
+            grid.check(size, name)
+    if evaluate.height and evaluate.width:
+        grid.check((evaluate.height, evaluate.width), "evaluate.height and evaluate.width: an image")
+
+
+def check_texts(config: CampaignConfig) -> None:
+    """Check that the model reads long prompts, and is led away from texts, as asked; D3POError if it cannot."""
+    facts = facts_of(config.model)
+    if problem := why_not(config.model, asked_by(config), facts.family, facts.guidance):
+        raise D3POError(problem)
 
 
 def check_disk(config: CampaignConfig) -> None:

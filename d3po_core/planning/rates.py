@@ -38,8 +38,9 @@ class Rate:
         model = config.model
         if self.half and model.device == "cpu":
             return False
-        return (self.family, self.pixels, self.half, "lora", 1) == (
-            facts.family, facts.pixels, model.precision != "no", model.train, config.compute.processes,
+        drawn = {size or facts.native for size in (*config.sample.image_sizes, config.held_out_size)}
+        return (self.family, {(self.pixels, self.pixels)}, self.half, "lora", 1) == (
+            facts.family, drawn, model.precision != "no", model.train, config.compute.processes,
         ) and self._has_mode(model, gpu_bytes)  # fmt: skip
 
     def _has_mode(self, model: ModelConfig, gpu_bytes: int | None) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from d3po_core.paths import path_from_here
 from d3po_core.planning.plan import Plan
 from d3po_core.scorers.finding import BUILT_IN
+from d3po_core.sizes import in_words
 
 
 def three_lines(plan: Plan) -> list[str]:
@@ -23,6 +24,7 @@ def sections(plan: Plan) -> list[tuple[str, str]]:
     stages = [
         ("sample", f"{work.images:,} images: {work.groups:,} groups of {work.images // work.groups}, "
                    f"{plan.prompts:,} prompts to draw from"),
+        ("size", _sizes(plan)),
         ("judge", f"{work.pairs_judged:,} pairs, by {judges}"),
         *([("label", "people judge; the run sleeps meanwhile")] if "label" in work.stages else []),
         ("train", f"up to {work.pairs:,} pairs and {work.updates:,} updates; pairs that tie teach nothing"),
@@ -62,6 +64,14 @@ def _counts(plan: Plan) -> str:
     work = plan.work
     return (f"{work.images:,} images, up to {work.pairs:,} pairs, up to {work.updates:,} updates, "
             f"{work.held_out_images:,} held-out images per round")  # fmt: skip
+
+
+def _sizes(plan: Plan) -> str:
+    native = "the model's native size"
+    sampled, held_out = [in_words(size) if size else native for size in plan.sizes], plan.held_out_size
+    drawn = f"{' or '.join(sampled)} pixels (height x width)" if plan.sizes[0] else sampled[0]
+    other = "" if plan.sizes == [held_out] else f"; held-out {in_words(held_out) if held_out else native}"
+    return f"{drawn}{', drawn per group' if len(sampled) > 1 else ''}{other}"
 
 
 def _time(plan: Plan) -> str:

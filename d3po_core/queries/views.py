@@ -40,7 +40,7 @@ SELECT p.round, p.pair_id, p.group_id, w.prompt, w.checkpoint, p.winner_id, p.lo
        coalesce(proxies_tied, 0) AS proxies_tied,
        coalesce(if(w.member < l.member, people_first, people_second), 0) AS people_for,
        coalesce(if(w.member < l.member, people_second, people_first), 0) AS people_against,
-       coalesce(people_tied, 0) AS people_tied
+       coalesce(people_tied, 0) AS people_tied, w.height, w.width
 FROM preferences p
 JOIN samples w ON w.round = p.round AND w.sample_id = p.winner_id
 JOIN samples l ON l.round = p.round AND l.sample_id = p.loser_id

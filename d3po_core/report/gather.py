@@ -39,6 +39,7 @@ class Facts:
     crossings: list[Row]  # pairs on which people and a proxy disagree
     crossing_counts: list[Row]  # one row per round and proxy
     raters: list[Row]  # people, from judgements
+    sizes: list[Row]  # of the images, sampled or held out; none in campaigns of earlier versions
     preferred: list[HumanWinRate]  # from people's blind comparisons of held-out images
     files: list[Row]  # one row per table: where its Parquet files are
 
@@ -100,6 +101,7 @@ def gather(folder: Path, examples: int = 6) -> Facts:
             crossings=crossings,
             crossing_counts=counts,
             raters=_rows(connection, _RATERS),
+            sizes=_rows(connection, _SIZES),
             preferred=human_win_rates(folder),
             files=[_files(connection, folder, table) for table in SCHEMAS],
         )
@@ -115,6 +117,12 @@ SELECT u.round, count(*) AS num_updates, avg(u.loss) AS loss, avg(u.margin_befor
        any_value(r.pair_accuracy_after) AS pair_accuracy_after, any_value(r.kl_after) AS kl_after,
        avg(u.clip_fraction) AS clip_fraction, avg(u.grad_norm) AS grad_norm, avg(u.drowned) AS drowned
 FROM updates u LEFT JOIN rounds r ON r.round = u.round WHERE u.num_pairs > 0 GROUP BY u.round ORDER BY u.round
+"""
+
+_SIZES = """
+SELECT held_out, height, width FROM (
+    SELECT false AS held_out, height, width FROM samples UNION ALL SELECT true, height, width FROM evaluations
+) WHERE height IS NOT NULL GROUP BY ALL ORDER BY held_out, height, width
 """
 
 _RATERS = f"""

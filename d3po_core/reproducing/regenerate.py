@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import number_of
 from d3po_core.models.checkpoint import RECORD_FILE, computed_on, load_round
 from d3po_core.models.policy import Policy
 from d3po_core.queries.lookup import find_image
@@ -147,11 +148,11 @@ def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
     """
     config = round_config(campaign, round_number)
     rows = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
-    # The number of earlier groups with the same prompt tells groups apart.
+    # The number of earlier groups with the same prompt tells groups apart; rows of several sizes are out of order.
     prompt_of = {row["group_id"]: row["prompt"] for row in rows}
     seen: Counter[str] = Counter()
     occurrence = {}
-    for group_id, prompt in prompt_of.items():
+    for group_id, prompt in sorted(prompt_of.items(), key=lambda group: number_of(group[0])):
         occurrence[group_id] = seen[prompt]
         seen[prompt] += 1
     batches: dict[str, list[dict[str, Any]]] = {}
@@ -161,7 +162,7 @@ def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
     def seed(row: dict[str, Any]) -> ImageSeed:
         shared = config.sample.share_initial_latent
         place = (row["prompt"], occurrence[row["group_id"]], row["member"])
-        return member_seed(config.seed, round_number, *place, shared)
+        return member_seed(config.seed, round_number, *place, shared, config.sample.image_sizes)
 
     dtype: torch.dtype = getattr(torch, config.sample.latent_dtype)
     return {
@@ -179,7 +180,7 @@ def held_out_batches(campaign: Path, round_number: int) -> list[Batch]:
     rows = read_rows(partition(campaign, "evaluations", round_number) / "part.parquet")
     rows = list({row["sample_id"]: row for row in rows}.values())  # there is one row per scorer
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    seeds = evaluation_seeds(prompts, config.evaluate.images_per_prompt, config.seed)
+    seeds = evaluation_seeds(prompts, config.evaluate.images_per_prompt, config.seed, config.held_out_size)
     size = config.sample.batch_size
     return [
         _batch(round_number, rows[i : i + size], seeds[i : i + size], torch.float32) for i in range(0, len(rows), size)

@@ -21,7 +21,7 @@ from d3po_core.store.tables import partition, read_rows
 from d3po_core.training.objectives import make_objective
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.trainer import Update
-from d3po_core.training.training_set import ShardTensors, load_training_set, train_round
+from d3po_core.training.training_set import ShardTensors, load_training_sets, train_round
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def replay_round(
     config = round_config(campaign, round_number)
     check_replayable(campaign, round_number)
     resampled = _Resampled(campaign, round_number, policy)
-    data = load_training_set(campaign, round_number, resampled.load_shard, make_objective(config.train).takes())
+    data = load_training_sets(campaign, round_number, resampled.load_shard, make_objective(config.train).takes())
     optimizer = make_optimizer(policy, config.train)
     carried = optimizer if config.train.carry_optimizer else None
     load_round(campaign, _start(campaign, round_number), policy, carried)

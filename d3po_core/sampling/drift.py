@@ -49,7 +49,7 @@ def kl_from_base(
     with policy.base(), policy.steady(conditioning):  # entered once: full training swaps the whole network
         base_SBCHW = torch.cat([base_mean(steps_S) for steps_S in passes])[: len(steps)]
     # The CPU does this while the device works.
-    noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
+    noise = GaussianSteps([seed.noise_seed for seed in seeds], *latents_BTCHW.shape[2:])
     noise_SBCHW = torch.stack([noise.next() for _ in schedule.timesteps_T])[steps]
     mean_SBCHW = latents_BTCHW[:, steps + 1].transpose(0, 1) - per_row(sigma_S, noise_SBCHW) * noise_SBCHW
     return gaussian_kl(mean_SBCHW, base_SBCHW.cpu(), sigma_S[:, None]).sum(dim=0)

@@ -19,8 +19,9 @@ from d3po_core.processes.job import Files, Made, QueueJob
 from d3po_core.processes.parcel import keep_files
 from d3po_core.sampling.drawing import draw_and_write
 from d3po_core.sampling.prompts import draw_prompts, load_prompts
-from d3po_core.sampling.rollout import FirstOutputs, Trajectories
+from d3po_core.sampling.rollout import FirstOutputs, Trajectories, size_of
 from d3po_core.seeds import ImageSeed, member_seed
+from d3po_core.sizes import Size
 from d3po_core.store.images import pngs_bytes
 from d3po_core.store.stages import checkpoint_path, policy_files, start_of
 from d3po_core.store.tables import SCHEMAS, table_from_rows
@@ -37,7 +38,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Whole groups of a round that are sampled as one batch.
+    """Whole groups of a round, of one size, that are sampled as one batch.
 
     Attributes:
         index: its place in the round.
@@ -57,31 +58,34 @@ class Shard:
 
 def round_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
     """Return all shards of a round, in order."""
-    groups = round_members(config, round_number)
+    by_size: dict[Size | None, list[list[Member]]] = {}
+    for group in round_members(config, round_number):
+        by_size.setdefault(group[0].seed.size, []).append(group)
     per_shard = max(1, config.sample.batch_size // config.sample.group_size)
     staging = config.folder / "staging" / f"round={round_number}"
+    batches = [groups[i : i + per_shard] for groups in by_size.values() for i in range(0, len(groups), per_shard)]
     return [
-        Shard(index, list(chain(*groups[first : first + per_shard])), staging / f"shard-{index:04d}.parquet")
-        for index, first in enumerate(range(0, len(groups), per_shard))
+        Shard(index, list(chain(*batch)), staging / f"shard-{index:04d}.parquet") for index, batch in enumerate(batches)
     ]
 
 
 def round_members(config: CampaignConfig, round_number: int) -> list[list[Member]]:
     """Return the members of the round's groups.
 
-    Every seed is a hash of (campaign seed, round, prompt, earlier uses of the prompt in this round, member).
+    Every seed is a hash of (campaign seed, round, prompt, earlier uses of the prompt in this round, member); so is a
+    group's size, without the member.
     """
     prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     drawn = draw_prompts(prompts, config.sample.groups_per_round, config.seed, round_number)
     groups = []
     for index, (prompt, occurrence) in enumerate(drawn):
         group = group_id(round_number, index)
-        shared = config.sample.share_initial_latent
+        shared, sizes = config.sample.share_initial_latent, config.sample.image_sizes
         groups.append(
             [
                 Member(
                     sample_id(group, place), group, place,
-                    member_seed(config.seed, round_number, prompt, occurrence, place, shared),
+                    member_seed(config.seed, round_number, prompt, occurrence, place, shared, sizes),
                 )
                 for place in range(config.sample.group_size)
             ]
@@ -99,10 +103,15 @@ def _make(config: CampaignConfig, round_number: int, items: Iterable[int | None]
     shards = round_shards(config, round_number)
     seeds = [[member.seed for member in shard.members] for shard in shards]
     first = FirstOutputs(policy, config.sample, list(chain(*seeds)), getattr(torch, config.sample.latent_dtype))
-    # Use the family's schedule on the CPU: reading the policy's from the GPU would wait for the next shard.
-    timesteps_T = policy.family.schedule(config.sample.num_steps, config.sample.eta).timesteps_T
+    # Use the family's schedules on the CPU: reading the policy's from the GPU would wait for the next shard.
+    steps = (config.sample.num_steps, config.sample.eta)
+    timesteps = {
+        size: policy.family.schedule(*steps, policy.latent_shape_at(size)).timesteps_T
+        for size in config.sample.image_sizes
+    }
 
     def write(index: int, trajectories: Trajectories, images: np.ndarray, _: None) -> Made:
+        timesteps_T = timesteps[size_of(seeds[index])]
         files = _files(config, round_number, shards[index], trajectories, images, timesteps_T)
         return Made(index, len(images), files)
 
@@ -127,7 +136,7 @@ def _files(
                 "sample_id": member.sample_id, "group_id": member.group_id, "member": member.place,
                 "prompt": member.seed.prompt, "split": "train", "seed": member.seed.noise_seed,
                 "image_path": image_paths[row], "trajectory_path": trajectory_path, "trajectory_row": row,
-                "checkpoint": checkpoint,
+                "checkpoint": checkpoint, "height": images.shape[1], "width": images.shape[2],
             }
         )  # fmt: skip
     sink = io.BytesIO()

@@ -4,7 +4,8 @@ Every latent is rounded to its stored dtype before it is scored and before the n
 trajectory therefore gives the stored log_prob: exactly if computed the same way, and within float rounding in training,
 which uses other batches and keeps the LoRA apart from the base weights.
 
-Tensor names carry their shape: B images, T steps, C H W latent channels, height, width.
+All images of a batch have one size. Tensor names carry their shape: B images, T steps, C H W latent channels, height,
+width.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from d3po_core.devices import send
 from d3po_core.errors import D3POError
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import GaussianSteps, ImageSeed, gaussian
+from d3po_core.sizes import Size
 
-# A prompt and the seed of x_T.
-Start = tuple[str, int]
+# A prompt, the seed of x_T, and the image's size.
+Start = tuple[str, int, Size | None]
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def sample_trajectories(
 
     Args:
         policy: the current policy.
-        schedule: the T steps, on the policy's device.
-        seeds: one entry per image; images with equal ``initial_seed`` share x_T.
+        schedule: the T steps of images of their size, on the policy's device.
+        seeds: one entry per image, all of one size; images with equal ``initial_seed`` share x_T.
         guidance_scale: classifier-free guidance, 1 for none.
         latent_dtype: dtype in which latents are stored, float32 or float16.
         on_step: called with the number of images after each step.
@@ -113,7 +115,6 @@ class FirstOutputs:
         helps = len(starts) < len(to_come) and policy.config.precision != "no"
         self._to_come, self._known = starts if helps else [], dict[Start, torch.Tensor]()
         self._policy, self._config, self.latent_dtype = policy, config, latent_dtype
-        self._schedule = policy.schedule(config.num_steps, config.eta)
 
     def of(self, seeds: list[ImageSeed]) -> torch.Tensor | None:
         """Return outputs ``[B, C, H, W]`` on the policy's device, or None to compute them row by row.
@@ -132,25 +133,37 @@ class FirstOutputs:
 
     def _next(self, rows: int) -> dict[Start, torch.Tensor]:
         """Return outputs of the next starts, padded to a full batch, since compiled code exists for that size."""
-        starts = self._to_come[:rows]
+        *_, size = self._to_come[0]
+        starts = [start for start in self._to_come if start[2] == size][:rows]
         padded = starts + starts[:1] * (rows - len(starts))
-        conditioning = self._policy.encode([prompt for prompt, _ in padded], self._config.guidance_scale)
-        latent_BCHW = _first_latent(self._policy, [seed for _, seed in padded], self.latent_dtype).float()
-        t_B = self._schedule.timesteps_T[torch.zeros(rows, dtype=torch.long, device=self._policy.device)]
+        conditioning = self._policy.encode([prompt for prompt, *_ in padded], self._config.guidance_scale)
+        latent_BCHW = _first_latent(self._policy, [seed for _, seed, _ in padded], self.latent_dtype, size).float()
+        schedule = self._policy.schedule(self._config.num_steps, self._config.eta, size)
+        t_B = schedule.timesteps_T[torch.zeros(rows, dtype=torch.long, device=self._policy.device)]
         with self._policy.steady(conditioning):
             outputs = self._policy.predict(latent_BCHW, t_B, conditioning)
-        self._to_come = self._to_come[rows:]
+        drawn = set(starts)
+        self._to_come = [start for start in self._to_come if start not in drawn]
         return dict(zip(starts, outputs, strict=False))
 
 
 def _start(seed: ImageSeed) -> Start:
     """Return the key that an image's first step depends on."""
-    return seed.prompt, seed.initial_seed
+    return seed.prompt, seed.initial_seed, seed.size
 
 
-def _first_latent(policy: Policy, initial_seeds: list[int], latent_dtype: torch.dtype) -> torch.Tensor:
+def size_of(seeds: list[ImageSeed]) -> Size | None:
+    """Return the size of a batch's images."""
+    (size,) = {seed.size for seed in seeds}
+    return size
+
+
+def _first_latent(
+    policy: Policy, initial_seeds: list[int], latent_dtype: torch.dtype, size: Size | None
+) -> torch.Tensor:
     """Return x_T ``[B, C, H, W]`` in its stored dtype, on the policy's device."""
-    drawn = {seed: gaussian(seed, *policy.latent_shape) for seed in dict.fromkeys(initial_seeds)}
+    shape = policy.latent_shape_at(size)
+    drawn = {seed: gaussian(seed, *shape) for seed in dict.fromkeys(initial_seeds)}
     return send(torch.stack([drawn[seed] for seed in initial_seeds]).to(latent_dtype), policy.device)
 
 
@@ -162,11 +175,11 @@ def _denoise(
 
     The first step uses the network's output ``first_BCHW`` if given.
     """
-    count, num_steps = len(seeds), len(schedule.timesteps_T)
+    count, num_steps, size = len(seeds), len(schedule.timesteps_T), size_of(seeds)
     conditioning = policy.encode([seed.prompt for seed in seeds], guidance_scale)
     # Noise is drawn step by step, while the device works.
-    noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape)
-    latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype)], []
+    noise = GaussianSteps([seed.noise_seed for seed in seeds], *policy.latent_shape_at(size))
+    latents, log_probs = [_first_latent(policy, [seed.initial_seed for seed in seeds], latent_dtype, size)], []
     with policy.merged(), policy.steady(conditioning):
         for step in range(num_steps):
             latent, step_B = latents[-1].float(), torch.full((count,), step, device=policy.device)
@@ -209,7 +222,7 @@ def start_drawing(policy: Policy, config: SampleConfig, seeds: list[ImageSeed], 
     Raises:
         D3POError: not even one image fits into memory.
     """
-    schedule = policy.schedule(config.num_steps, config.eta)
+    schedule = policy.schedule(config.num_steps, config.eta, size_of(seeds))
     first_BCHW = first.of(seeds)
 
     def draw(rows: int) -> list[tuple[torch.Tensor, ...]]:

@@ -29,11 +29,12 @@ from d3po_core.errors import D3POError
 from d3po_core.paths import PROJECT_ROOT, find_project
 from d3po_core.scorers.models import MODELS, ModelScorer, source_of
 from d3po_core.scorers.proxies import brightness, jpeg_compressibility, jpeg_incompressibility, prompt_alignment
+from d3po_core.sizes import Size, in_words
 from d3po_core.urls import filled_in, inline_secret, masked
 
 __all__ = [
-    "BUILT_IN", "MODELS", "Scorer", "brightness", "check_scorer", "check_scoring_gpus", "jpeg_compressibility",
-    "jpeg_incompressibility", "load_scorer", "prompt_alignment", "use_device",
+    "BUILT_IN", "MODELS", "Scorer", "brightness", "check_scorer", "check_scoring_gpus", "check_sizes_scored",
+    "jpeg_compressibility", "jpeg_incompressibility", "load_scorer", "prompt_alignment", "use_device",
 ]  # fmt: skip
 
 # Libraries and this package: an error in them is told by the user's line that called them.
@@ -48,6 +49,9 @@ BUILT_IN: dict[str, Scorer] = {
     "brightness": brightness,
     "prompt_alignment": prompt_alignment,
 }
+
+# Scorers that judge images of one size only, height and width in pixels.
+ONE_SIZE: dict[str, Size] = {"prompt_alignment": (64, 64)}
 
 
 def load_scorer(name: str, scoring: ScoringConfig | None = None, device: str = "auto", memory: str = "fast") -> Scorer:
@@ -99,6 +103,21 @@ def check_scorer(name: str, scoring: ScoringConfig) -> None:
         )
     elif name not in BUILT_IN:
         _imported(name)
+
+
+def check_sizes_scored(config: CampaignConfig) -> None:
+    """Check that scorers that judge one size only get images of it; D3POError if they do not."""
+    drawn = {"judge.scorers": config.sample.image_sizes, "the scorers of evaluation": (config.held_out_size,)}
+    names = {"judge.scorers": config.judge.scorers, "the scorers of evaluation": config.evaluation_scorers}
+    for where, sizes in drawn.items():
+        for name in names[where]:
+            only = ONE_SIZE.get(name)
+            wrong = [size for size in sizes if only and size not in (None, only)]
+            if only and wrong:
+                raise D3POError(
+                    f"{where} has {name}, which judges images of {in_words(only)} pixels only, and gets images of "
+                    f"{in_words(wrong[0])}; take another scorer, or leave the size out"
+                )
 
 
 def check_scoring_gpus(config: CampaignConfig) -> None:

@@ -22,6 +22,8 @@ SHARED = {
     "loser_id": "id of the rejected image",
     "prompt": "prompt given to the model",
     "seed": "seed of the image's noise",
+    "height": "the image's height in pixels; null in rounds of earlier versions",
+    "width": "the image's width in pixels; null in rounds of earlier versions",
     "image_path": "image file, relative to the campaign's folder",
     "checkpoint": "checkpoint, relative to the campaign's folder; null for the base model",
     "rater": "name of the person or scorer who judged",
@@ -85,7 +87,7 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
     }),
     "update_steps": ("an update at one denoising step", {
         "step": "index of the denoising step, from 0",
-        "timestep": "the model's timestep at that step",
+        "timestep": "the model's timestep at that step; if sizes have steps of their own, the first size's",
     }),
     "evaluations": ("a held-out image and one score", {"checkpoint": "checkpoint that drew it; null for the base"}),
     "comparisons": ("one rater's blind answer on a held-out image and a reference's", {

@@ -4,14 +4,14 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from d3po_core.errors import D3POError
 from d3po_core.store.files import atomic_path
@@ -72,6 +72,15 @@ def load_png(path: Path) -> np.ndarray:
         ) from None
 
 
+def aspect(path: Path) -> float:
+    """Return an image's width as a multiple of its height, from the file's first bytes; 1 if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.width / image.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 1.0
+
+
 def load_pngs(paths: list[Path]) -> np.ndarray:
     """Read images of one size as uint8 ``[B, height, width, 3]``, several at a time."""
     return np.stack(at_once(load_png, paths))
@@ -83,13 +92,13 @@ def at_once(function: Callable[..., Result], *items: Iterable[Any]) -> list[Resu
         return list(pool.map(function, *items))
 
 
-def sheet(images: np.ndarray, columns: int, cell: int = 128) -> Image.Image:
-    """Lay images out row by row, each resized to a cell of the given pixels, with a thin gap."""
+def sheet(images: Sequence[np.ndarray], columns: int, cell: int = 128) -> Image.Image:
+    """Lay images out row by row, each whole within a square cell of the given pixels, with a thin gap."""
     rows = math.ceil(len(images) / columns)
     gap = 4
     canvas = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), "white")
     for index, array in enumerate(images):
-        tile = Image.fromarray(array).resize((cell, cell), Image.Resampling.LANCZOS)
+        tile = ImageOps.pad(Image.fromarray(array), (cell, cell), Image.Resampling.LANCZOS, color="white")
         canvas.paste(tile, (gap + index % columns * (cell + gap), gap + index // columns * (cell + gap)))
     return canvas
 

@@ -22,7 +22,8 @@ from d3po_core.store.integrity import noted_names, require_files, require_whole
 # `_after` columns.
 # 5: judgements and comparisons gained `both_bad`; added the table image_reports.
 # 6: added the table image_labels, and `num_units`, `gradient_factor` and the winner's and loser's errors.
-SCHEMA_VERSION = 6
+# 7: samples and evaluations gained `height` and `width`.
+SCHEMA_VERSION = 7
 
 
 def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
@@ -35,7 +36,7 @@ _text, _int, _real, _time, _yes = pa.string(), pa.int64(), pa.float64(), pa.time
 SCHEMAS: dict[str, pa.Schema] = {
     "samples": _schema(
         sample_id=_text, group_id=_text, member=_int, prompt=_text, split=_text, seed=_int, image_path=_text,
-        trajectory_path=_text, trajectory_row=_int, checkpoint=(_text, True),
+        trajectory_path=_text, trajectory_row=_int, checkpoint=(_text, True), height=(_int, True), width=(_int, True),
     ),
     "groups": _schema(group_id=_text, dissimilarity=_real),
     "judgements": _schema(
@@ -59,6 +60,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "evaluations": _schema(
         sample_id=_text, prompt=_text, seed=_int, scorer=_text, score=_real, image_path=_text, checkpoint=(_text, True),
+        height=(_int, True), width=(_int, True),
     ),
     # Kept apart from judgements, which become preferences: these are about held-out images.
     "comparisons": _schema(
@@ -93,6 +95,7 @@ FORMER: dict[str, dict[str, str | None]] = {
 # Columns that a row may leave out; they are null then.
 _ERRORS = ("winner_error_before", "loser_error_before", "gradient_factor")
 OPTIONAL = {
+    "samples": ("height", "width"), "evaluations": ("height", "width"),
     "judgements": ("both_bad",), "comparisons": ("both_bad",), "updates": ("num_units", *_ERRORS),
     "update_steps": _ERRORS, "rounds": ("winner_error_after", "loser_error_after", "gradient_factor"),
 }  # fmt: skip
@@ -128,6 +131,17 @@ def table_from_rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
         return pa.Table.from_pylist(rows, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise D3POError(f"{table}: a value does not fit the schema ({error})") from None
+
+
+def joined(table: str, parts: list[pa.Table]) -> pa.Table:
+    """Return a table's parts as one; those of an earlier version, which lack optional columns, get nulls there."""
+    whole = []
+    for part in parts:
+        for place, field in enumerate(SCHEMAS[table]):
+            if field.name not in part.schema.names and field.nullable:
+                part = part.add_column(place, field, pa.nulls(len(part), field.type))
+        whole.append(part.replace_schema_metadata(SCHEMAS[table].metadata))
+    return pa.concat_tables(whole)
 
 
 def check_table(table: str, data: pa.Table) -> None:

@@ -104,14 +104,12 @@ class FinalImageLesson(Lesson):
         return latent_RCHW, of_x0_R * x0_RCHW + of_noise_R * drawn_RCHW
 
     def _noise(self, image_R: torch.Tensor, step_R: torch.Tensor, update_seed: int) -> list[torch.Tensor]:
-        first = list(range(len(self.prompts)))
+        first, shape = list(range(len(self.prompts))), self.latents_NTCHW.shape[2:]
         if self.objective.shares_noise:
             first_of = {image: group.images[0] for group in self.data.groups for image in group.images}
             first = [first_of.get(image, image) for image in first]
         return [
-            gaussian(
-                derive_seed(update_seed, "noise", step, self.data.noise_seeds[first[image]]), *self.policy.latent_shape
-            )
+            gaussian(derive_seed(update_seed, "noise", step, self.data.noise_seeds[first[image]]), *shape)
             for image, step in zip(image_R.tolist(), step_R.tolist(), strict=True)
         ]
 

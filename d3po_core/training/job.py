@@ -37,7 +37,7 @@ from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.trainer import Update, plan_updates
 from d3po_core.training.training_set import (
     labelled_samples,
-    load_training_set,
+    load_training_sets,
     measure_round,
     num_groups,
     train_round,
@@ -83,7 +83,7 @@ def train_checkpoint(
     objective = make_objective(config.train)
     start = RoundStart(policy) if objective.source != "trajectory" else None  # before an interrupted run's progress
     updates = _restore(config, round_number, policy, optimizer)
-    data = load_training_set(config.folder, round_number, labels=objective.takes())
+    data = load_training_sets(config.folder, round_number, labels=objective.takes())
     first, failure = policy.accelerator.is_main_process, None
     try:
         _run_updates(config, round_number, policy, optimizer, data, updates, tell, start, kept)
@@ -116,11 +116,11 @@ def _after(learned: Seen | None) -> dict[str, float]:
 
 
 def _run_updates(
-    config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer, data: TrainingSet,
-    updates: Rows, tell: Tell, start: RoundStart | None, kept: Callable[[list[str]], None],
+    config: CampaignConfig, round_number: int, policy: Policy, optimizer: torch.optim.Optimizer,
+    data: list[TrainingSet], updates: Rows, tell: Tell, start: RoundStart | None, kept: Callable[[list[str]], None],
 ) -> None:  # fmt: skip
     """Run the remaining updates, append each to ``updates``, and save progress at intervals."""
-    total = len(plan_updates(len(data.groups), config.train, training_seed(config, round_number)))
+    total = len(plan_updates(sum(len(part.groups) for part in data), config.train, training_seed(config, round_number)))
     saved_at = time.monotonic()
     for update in train_round(policy, optimizer, data, config, round_number, first_update=len(updates), start=start):
         updates.append({**asdict(update), "finished_at": datetime.now(UTC).isoformat()})

@@ -18,6 +18,7 @@ from d3po_core.models.policy import Policy
 from d3po_core.processes.ranks import own_share, sum_over_ranks
 from d3po_core.sampling.rollout import replay_steps
 from d3po_core.seeds import GaussianSteps, derive_seed, permutation
+from d3po_core.sizes import Size
 from d3po_core.training.objective import EMPTY, Objective, Rows
 from d3po_core.training.packing import Cell, PairedGroup, equal_rows, equal_starts, labels_of, rows_of, shuffled_cells
 
@@ -28,7 +29,7 @@ Replay = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Trajectories of a round's labelled images.
+    """Trajectories of a round's labelled images of one size.
 
     Attributes:
         prompts: N prompts.
@@ -36,6 +37,7 @@ class TrainingSet:
         log_probs_NT: log_probs stored at sampling, ``[N, T]``.
         groups: pairs as (winner, loser, weight), indices into N, and labels of single images.
         noise_seeds: N seeds of the steps' noise; they recover the sampling policy's means.
+        size: their height and width in pixels; None if an earlier version drew them, at the network's native size.
     """
 
     prompts: list[str]
@@ -43,6 +45,7 @@ class TrainingSet:
     log_probs_NT: torch.Tensor
     groups: list[PairedGroup]
     noise_seeds: list[int]
+    size: Size | None = None
 
     @cached_property
     def noise_NTCHW(self) -> torch.Tensor:

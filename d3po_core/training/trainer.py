@@ -18,7 +18,7 @@ Tensor names carry their shape: N images with a pair, T steps, R rows (one image
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +45,11 @@ from d3po_core.training.packing import (
     rows_of,
 )
 from d3po_core.training.update import Seen, UpdateTally
+
+# Images of one size, and the steps that they were sampled with.
+Part = tuple[Schedule, TrainingSet]
+# What an update learns from images of one size.
+Work = tuple[Lesson, list[PairedGroup]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def train_updates(
     seed: int,
     first_update: int = 0,
     start: RoundStart | None = None,
+    more: Sequence[Part] = (),
 ) -> Iterator[Update]:
     """Train on a round's labels and yield after every optimizer update.
 
@@ -113,23 +119,26 @@ def train_updates(
         seed: fixes the order of groups and steps, and fresh noise.
         first_update: skip this many updates, which an interrupted run has already made.
         start: the weights that the round started from; the policy's by default.
+        more: steps and data of images of other sizes; a micro-batch has rows of one size.
 
     Raises:
         NonFiniteLossError: a loss or gradient is not finite; the weights stay those of the previous update.
     """
-    lesson = _lesson(policy, schedule, data, config, guidance_scale, start)
-    for update, (epoch, groups) in enumerate(plan_updates(len(data.groups), config, seed)):
+    parts = [(schedule, data), *more]
+    lessons = [_lesson(policy, *part, config, guidance_scale, start) for part in parts]
+    every = [(lesson, group) for lesson in lessons for group in lesson.data.groups]
+    for update, (epoch, groups) in enumerate(plan_updates(len(every), config, seed)):
         if update < first_update:
             continue
         started = time.perf_counter()
-        chosen = [data.groups[g] for g in groups]
-        tally = _take_gradient(lesson, optimizer, chosen, derive_seed(seed, "steps", update))
+        chosen = [every[g] for g in groups]
+        tally = _take_gradient(_by_lesson(chosen, lessons), optimizer, derive_seed(seed, "steps", update))
         grad_norm, drowned = _apply(policy, optimizer, config, tally, update)
         seen = tally.seen()
         yield Update(
             update=update,
             epoch=epoch,
-            num_pairs=sum(len(group.pairs) for group in chosen),
+            num_pairs=sum(len(group.pairs) for _, group in chosen),
             num_units=tally.num_units,
             loss=seen.loss,
             margin_before=seen.margin,
@@ -157,26 +166,37 @@ def _lesson(
     return FinalImageLesson(policy, schedule, data, config, objective, guidance_scale, start)
 
 
+def _by_lesson(chosen: list[tuple[Lesson, PairedGroup]], lessons: list[Lesson]) -> list[Work]:
+    """Return an update's groups with the lesson that each belongs to; lessons without any are left out."""
+    work = [(lesson, [group for own, group in chosen if own is lesson]) for lesson in lessons]
+    return [(lesson, groups) for lesson, groups in work if groups]
+
+
 def measure_learned(
-    policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float, seed: int
-) -> Seen | None:
+    policy: Policy, schedule: Schedule, data: TrainingSet, config: TrainConfig, guidance_scale: float, seed: int,
+    more: Sequence[Part] = (),
+) -> Seen | None:  # fmt: skip
     """Return the trained policy's metrics on the round's pairs, or None if nothing is measured.
 
     Every group with a pair passes once more at a share of its steps (``train.measured_share``). All steps count alike;
     the seed decides which steps a group gets. A pass costs a third of training on it. Metrics are those of D3PO on the
     stored steps whatever was learned, so that objectives can be compared. Arguments as in ``train_updates``.
     """
-    groups = [group for group in data.groups if group.pairs]
-    cells = measured_cells(groups, trainable_steps(schedule), config.measured_share, seed)
-    if not cells:
+    work: list[tuple[Lesson, list[Cell]]] = []
+    for steps, part in [(schedule, data), *more]:
+        groups = [group for group in part.groups if group.pairs]
+        cells = measured_cells(groups, trainable_steps(steps), config.measured_share, seed)
+        if cells:
+            rows_R2 = torch.tensor([(image, step) for group, step in cells for image in group.images])
+            work.append((TrajectoryLesson(policy, steps, part, config, D3po(), guidance_scale, rows_R2), cells))
+    if not work:
         return None
-    rows_R2 = torch.tensor([(image, step) for group, step in cells for image in group.images])
-    lesson = TrajectoryLesson(policy, schedule, data, config, D3po(), guidance_scale, rows_R2)
-    own = cells[own_share(policy.accelerator)]
+    num_pairs = sum(len(group.pairs) for _, cells in work for group, _ in cells)
+    own = [(lesson, cells[own_share(policy.accelerator)]) for lesson, cells in work]
 
     def attempt(rows: int) -> UpdateTally:
-        tally = UpdateTally(len(schedule.timesteps_T), sum(len(group.pairs) for group, _ in cells), policy.device)
-        for micro_batch in micro_batches(own, lesson.start_N, rows):
+        tally = UpdateTally(len(schedule.timesteps_T), num_pairs, policy.device)
+        for lesson, micro_batch in _micro_batches(own, rows):
             _loss(lesson, micro_batch, _without_gradient(lesson, micro_batch, rows), tally)
         return tally
 
@@ -185,27 +205,36 @@ def measure_learned(
     return tally.seen()
 
 
-def _take_gradient(
-    lesson: Lesson, optimizer: torch.optim.Optimizer, groups: list[PairedGroup], seed: int
-) -> UpdateTally:
+def _micro_batches(work: list[tuple[Lesson, list[Cell]]], rows: int) -> Iterator[tuple[Lesson, list[Cell]]]:
+    """Pack each lesson's cells into micro-batches, so that all rows of one have one size."""
+    for lesson, cells in work:
+        for micro_batch in micro_batches(cells, lesson.start_N, rows):
+            yield lesson, micro_batch
+
+
+def _take_gradient(chosen: list[Work], optimizer: torch.optim.Optimizer, seed: int) -> UpdateTally:
     """Compute the gradient of one update's mean loss, independent of the micro-batch size that fits in memory."""
-    policy, num_units = lesson.policy, lesson.units(groups)
+    first, num_units = chosen[0][0], sum(lesson.units(groups) for lesson, groups in chosen)
+    policy, config, objective = first.policy, first.config, first.objective
     # Split over ranks before packing, so a rank that halves its micro-batches keeps the same cells.
-    cells = lesson.cells(groups, seed)[own_share(policy.accelerator)]
-    policy.training_rows.fit(lesson.config.micro_batch, partial(lesson.begin, cells, seed))
-    if lesson.objective.needs_mean():
-        lesson.update_mean = _mean_of_update(lesson, cells, num_units * lesson.steps_per_image)
+    work = [(lesson, lesson.cells(groups, seed)[own_share(policy.accelerator)]) for lesson, groups in chosen]
+    for lesson, cells in work:
+        policy.training_rows.fit(config.micro_batch, partial(lesson.begin, cells, seed))
+    if objective.needs_mean():
+        mean = _mean_of_update(work, num_units * first.steps_per_image)
+        for lesson, _ in work:
+            lesson.update_mean = mean
 
     def attempt(rows: int) -> UpdateTally:
         optimizer.zero_grad(set_to_none=True)
-        of_pairs = lesson.objective.takes() == "pairs"
-        tally = UpdateTally(len(lesson.schedule.timesteps_T), num_units, policy.device, of_pairs)
-        for micro_batch in micro_batches(cells, lesson.start_N, rows):
+        of_pairs = objective.takes() == "pairs"
+        tally = UpdateTally(len(first.schedule.timesteps_T), num_units, policy.device, of_pairs)
+        for lesson, micro_batch in _micro_batches(work, rows):
             _accumulate(lesson, micro_batch, tally, rows)
         return tally
 
     while True:
-        tally = policy.training_rows.fit(lesson.config.micro_batch, attempt)
+        tally = policy.training_rows.fit(config.micro_batch, attempt)
         policy.loss_scale.unscale()
         sum_over_ranks(policy.accelerator, [*_gradients(policy), tally.sums_KT])
         # An overflow on one rank shows in every rank's sum, so all ranks decide alike.
@@ -213,18 +242,19 @@ def _take_gradient(
             return tally
 
 
-def _mean_of_update(lesson: Lesson, cells: list[Cell], count: int) -> torch.Tensor:
+def _mean_of_update(work: list[tuple[Lesson, list[Cell]]], count: int) -> torch.Tensor:
     """Return the mean of the objective's statistic over all ranks' units and steps, a number."""
-    policy = lesson.policy
+    first = work[0][0]
+    policy = first.policy
 
     def attempt(rows: int) -> torch.Tensor:
         total = torch.zeros(1, device=policy.device)
-        for micro_batch in micro_batches(cells, lesson.start_N, rows):
+        for lesson, micro_batch in _micro_batches(work, rows):
             seen = lesson.rows(micro_batch, _without_gradient(lesson, micro_batch, rows))
             total += lesson.objective.statistic(seen).sum()
         return total
 
-    total = policy.training_rows.fit(lesson.config.micro_batch, attempt)
+    total = policy.training_rows.fit(first.config.micro_batch, attempt)
     sum_over_ranks(policy.accelerator, [total])
     return total[0] / count
 

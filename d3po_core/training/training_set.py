@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.config import CampaignConfig
+from d3po_core.denoising.ddim import Schedule
 from d3po_core.errors import D3POError
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import derive_seed
+from d3po_core.sizes import Size
 from d3po_core.store.integrity import require_files
 from d3po_core.store.tables import partition, read_rows
 from d3po_core.training.final_images import RoundStart
@@ -29,11 +31,13 @@ ShardTensors = dict[str, torch.Tensor]
 SAME = 1e-9  # rewards that differ by less are equal up to rounding
 
 
-def load_training_set(
+def load_training_sets(
     campaign: Path, round_number: int, load_shard: Callable[[str], ShardTensors] | None = None,
     labels: Labels = "pairs",
-) -> TrainingSet:  # fmt: skip
-    """Return a round's trajectories and labels, without the images that have none.
+) -> list[TrainingSet]:  # fmt: skip
+    """Return a round's trajectories and labels, a set for each size of images, without the images that have none.
+
+    There is at least one set, empty if no image has a label.
 
     Args:
         campaign: the campaign's folder.
@@ -43,19 +47,29 @@ def load_training_set(
     """
     label_of = image_numbers(campaign, round_number, labels)
     used = labelled_samples(campaign, round_number, labels)
-    known = {sample["sample_id"] for sample in used}
     pairs = read_rows(partition(campaign, "preferences", round_number) / "part.parquet")
-    pairs = [pair for pair in pairs if pair["winner_id"] in known and pair["loser_id"] in known]
+    if load_shard is None:  # one flipped bit would change the checkpoint
+        require_files(campaign, {sample["trajectory_path"] for sample in used})
+        load_shard = partial(_read_shard, campaign)
+    by_size: dict[Size | None, list[dict[str, Any]]] = {}
+    for sample in used:
+        size = (sample["height"], sample["width"]) if sample.get("height") else None
+        by_size.setdefault(size, []).append(sample)
+    return [_set_of(samples, pairs, label_of, load_shard, size) for size, samples in (by_size or {None: used}).items()]
+
+
+def _set_of(
+    used: list[dict[str, Any]], pairs: list[dict[str, Any]], label_of: dict[str, float],
+    load_shard: Callable[[str], ShardTensors], size: Size | None,
+) -> TrainingSet:  # fmt: skip
     index = {sample["sample_id"]: i for i, sample in enumerate(used)}
+    pairs = [pair for pair in pairs if pair["winner_id"] in index and pair["loser_id"] in index]
     pairs_of: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
     images_of: dict[str, list[int]] = defaultdict(list)
     for pair in pairs:
         pairs_of[pair["group_id"]].append((index[pair["winner_id"]], index[pair["loser_id"]], pair["weight"]))
     for i, sample in enumerate(used):
         images_of[sample["group_id"]].append(i)
-    if load_shard is None:  # one flipped bit would change the checkpoint
-        require_files(campaign, {sample["trajectory_path"] for sample in used})
-        load_shard = partial(_read_shard, campaign)
     shards = {path: load_shard(path) for path in dict.fromkeys(sample["trajectory_path"] for sample in used)}
     rows = [(shards[sample["trajectory_path"]], sample["trajectory_row"]) for sample in used]
     empty = torch.empty(0)
@@ -72,6 +86,7 @@ def load_training_set(
             for group, images in images_of.items()
         ],
         noise_seeds=[sample["seed"] for sample in used],
+        size=size,
     )
 
 
@@ -138,22 +153,29 @@ def training_seed(config: CampaignConfig, round_number: int) -> int:
 def train_round(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    data: TrainingSet,
+    data: list[TrainingSet],
     config: CampaignConfig,
     round_number: int,
     first_update: int = 0,
     start: RoundStart | None = None,
 ) -> Iterator[Update]:
     """Run a round's optimizer updates from the current policy and optimizer; see ``train_updates``."""
-    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    (schedule, first), *more = _with_steps(policy, data, config)
     seed = training_seed(config, round_number)
     return train_updates(
-        policy, optimizer, schedule, data, config.train, config.sample.guidance_scale, seed, first_update, start
+        policy, optimizer, schedule, first, config.train, config.sample.guidance_scale, seed, first_update, start, more
     )
 
 
-def measure_round(policy: Policy, data: TrainingSet, config: CampaignConfig, round_number: int) -> Seen | None:
+def measure_round(policy: Policy, data: list[TrainingSet], config: CampaignConfig, round_number: int) -> Seen | None:
     """Return the current policy's metrics on the round's pairs; see ``measure_learned``."""
-    schedule = policy.schedule(config.sample.num_steps, config.sample.eta)
+    (schedule, first), *more = _with_steps(policy, data, config)
     seed = derive_seed(training_seed(config, round_number), "measured")
-    return measure_learned(policy, schedule, data, config.train, config.sample.guidance_scale, seed)
+    return measure_learned(policy, schedule, first, config.train, config.sample.guidance_scale, seed, more)
+
+
+def _with_steps(policy: Policy, data: list[TrainingSet], config: CampaignConfig) -> list[tuple[Schedule, TrainingSet]]:
+    """Return each set with the steps of its size, as it was sampled."""
+    sample = config.sample
+    sizes = [part.size if part.size in sample.image_sizes else None for part in data]
+    return [(policy.schedule(sample.num_steps, sample.eta, size), part) for size, part in zip(sizes, data, strict=True)]

@@ -117,6 +117,7 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
     """Load a round's model, with the given or recorded number of threads."""
     import torch
 
+    from d3po_core.models.asked import asked_by
     from d3po_core.models.loaded import load_policy
     from d3po_core.reproducing.regenerate import made_on
     from d3po_core.store.campaign import round_config
@@ -128,7 +129,7 @@ def _policy(folder: Path, round_number: int, threads: int | None) -> Any:
     if wanted:
         torch.set_num_threads(wanted)
     config = round_config(folder, round_number)
-    return load_policy(config.model, config.seed, folder)
+    return load_policy(config.model, config.seed, folder, asked_by(config))
 
 
 def _conditions(made_on: dict[str, Any] | None, now: dict[str, Any]) -> str:

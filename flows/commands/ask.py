@@ -51,6 +51,7 @@ def show(
         f"{sample_id}    round {story.round}, {place}",
         f"prompt      {image['prompt']}",
         f"seed        {image['seed']}",
+        *([f"size        {image['height']} x {image['width']} pixels (height x width)"] if image["height"] else []),
         f"image       {folder / image['image_path']}{_absent(folder, image['image_path'])}",
         f"checkpoint  {image['checkpoint'] or '(base model)'}",
     ]

@@ -108,8 +108,8 @@ def campaign(policy: Policy, config: CampaignConfig, preset: str, arguments: arg
         started, row = time.perf_counter(), {"preset": preset, "seed": config.seed, "round": number}
         if number:
             data = judged_round(policy, config, number)
-            updates = list(train_round(policy, optimizer, data, config, number))
-            learned = measure_round(policy, data, config, number)
+            updates = list(train_round(policy, optimizer, [data], config, number))
+            learned = measure_round(policy, [data], config, number)
             assert learned is not None
             row |= {
                 "updates": len(updates), "accuracy_before": np.mean([u.pair_accuracy_before for u in updates]),

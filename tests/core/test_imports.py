@@ -68,7 +68,7 @@ def test_core_knows_neither_prefect_nor_mlflow(file: Path) -> None:
 def test_leaves_of_the_core_import_no_sibling_but_the_lowest(leaf: str) -> None:
     names = {name for name in imported(PROJECT_ROOT / "d3po_core" / f"{leaf}.py") if name.startswith("d3po_core")}
     siblings = {name.split(".")[1] for name in names if "." in name}
-    assert siblings <= {"config", "errors", "paths", "urls", "ways"}
+    assert siblings <= {"config", "errors", "paths", "sizes", "urls", "ways"}
 
 
 @pytest.mark.parametrize("file", [*FILES, *sorted((PROJECT_ROOT / "tests").rglob("*.py"))], ids=name_of)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
@@ -22,6 +23,7 @@ from d3po_core.page.access import Raters
 from d3po_core.paths import PROJECT_ROOT
 from d3po_core.people.blind import begin_comparison
 from d3po_core.people.journal import active, read_entries, sampling_of
+from d3po_core.store.images import save_png
 from tests.core.evaluation.compared import evaluated
 from tests.core.people.labelling import waiting_campaign
 
@@ -462,4 +464,31 @@ def test_checkpoints_are_compared_blind_by_keys_and_the_last_answer_is_taken_bac
     page.get_by_role("link", name="What else waits for you").click()
     page.get_by_role("heading", name="What waits for you, ann").wait_for()
     assert page.get_by_text("blind comparison").count() == 0
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("screen", [(1280, 800), (390, 844)])
+def test_tiles_have_the_shape_of_their_images(browser: Any, served: Served, screen: tuple[int, int]) -> None:
+    """Groups of a round may have several sizes; nothing overflows, and no image is cut or framed by bars."""
+    config = waiting_campaign(served.data, groups=3, size=3, pixels=16)
+    for group, (height, width) in enumerate([(24, 16), (16, 24), (16, 16)]):
+        for member in range(3):
+            image = np.full((height, width, 3), 80 * member, np.uint8)
+            save_png(image, config.folder / f"images/round=1/r1-g{group}-m{member}.png")
+    page = enter(browser, served, viewport={"width": screen[0], "height": screen[1]})
+    shapes = set()
+    for _ in range(3):
+        page.wait_for_function("[...document.querySelectorAll('.tile img')].every(image => image.naturalWidth)")
+        tile, image = page.evaluate(
+            "(tile => [tile.clientWidth / tile.clientHeight,"
+            " tile.querySelector('img').naturalWidth / tile.querySelector('img').naturalHeight])"
+            "(document.querySelector('.tile'))"
+        )
+        assert tile == pytest.approx(image, rel=0.02)
+        shapes.add(round(image, 2))
+        assert page.evaluate("document.documentElement.scrollWidth") <= screen[0]
+        last = page.locator(".tile").last.bounding_box()
+        assert last["y"] + last["height"] <= page.locator("footer").bounding_box()["y"]
+        key(page, "s")
+    assert shapes == {0.67, 1.5, 1.0}
     assert page.complaints == []

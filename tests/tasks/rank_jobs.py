@@ -17,20 +17,20 @@ from d3po_core.training.job import TRAIN
 from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.objectives import make_objective
 from d3po_core.training.trainer import train_updates
-from d3po_core.training.training_set import load_training_set, training_seed
+from d3po_core.training.training_set import load_training_sets, training_seed
 from tests.core.sampling.drawing import stir_lora
 
 
 def gradient(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
     """The gradient of a round's first update, by a LoRA that matters, and what the update saw."""
     labels = make_objective(config.train).takes()
-    data = load_training_set(config.folder, round_number, labels=labels)
+    (data,) = load_training_sets(config.folder, round_number, labels=labels)
     return _gradient(config, loaded_policy(config), data, steps=None)
 
 
 def gradient_of_one_cell(config: CampaignConfig, round_number: int, tell: Tell) -> dict[str, Any]:
     """The same of one group at one step: there is nothing to do for a second rank."""
-    data = load_training_set(config.folder, round_number)
+    (data,) = load_training_sets(config.folder, round_number)
     return _gradient(config, loaded_policy(config), replace(data, groups=data.groups[:1]), steps=1)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.models.families.parts import Part
+from d3po_core.sizes import Grid
 
 # A prompt's embedding: named tensors, with a batch dimension only once stacked.
 Embedding = dict[str, torch.Tensor]
@@ -63,6 +64,11 @@ class Family(Protocol):
         """Shape of one stored latent: channels first, then as many dimensions as the family has."""
         ...
 
+    @property
+    def grid(self) -> Grid:
+        """The sizes that the loaded network draws."""
+        ...
+
     def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one stored latent of an image of this many pixels.
 
@@ -81,13 +87,23 @@ class Family(Protocol):
         """Return arguments of the pipeline's call for a model card; ``network`` is None if its file is not here."""
         ...
 
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the argument of the pipeline's call for a negative prompt; empty if none is needed."""
+        ...
+
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return arguments of the pipeline's call for a size in pixels."""
+        ...
+
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether trained weights with these names and shapes belong to this family."""
         ...
 
-    def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Return the model's denoising steps."""
+    def schedule(self, num_steps: int, eta: float, latent_shape: Sequence[int] | None = None) -> Schedule:
+        """Return the model's denoising steps for latents of a shape, the network's native one by default."""
         ...
 
     @staticmethod
@@ -110,7 +126,19 @@ class Family(Protocol):
         ...
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
-        """Embed one prompt; guidance leads away from the empty prompt's embedding."""
+        """Embed one prompt."""
+        ...
+
+    def embed_negative(self, prompt: str, device: torch.device) -> Embedding:
+        """Embed the prompt that guidance leads away from, by default the empty one."""
+        ...
+
+    def windows(self, prompt: str) -> int:
+        """Return the number of windows that hold all of a prompt; 1 for families that do not read by windows."""
+        ...
+
+    def embed_windows(self, prompt: str, windows: int, device: torch.device) -> Embedding:
+        """Embed one prompt window by window; empty windows fill up the number. For CLIP's families only."""
         ...
 
     @staticmethod
@@ -120,7 +148,7 @@ class Family(Protocol):
 
     @staticmethod
     def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the prediction led away from that of the empty prompt; ``scale`` 1 is the prompt's own."""
+        """Return the prediction led away from that of the negative prompt; ``scale`` 1 is the prompt's own."""
         ...
 
     def predict(

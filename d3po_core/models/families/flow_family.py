@@ -36,6 +36,10 @@ class FlowFamily(StableDiffusion):
         """Return the guidance under the pipeline's name; pipelines take the flow's deterministic steps."""
         return f"guidance_scale={guidance},"
 
+    def windows(self, prompt: str) -> int:
+        """Return 1: language models read prompts whole, up to their limit."""
+        return 1
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of one stored latent, before packing: the network's native size."""
@@ -43,10 +47,10 @@ class FlowFamily(StableDiffusion):
         side = native_side(config) // self.ELEMENT
         return (config.in_channels // self.PACKED, side, side)
 
-    def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Return the steps of the flow's SDE; ``eta`` is its noise level."""
+    def schedule(self, num_steps: int, eta: float, latent_shape: Sequence[int] | None = None) -> Schedule:
+        """Return the steps of the flow's SDE; ``eta`` is its noise level, and some shift them by the image's size."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
-        levels = self.levels(scheduler.config, num_steps, self.latent_shape)
+        levels = self.levels(scheduler.config, num_steps, latent_shape or self.latent_shape)
         return make_flow_schedule(scheduler, num_steps, eta, levels)
 
     @classmethod

@@ -1,5 +1,6 @@
 """FLUX.2 klein: three layers of a language model as text, and latents kept as normed patches of 2 x 2."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -31,6 +32,13 @@ class Flux2Klein(FlowFamily):
     def guidance(self) -> Guidance:
         """Two passes for the base models; none for the distilled ones."""
         return "none" if self.pipeline.config.is_distilled else "two passes"
+
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the negative prompt's embedding, since the pipeline takes no text."""
+        return (
+            f"negative_prompt_embeds=pipe.encode_prompt({json.dumps(negative_prompt)})[0]," if negative_prompt else ""
+        )
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

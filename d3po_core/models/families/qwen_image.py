@@ -29,8 +29,13 @@ class QwenImage(FlowFamily):
 
     @classmethod
     def call(cls, guidance: float, eta: float, network: Part | None) -> str:
-        """Return the guidance under the pipeline's names."""
-        return f'true_cfg_scale={guidance},\n    negative_prompt=" ",'
+        """Return the guidance under the pipeline's name."""
+        return f"true_cfg_scale={guidance},"
+
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the negative prompt; without any, its authors' space, since the pipeline does not guide without."""
+        return super().call_away(negative_prompt or " ")
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -32,6 +32,11 @@ pipe = diffusers.DiffusionPipeline.from_pretrained({base})
 steps = pipe.scheduler.config
 pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=steps.get("flow_shift") or steps["shift"])"""
 
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return the size, and that the pipeline must not draw its nearest published one instead."""
+        return f"{super().call_size(height, width)}\n    use_resolution_binning=False,"
+
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether the weights belong to a transformer with two attentions per block."""
@@ -47,10 +52,16 @@ pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=steps.get("flow
 
     def embed(self, prompt: str, device: torch.device) -> Embedding:
         """Return the language model's states ``[L, D]`` and their mask ``[L]``."""
+        return self._embed(prompt, device, INSTRUCTION if prompt else None)
+
+    def embed_negative(self, prompt: str, device: torch.device) -> Embedding:
+        """Return the negative prompt's embedding, before which the pipeline puts no instruction."""
+        return self._embed(prompt, device, None)
+
+    def _embed(self, prompt: str, device: torch.device, instruction: list[str] | None) -> Embedding:
         text_1LD, mask_1L, _, _ = self.pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device=device,
-            complex_human_instruction=INSTRUCTION if prompt else None,
-        )  # fmt: skip
+            prompt, do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
+        )
         return {"encoder_hidden_states": text_1LD[0], "encoder_attention_mask": mask_1L[0]}
 
     def predict(

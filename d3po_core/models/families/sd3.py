@@ -10,6 +10,7 @@ from d3po_core.models.families.family import Embedding
 from d3po_core.models.families.flow_family import FlowFamily
 from d3po_core.models.families.parts import Part, ShiftedVae, Transformer
 from d3po_core.models.families.qwen_image import QwenImage
+from d3po_core.sizes import Grid
 
 
 class StableDiffusion3(FlowFamily):
@@ -22,6 +23,12 @@ class StableDiffusion3(FlowFamily):
     PRECISIONS: ClassVar[tuple[str, ...]] = ("no", "fp16", "bf16")
     TEXT_WINDOWS: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
     REGIONS: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+
+    @property
+    def grid(self) -> Grid:
+        """Multiples of a patch, as far as the network knows places."""
+        config, grid = self.pipeline.transformer.config, super().grid
+        return Grid(grid.family, grid.step, config.pos_embed_max_size * grid.step)
 
     @staticmethod
     def trained(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet, DDIM steps."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -8,9 +9,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_core.denoising.ddim import Schedule, make_schedule
 from d3po_core.denoising.schedulers import chain_of
-from d3po_core.errors import D3POError
 from d3po_core.models.families.family import Embedding, Guidance
 from d3po_core.models.families.parts import Part, PlainUNet, Vae
+from d3po_core.models.families.windows import encoded, token_windows
+from d3po_core.sizes import Grid
 
 WIDEST_TEXT = 2048  # XL's UNet reads states of this width, from two text encoders
 
@@ -73,15 +75,25 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Return guidance and step noise under the pipeline's names."""
         return f"guidance_scale={guidance},\n    eta={eta},"
 
+    @classmethod
+    def call_away(cls, negative_prompt: str) -> str:
+        """Return the negative prompt under the pipeline's name; empty if there is none."""
+        return f"negative_prompt={json.dumps(negative_prompt)}," if negative_prompt else ""
+
+    @classmethod
+    def call_size(cls, height: int, width: int) -> str:
+        """Return the size under the pipeline's names."""
+        return f"height={height}, width={width},"
+
+    @property
+    def grid(self) -> Grid:
+        """Multiples of the smallest piece that the network takes."""
+        return Grid(self.PIPELINE.__name__, self.pipeline.vae_scale_factor * self.ELEMENT * self.PATCH)
+
     def latent_shape_at(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one stored latent of an image of this many pixels."""
+        self.grid.check((height, width), "an image")
         pixels = self.pipeline.vae_scale_factor * self.ELEMENT
-        grid = pixels * self.PATCH
-        if height % grid or width % grid or min(height, width) < grid:
-            raise D3POError(
-                f"an image of {height} x {width} pixels does not fit a {self.PIPELINE.__name__}; expected multiples of "
-                f"{grid}"
-            )
         return (self.latent_shape[0], height // pixels, width // pixels)
 
     @staticmethod
@@ -89,8 +101,8 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         """Return whether the weights belong to a UNet that reads one text encoder."""
         return 0 < widest_text(shapes) < WIDEST_TEXT
 
-    def schedule(self, num_steps: int, eta: float) -> Schedule:
-        """Return DDIM steps over the noise schedule that the model was trained with."""
+    def schedule(self, num_steps: int, eta: float, latent_shape: Sequence[int] | None = None) -> Schedule:
+        """Return DDIM steps over the noise schedule that the model was trained with, the same for every size."""
         return make_schedule(DDIMScheduler.from_config(self.pipeline.scheduler.config), num_steps, eta)
 
     @staticmethod
@@ -108,6 +120,20 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         text_1LD, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text_1LD[0]}
 
+    def embed_negative(self, prompt: str, device: torch.device) -> Embedding:
+        """Return the negative prompt's embedding, made as any prompt's."""
+        return self.embed(prompt, device)
+
+    def windows(self, prompt: str) -> int:
+        """Return the number of windows that hold all of a prompt."""
+        return len(token_windows(self.pipeline.tokenizer, prompt))
+
+    def embed_windows(self, prompt: str, windows: int, device: torch.device) -> Embedding:
+        """Return the text encoder's states of all windows in a row ``[L, D]``."""
+        pipeline = self.pipeline
+        found = encoded(pipeline.tokenizer, pipeline.text_encoder, prompt, windows, device)
+        return {"encoder_hidden_states": torch.cat([window.last_hidden_state[0] for window in found])}
+
     @staticmethod
     def stack(embeddings: Sequence[Embedding]) -> Embedding:
         """Return embeddings with a batch dimension; all have one length."""
@@ -115,7 +141,7 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
 
     @staticmethod
     def guide(without_BCHW: torch.Tensor, with_BCHW: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the prediction led away from that of the empty prompt. Source: arXiv 2207.12598."""
+        """Return the prediction led away from that of the negative prompt. Source: arXiv 2207.12598."""
         return without_BCHW + scale * (with_BCHW - without_BCHW)
 
     def predict(

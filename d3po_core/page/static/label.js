@@ -65,20 +65,24 @@ function layOut() {
   if (!box) return;
   const gap = parseFloat(getComputedStyle(box).columnGap) || 0;
   const width = box.clientWidth - 14, height = box.clientHeight - 14, n = images.length;
+  const aspect = Number(box.dataset.aspect); // the images of a question have one size; a tile has their shape
+  const shorter = Math.min(1, 1 / aspect), longer = Math.max(1, 1 / aspect); // sides, as multiples of a tile's width
   let best = { size: 0, columns: 1 };
   for (let columns = 1; columns <= n; columns++) {
     const rows = Math.ceil(n / columns);
-    const size = Math.floor(Math.min((width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows));
+    const size = Math.floor(Math.min((width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows * aspect));
     if (size > best.size) best = { size, columns };
   }
   const smallest = matchMedia("(pointer: coarse)").matches ? 96 : 64;
-  if (best.size < smallest) { // too many for one screen: touchable sizes, and scrolling
-    best = { columns: Math.max(1, Math.floor((width + gap) / (120 + gap))), size: 120 };
+  if (best.size * shorter < smallest) { // too many for one screen: touchable sizes, and scrolling
+    const size = Math.min(120 / shorter, width);
+    best = { columns: Math.max(1, Math.floor((width + gap) / (size + gap))), size };
     box.style.alignContent = "start";
   }
-  box.style.setProperty("--size", `${Math.min(best.size, 768)}px`);
+  box.style.setProperty("--size", `${Math.min(best.size, 768 / longer)}px`);
+  box.style.setProperty("--aspect", aspect);
   box.style.setProperty("--columns", best.columns);
-  box.classList.toggle("tiny", best.size < 96);
+  box.classList.toggle("tiny", best.size * shorter < 96);
   see();
 }
 

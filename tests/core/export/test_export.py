@@ -25,9 +25,11 @@ from d3po_core.export.cards import hub_model, public_config
 from d3po_core.export.lora import export_lora
 from d3po_core.export.preferences import COLUMNS, export_preferences
 from d3po_core.models.loaded import load_policy
+from d3po_core.models.model_files import with_model_defaults
 from d3po_core.store.campaign import begin_round
 from d3po_core.store.files import new_folder
 from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
+from tests.core.models.tiny_flow_models import FLOW_NAMES, tiny_flow_model
 from tests.core.models.tiny_models import tiny_model
 from tests.core.small_campaign import small_config, write_campaign
 
@@ -264,14 +266,23 @@ def test_paths_of_this_machine_are_not_shown_to_others(tmp_path: Path) -> None:
     assert hub_model(CampaignConfig()) is None
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
-def test_lines_of_the_card_run_and_draw_an_image(campaign: Path, tmp_path: Path, name: str) -> None:
+SIZED_FLOW = {"height": 64, "width": 32, "guidance_scale": 3.0, "negative_prompt": "a cross"}
+SIZED = {"height": 32, "width": 24, "guidance_scale": 3.0, "negative_prompt": 'a "blue" cross', "long_prompts": "chunk"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"), [("sd", SIZED), ("sdxl", {"sizes": [[32, 24], [16, 16]]}), ("sd3", {}), ("sana", SIZED_FLOW),
+                         ("klein-base", SIZED_FLOW)],
+)  # fmt: skip
+def test_lines_of_the_card_run_and_draw_an_image(
+    campaign: Path, tmp_path: Path, name: str, sample: dict[str, Any]
+) -> None:
     copy = Path(shutil.copytree(campaign, tmp_path / "runs" / "family"))
-    base = tiny_model(name, tmp_path / name)
-    values = {"campaign": "family", "runs_dir": str(tmp_path / "runs"), "sample": {"num_steps": 2},
+    base = (tiny_flow_model if name in FLOW_NAMES else tiny_model)(name, tmp_path / name)
+    values = {"campaign": "family", "runs_dir": str(tmp_path / "runs"), "sample": {"num_steps": 2, **sample},
               "model": {"path": str(base), "lora_rank": 2, "device": "cpu"}}  # fmt: skip
     config = load_config(values, "test")
-    file = load_policy(config.model, seed=0).weights.save(tmp_path)
+    file = load_policy(with_model_defaults(config).model, seed=0).weights.save(tmp_path)
     give_lora(copy, 2, file.read_bytes())
     (copy / "stages/round=2/config.json").unlink()
     begin_round(config, 2)
@@ -280,5 +291,8 @@ def test_lines_of_the_card_run_and_draw_an_image(campaign: Path, tmp_path: Path,
     (lines,) = re.findall(r"```python\n(.*?)```", card, re.S)
     names: dict[str, Any] = {}
     exec(lines.replace(f'"{name}"', repr(str(base))).replace('"FOLDER"', repr(str(tmp_path / "lora"))), names)
-    assert names["image"].size == (16, 16)
+    size = config.sample.image_sizes[0] or (16, 16)
+    assert names["image"].size == size[::-1]
+    assert ("read in windows of 75" in card) == (config.sample.long_prompts == "chunk")
+    assert ("also trained at 16 x 16" in card) == bool(config.sample.sizes)
     assert names["pipe"].get_active_adapters()

@@ -290,7 +290,7 @@ def test_a_model_card_calls_the_pipeline_in_its_own_words(name: str, folder_of: 
     config = ModelConfig(path=str(folder_of(name)))
     family = family_of(config, folder_of(name))
     network = parts_of(config, folder_of(name), family)["transformer"]
-    said = eval(f"dict({family.call(guidance_of(name), 0.5, network)})")
+    said = eval(f"dict({family.call(guidance_of(name), 0.5, network)}{family.call_away('')})")
     wanted = CALLS[name](guidance_of(name))
     if name == "qwen":
         wanted["negative_prompt"] = " "

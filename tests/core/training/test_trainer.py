@@ -32,7 +32,7 @@ from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.packing import PairedGroup, measured_cells
 from d3po_core.training.trainer import Update, measure_learned, plan_updates, train_updates
-from d3po_core.training.training_set import load_training_set
+from d3po_core.training.training_set import load_training_sets
 from tests.core.sampling.drawing import image_seed, stir_lora
 
 NUM_STEPS = 3
@@ -492,7 +492,7 @@ def test_ties_never_reach_training(policy: Policy, passes: Passes, tmp_path: Pat
         derived = derive_preferences(connection, 1, "pareto", "all")
     assert derived.num_ties == 2
     write_table(config.folder, "preferences", 1, derived.table)
-    data = load_training_set(config.folder, 1)
+    (data,) = load_training_sets(config.folder, 1)
     assert data.groups == [PairedGroup((0, 1), ((0, 1, 1.0),)), PairedGroup((2, 3), ((3, 2, 1.0),))]
     assert torch.equal(data.latents_NTCHW, latents[[0, 1, 6, 7]])
     assert torch.equal(data.log_probs_NT, log_probs[[0, 1, 6, 7]])
