@@ -42,9 +42,9 @@ def run(
     if origin:
         print(f"campaign {config.campaign}: {pulled_line(config)}")
     require_no_wait(config, rounds)
-    if said := verified(deployment):
-        print(f"{deployment} was verified with: {said}")
     announce(config, rounds)
+    if said := verified(deployment):
+        print(f"verified    {said}", flush=True)
     with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with _starting_server():

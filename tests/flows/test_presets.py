@@ -45,12 +45,13 @@ def test_models_that_people_want_learn_what_people_prefer_on_the_card_that_there
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", *FLOWS])
 def test_a_run_says_first_how_far_its_preset_was_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: CampaignConfig, rounds: int) -> None:
-        raise D3POError("a problem")
+    def begin(text: str) -> None:
+        raise D3POError("far enough")
 
-    monkeypatch.setattr(planning, "announce", refuse)
+    monkeypatch.setattr(planning, "announce", lambda config, rounds: None)
+    monkeypatch.setattr("d3po.flows.commands.run.live_line", begin)
     result = CliRunner().invoke(app, ["run", name])
-    assert result.stdout.startswith(f"{name} was verified with: ")
+    assert result.stdout.startswith("verified    ")
     assert "full curve" not in result.stdout  # nobody ran one
 
 
