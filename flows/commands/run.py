@@ -44,7 +44,7 @@ def run(
     require_no_wait(config, rounds)
     announce(config, rounds)
     if said := verified(deployment):
-        print(f"verified    {said}", flush=True)
+        print(f"verified  {said}", flush=True)
     with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with _starting_server():

@@ -51,7 +51,7 @@ def test_a_run_says_first_how_far_its_preset_was_verified(name: str, monkeypatch
     monkeypatch.setattr(planning, "announce", lambda config, rounds: None)
     monkeypatch.setattr("d3po.flows.commands.run.live_line", begin)
     result = CliRunner().invoke(app, ["run", name])
-    assert result.stdout.startswith("verified    ")
+    assert result.stdout.startswith("verified  ")
     assert "full curve" not in result.stdout  # nobody ran one
 
 
