@@ -29,6 +29,11 @@ def descriptions() -> dict[str, str]:
     return {entry["name"]: entry.get("description") or "" for entry in _of_rounds()}
 
 
+def verified(deployment: str) -> str | None:
+    """What was verified of a deployment's settings, as its description ends; None if it does not say."""
+    return descriptions().get(deployment, "").partition("Verified: ")[2] or None
+
+
 def _of_rounds() -> list[dict[str, Any]]:
     return [entry for entry in deployments() if entry["entrypoint"] == ENTRYPOINT]
 

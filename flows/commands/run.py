@@ -12,7 +12,7 @@ from d3po.flows.commands.parts import ConfigOption, DeploymentArgument, NameOpti
 from d3po.flows.commands.rounds import show_campaign
 from d3po.flows.commands.submit import require_no_wait
 from d3po.flows.interrupting import ctrl_c_ends_it, end_here, note_flow_run
-from d3po.flows.presets import deployment_config
+from d3po.flows.presets import deployment_config, verified
 from d3po.tasks.live_line import live_line
 from d3po_core.errors import D3POError
 from d3po_core.paths import data_folder
@@ -43,6 +43,8 @@ def run(
         print(f"campaign {config.campaign}: {pulled_line(config)}")
     require_no_wait(config, rounds)
     announce(config, rounds)
+    if said := verified(deployment):
+        print(f"verified  {said}", flush=True)
     with ctrl_c_ends_it(), live_line("loading torch, diffusers and prefect"):
         _use_local_prefect()  # before anything imports prefect, which reads its settings once
         with _starting_server():

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from d3po.flows import planning
+from d3po.flows.commands.line import app
 from d3po.flows.presets import command_that_goes_on, deployment_config, over_deployment, presets
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import changed_fields, load_config
@@ -27,7 +30,10 @@ def test_only_deployments_of_rounds_are_run(name: str) -> None:
         deployment_config(name, None, [])
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+FLOWS = ["sd35-medium", "flux-dev", "flux2-klein", "qwen-image", "z-image", "sana"]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", *FLOWS])
 def test_models_that_people_want_learn_what_people_prefer_on_the_card_that_there_is(name: str) -> None:
     config = deployment_config(name, None, [])
     assert config.judge.scorers == config.evaluation_scorers == ("pickscore",)
@@ -35,6 +41,28 @@ def test_models_that_people_want_learn_what_people_prefer_on_the_card_that_there
         "data/prompts/everyday_train.txt", "data/prompts/everyday_eval.txt",
     }  # fmt: skip
     assert config.model.memory == "auto"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", *FLOWS])
+def test_a_run_says_first_how_far_its_preset_was_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(text: str) -> None:
+        raise D3POError("far enough")
+
+    monkeypatch.setattr(planning, "announce", lambda config, rounds: None)
+    monkeypatch.setattr("d3po.flows.commands.run.live_line", begin)
+    result = CliRunner().invoke(app, ["run", name])
+    assert result.stdout.startswith("verified  ")
+    assert "full curve" not in result.stdout  # nobody ran one
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_presets_of_flow_models_fit_their_family(name: str) -> None:
+    config = deployment_config(name, None, [])
+    assert config.model.precision == ("fp16" if name == "sd35-medium" else "bf16")  # fp16 overflows in the others
+    side = 1024 if name == "sana" else 512
+    assert (config.sample.height, config.sample.width) == (side, side)
+    assert side % {"flux2-klein": 16, "sana": 32}.get(name, 16) == 0
+    assert (config.sample.guidance_scale == 1) == (name == "z-image")  # distilled without guidance
 
 
 def test_the_smoke_test_is_the_preset_without_a_scorers_weights() -> None:
