@@ -1,7 +1,5 @@
 """Sizes of images: the grid and its nearest sizes, the settings, and the sizes that groups draw."""
 
-import hashlib
-import json
 import re
 from collections import Counter
 
@@ -81,12 +79,8 @@ def test_held_out_images_are_as_sampled_or_native_or_their_own() -> None:
 
 
 def test_a_configuration_without_sizes_keeps_its_digest() -> None:
-    """That of all other fields, as before sizes came."""
-    values = CampaignConfig().model_dump(mode="json")
-    for name in ("height", "width", "sizes", "negative_prompt", "long_prompts"):
-        del values["sample"][name]
-    del values["evaluate"]["height"], values["evaluate"]["width"]
-    before = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    """That of version 0.5.0, as fields that came later have their defaults."""
+    before = "ac6422f7126d37015fe7ddfbc213a33698db206466b194ae7bfac08f66974918"
     assert CampaignConfig().sha256() == before
     sized = {"height": 64, "width": 64}
     changed: list[dict[str, object]] = [
