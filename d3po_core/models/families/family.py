@@ -132,3 +132,7 @@ class Family(Protocol):
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
         """Decode final latents to images ``[B, 3, height, width]``, nominally in [-1, 1]."""
         ...
+
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the latents that decode to images in [-1, 1]: the mean of the VAE's posterior."""
+        ...
