@@ -38,6 +38,8 @@ class Family(Protocol):
     TEXT_WINDOWS: ClassVar[Mapping[str, int]]
     """By tokenizer, the tokens of a prompt that the pipeline reads; by default as many as the tokenizer says."""
 
+    ELEMENT: ClassVar[int]
+    """Width of an element of a stored latent, in elements of the VAE's."""
     TEXT_STATES: ClassVar[str]
     """The entry of an embedding that the network's cross-attention reads."""
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool]
