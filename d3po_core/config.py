@@ -100,11 +100,27 @@ class SampleConfig(_Section):
     )
     batch_size: int = Field(64, ge=1, le=65536, description="Images per pass through the network")
     latent_dtype: Literal["float32", "float16"] = Field("float32", description="Number format of stored trajectories")
+    dataset: str | None = Field(
+        None, description="Name or folder of a data set (d3po import-dataset) that groups come from; sampled by default"
+    )
+    dataset_share: float = Field(
+        1.0, gt=0, le=1, description="With dataset: share of a round's groups that come from it; the rest are sampled"
+    )
+
+    @property
+    def imported_groups(self) -> int:
+        """Return the number of groups that a round draws from the data set."""
+        return max(1, round(self.dataset_share * self.groups_per_round)) if self.dataset else 0
+
+    @property
+    def sampled_groups(self) -> int:
+        """Return the number of groups that a round samples."""
+        return self.groups_per_round - self.imported_groups
 
     @property
     def images_per_round(self) -> int:
         """Return the number of images sampled for training per round."""
-        return self.groups_per_round * self.group_size
+        return self.sampled_groups * self.group_size
 
 
 class PeopleConfig(_Section):

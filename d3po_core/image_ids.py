@@ -6,6 +6,8 @@
 GROUP = r"r[0-9]+-g[0-9]+"
 MEMBER = r"-m[0-9]+"
 SAMPLE = GROUP + MEMBER
+# Files of latents whose images come from a data set, so that nothing led to them.
+IMPORTED_FILE = "dataset-"
 # The regex group n is the round's number, with few enough digits for a 64-bit integer.
 ROUND_OF_SAMPLE = rf"^r(?P<n>[0-9]{{1,9}})-g[0-9]+{MEMBER}$"
 
@@ -28,6 +30,11 @@ def held_out_id(round_number: int, index: int) -> str:
 def group_of(sample: str) -> str:
     """Return the group of a member; empty if the id is not a member's."""
     return sample.rpartition("-m")[0]
+
+
+def is_imported(trajectory_path: str) -> bool:
+    """Return whether an image comes from a data set, by the file of its latent: it has no trajectory."""
+    return trajectory_path.rpartition("/")[2].startswith(IMPORTED_FILE)
 
 
 def round_of(image: str) -> int:

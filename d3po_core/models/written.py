@@ -45,4 +45,5 @@ def written_bytes(config: CampaignConfig, latent: tuple[int, ...], per_side: int
     pixels = 3 * (height * per_side) * (width * per_side)
     evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * pixels
     # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
-    return config.sample.images_per_round * (trajectory + pixels) + evaluation + 2 * 3 * 4 * trained
+    imported = 2 * config.sample.imported_groups * (trajectory // (config.sample.num_steps + 1) + pixels)
+    return config.sample.images_per_round * (trajectory + pixels) + imported + evaluation + 2 * 3 * 4 * trained

@@ -21,9 +21,10 @@ def sections(plan: Plan) -> list[tuple[str, str]]:
     work = plan.work
     judges = ", ".join(plan.scorers) or "people"
     stages = [
-        ("sample", f"{work.images:,} images: {work.groups:,} groups of {work.images // work.groups}, "
-                   f"{plan.prompts:,} prompts to draw from"),
-        ("judge", f"{work.pairs_judged:,} pairs, by {judges}"),
+        *([("data set", f"{work.imported:,} groups, with their judgements")] if work.imported else []),
+        *([("sample", f"{work.images:,} images: {work.groups:,} groups of {work.images // work.groups}, "
+                      f"{plan.prompts:,} prompts to draw from"),
+           ("judge", f"{work.pairs_judged:,} pairs, by {judges}")] if work.groups else []),
         *([("label", "people judge; the run sleeps meanwhile")] if "label" in work.stages else []),
         ("train", f"up to {work.pairs:,} pairs and {work.updates:,} updates; pairs that tie teach nothing"),
         ("evaluate", f"{work.held_out_images:,} held-out images of {plan.held_out_prompts:,} prompts"),

@@ -36,6 +36,7 @@ class TrainingSet:
         log_probs_NT: log_probs stored at sampling, ``[N, T]``.
         groups: pairs as (winner, loser, weight), indices into N, and labels of single images.
         noise_seeds: N seeds of the steps' noise; they recover the sampling policy's means.
+        imported: images of a data set, which have no trajectory; only their last latent counts.
     """
 
     prompts: list[str]
@@ -43,6 +44,7 @@ class TrainingSet:
     log_probs_NT: torch.Tensor
     groups: list[PairedGroup]
     noise_seeds: list[int]
+    imported: frozenset[int] = frozenset()
 
     @cached_property
     def noise_NTCHW(self) -> torch.Tensor:

@@ -162,11 +162,12 @@ def measure_learned(
 ) -> Seen | None:
     """Return the trained policy's metrics on the round's pairs, or None if nothing is measured.
 
-    Every group with a pair passes once more at a share of its steps (``train.measured_share``). All steps count alike;
-    the seed decides which steps a group gets. A pass costs a third of training on it. Metrics are those of D3PO on the
-    stored steps whatever was learned, so that objectives can be compared. Arguments as in ``train_updates``.
+    Every sampled group with a pair passes once more at a share of its steps (``train.measured_share``); groups of a
+    data set have no steps to measure. All steps count alike; the seed decides which steps a group gets. A pass costs a
+    third of training on it. Metrics are those of D3PO on the stored steps whatever was learned, so that objectives can
+    be compared. Arguments as in ``train_updates``.
     """
-    groups = [group for group in data.groups if group.pairs]
+    groups = [group for group in data.groups if group.pairs and not data.imported.intersection(group.images)]
     cells = measured_cells(groups, trainable_steps(schedule), config.measured_share, seed)
     if not cells:
         return None
