@@ -61,7 +61,8 @@ def _rounds(plan: Plan) -> str:
 
 def _counts(plan: Plan) -> str:
     work = plan.work
-    return (f"{work.images:,} images, up to {work.pairs:,} pairs, up to {work.updates:,} updates, "
+    imported = f"{work.imported:,} groups of a data set, " if work.imported else ""
+    return (f"{imported}{work.images:,} images, up to {work.pairs:,} pairs, up to {work.updates:,} updates, "
             f"{work.held_out_images:,} held-out images per round")  # fmt: skip
 
 
