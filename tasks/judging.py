@@ -15,7 +15,7 @@ from d3po.tasks.stage import STAGE_OPTIONS, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
 from d3po_core.datasets.rounds import imported_judgements
-from d3po_core.image_ids import is_imported
+from d3po_core.image_ids import IMPORTED_JUDGEMENTS, is_imported
 from d3po_core.people.raters import earlier_gold, people_votes
 from d3po_core.preferences.deciding import decide
 from d3po_core.preferences.deriving import derive_preferences
@@ -26,9 +26,6 @@ from d3po_core.sampling.job import round_shards
 from d3po_core.store.images import dissimilarity, load_pngs
 from d3po_core.store.stages import finish_stage, read_record
 from d3po_core.store.tables import connect, partition, table_from_rows, write_table
-
-# The file of what a data set says, beside proxy.parquet.
-IMPORTED = "dataset"
 
 
 @task(name="judge", **STAGE_OPTIONS)
@@ -74,7 +71,7 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
     ]  # fmt: skip
     write_table(config.folder, "judgements", round_number, table_from_rows("judgements", rows), name="proxy")
     if said := imported_judgements(config, round_number, now):
-        write_table(config.folder, "judgements", round_number, table_from_rows("judgements", said), name=IMPORTED)
+        write_table(config.folder, "judgements", round_number, table_from_rows("judgements", said), IMPORTED_JUDGEMENTS)
     write_table(config.folder, "groups", round_number, table_from_rows("groups", groups))
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
     return JudgeRecord(num_judgements=len(rows), mean_scores=means)

@@ -138,8 +138,10 @@ def check_replayable(campaign: Path, round_number: int) -> None:
 
 def _start(campaign: Path, round_number: int) -> int:
     """Return the round whose checkpoint started the training, and drew the images that were sampled."""
-    row = read_rows(partition(campaign, "rounds", round_number) / "part.parquet")[0]
-    return checkpoint_round(row["checkpoint_in"])
+    image = read_rows(partition(campaign, "samples", round_number) / "part.parquet")[0]
+    if not is_imported(image["trajectory_path"]):
+        return checkpoint_round(image["checkpoint"])
+    return checkpoint_round(read_rows(partition(campaign, "rounds", round_number) / "part.parquet")[0]["checkpoint_in"])
 
 
 class _Resampled:

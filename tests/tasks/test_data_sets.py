@@ -27,6 +27,7 @@ from d3po_core.datasets.stored import open_dataset
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.guard import judge_checkpoint
 from d3po_core.models.loaded import loaded_policy
+from d3po_core.people.questions import count_judgements
 from d3po_core.planning.preflight import check_learning
 from d3po_core.records import DeriveRecord, EvaluateRecord, GuardRecord, JudgeRecord, SampleRecord, TrainRecord
 from d3po_core.report.write import REPORT_FILE, write_report
@@ -36,7 +37,7 @@ from d3po_core.store.campaign import begin_round, open_campaign
 from d3po_core.store.integrity import damages
 from d3po_core.store.prune import apply_prune, plan_prune
 from d3po_core.store.stages import finish_stage, read_record
-from d3po_core.store.tables import partition, read_rows, table_from_rows, write_table
+from d3po_core.store.tables import connect, partition, read_rows, table_from_rows, write_table
 from tests.core.datasets.tables import MeanEncoder, pairs, picture, write_parquet
 
 STAGES: list[tuple[str, type[Any], Callable[[CampaignConfig, int], Any]]] = [
@@ -156,6 +157,13 @@ def test_a_mixed_round_samples_the_rest_and_measures_only_that(made: CampaignCon
     assert alone.margin_after is None
     assert mixed.margin_after is not None
     assert alone.loss is not None
+
+
+def test_its_judgements_are_no_answers_that_people_would_lose(made: CampaignConfig) -> None:
+    assert count_judgements(made.folder, 1) == 0
+    with connect(made.folder) as connection:
+        said = connection.sql("SELECT DISTINCT rater, rater_kind, source FROM judgements WHERE round = 1").fetchall()
+    assert said == [("mine", "human", "data set mine")]
 
 
 @pytest.mark.parametrize("number", [1, 2])
