@@ -6,7 +6,7 @@ it encodes it, later ones only name it.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,39 +89,35 @@ class ShardWriter:
         Raises:
             D3POError: the VAE gives latents that are not finite.
         """
-        fresh: dict[str, np.ndarray] = {}
-        entries = []
-        for place, row in enumerate(rows):
-            about = {"source": number, "row": first + place + 1}
-            try:
-                entry, digests = self._taken(source, row, fresh)
-                entries += [about | _said(entry, image, digest) for image, digest in enumerate(digests)]
-            except RowError as error:
-                entries.append(about | {"problem": str(error)})
+        read = [_read(source, row) for row in rows]
+        pixels, broken = self._fitted(read)
+        read = [one.unless(broken) for one in read]
+        used = {digest for one in read for digest in one.data}
+        fresh = {digest: image for digest, image in pixels.items() if digest in used}
         path = rows_path(self.folder, number, first)
         shard = self._write_images(path.with_suffix(".safetensors"), fresh) if fresh else {}
-        row_of, told = {digest: place for place, digest in enumerate(fresh)}, set[str]()
-        for one in entries:
-            digest = one.get("sha256")
-            if digest in row_of and digest not in told:
-                told.add(digest)
-                one |= {"latent_row": row_of[digest], **shard}
+        row_of = {digest: place for place, digest in enumerate(fresh)}
+        table = []
+        for place, one in enumerate(read):
+            for said in one.said():
+                new = row_of.pop(said.get("sha256", ""), None)  # the first row of an image says where its latent is
+                where = {} if new is None else {"latent_row": new, **shard}
+                table.append({"source": number, "row": first + place + 1, **said, **where})
         with atomic_path(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), temporary, compression="zstd")
+            pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary, compression="zstd")
         self.known.update(fresh)
 
-    def _taken(self, source: Source, row: dict[str, Any], fresh: dict[str, np.ndarray]) -> tuple[Entry, list[str]]:
-        """Return what a row says and its images' digests; add those that nobody has encoded to ``fresh``."""
-        entry = source.layout.read(row, source.columns)
-        new, digests = dict[str, np.ndarray](), []
-        for image in entry.images:
-            data = file_bytes(image, source.path.parent)
-            digest = sha256(data)
-            if not (digest in self.known or digest in fresh or digest in new):
-                new[digest] = fitted(data, self.encoder.height, self.encoder.width)
-            digests.append(digest)
-        fresh |= new  # only if every image of the row is readable
-        return entry, digests
+    def _fitted(self, read: list["_Read"]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Return the pixels of every image that nobody has encoded, by its digest, and why others have none."""
+        files = {digest: data for one in read for digest, data in one.data.items() if digest not in self.known}
+        if not files:
+            return {}, {}
+        size = self.encoder.height, self.encoder.width
+        found = dict(zip(files, at_once(lambda data: _fitted_or_not(data, *size), files.values()), strict=True))
+        return (
+            {digest: image for digest, image in found.items() if not isinstance(image, str)},
+            {digest: why for digest, why in found.items() if isinstance(why, str)},
+        )
 
     def _write_images(self, path: Path, fresh: dict[str, np.ndarray]) -> dict[str, str]:
         """Write latents and images; return the latents' file with its digest."""
@@ -141,7 +137,41 @@ class ShardWriter:
         return {"shard": path.name, "shard_sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _said(entry: Entry, place: int, digest: str) -> dict[str, Any]:
-    return {
-        "place": place, "prompt": entry.prompt, "kind": entry.kind, "value": entry.values[place], "sha256": digest,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class _Read:
+    """What a row says, with the bytes of its images' files by digest; or why it says nothing."""
+
+    entry: Entry | None = None
+    digests: tuple[str, ...] = ()
+    data: Mapping[str, bytes] = field(default_factory=dict)
+    problem: str | None = None
+
+    def unless(self, broken: Mapping[str, str]) -> "_Read":
+        """Return this row, or a row with a problem if one of its images has one."""
+        why = next((broken[digest] for digest in self.digests if digest in broken), None)
+        return self if why is None else _Read(problem=why)
+
+    def said(self) -> list[dict[str, Any]]:
+        """Return a row of the shard per image, or one with the problem."""
+        if self.entry is None:
+            return [{"problem": self.problem}]
+        about = {"prompt": self.entry.prompt, "kind": self.entry.kind}
+        pairs = zip(self.entry.values, self.digests, strict=True)
+        return [{"place": place, "value": value, "sha256": own, **about} for place, (value, own) in enumerate(pairs)]
+
+
+def _read(source: Source, row: dict[str, Any]) -> _Read:
+    try:
+        entry = source.layout.read(row, source.columns)
+        files = [file_bytes(image, source.path.parent) for image in entry.images]
+    except RowError as error:
+        return _Read(problem=str(error))
+    digests = tuple(sha256(data) for data in files)
+    return _Read(entry, digests, dict(zip(digests, files, strict=True)))
+
+
+def _fitted_or_not(data: bytes, height: int, width: int) -> np.ndarray | str:
+    try:
+        return fitted(data, height, width)
+    except RowError as error:
+        return str(error)

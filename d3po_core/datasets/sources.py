@@ -59,7 +59,8 @@ def find_sources(paths: Iterable[Path], layout: str | None, renamed: dict[str, s
     """Return the tables of a data set, in order.
 
     Args:
-        paths: files and folders; of a folder's tables, the first kind of ``TABLES`` that it has counts.
+        paths: files and folders. Of a folder, the tables in it count, else those below; and of these the first kind of
+            ``TABLES`` that there is.
         layout: the layout's name; recognised by the columns if None.
         renamed: the files' column names by ours.
 
@@ -77,9 +78,10 @@ def find_sources(paths: Iterable[Path], layout: str | None, renamed: dict[str, s
 def _files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix in TABLES:
         return [path]
-    for suffix in TABLES if path.is_dir() else ():
-        if found := sorted(path.rglob(f"*{suffix}") if suffix == ".parquet" else path.glob(f"*{suffix}")):
-            return found
+    for search in (path.glob, path.rglob) if path.is_dir() else ():
+        for suffix in TABLES:
+            if found := sorted(search(f"*{suffix}")):
+                return found
     what = "holds no such file" if path.is_dir() else "is none" if path.exists() else "does not exist"
     raise D3POError(f"{path}: {what}; expected a table ({', '.join(TABLES)}), or a folder with tables beside images")
 

@@ -184,9 +184,13 @@ def test_a_finished_import_does_nothing_again(tmp_path: Path) -> None:
 
 def test_every_unreadable_image_is_reported_and_the_other_rows_go_on(tmp_path: Path) -> None:
     rows = pairs(6, images=12)
-    rows[1]["jpg_1"], rows[2]["jpg_0"], rows[4]["label_0"] = b"no image", picture(2)[:30], 3.0
-    found = imported(tmp_path / "set", write_parquet(tmp_path / "pick.parquet", rows))
+    rows[1] |= {"jpg_0": picture(99), "jpg_1": b"no image"}
+    rows[2]["jpg_0"], rows[4]["label_0"] = picture(2)[:30], 3.0
+    encoder = MeanEncoder()
+    table = write_parquet(tmp_path / "pick.parquet", rows)
+    found = imported(tmp_path / "set", table, make=lambda: encoder)
     assert (found.rows, found.problems, found.groups) == (6, 3, {"choice": 3})
+    assert encoder.images == found.images == 6  # not the good image beside a bad one
     assert found.first_problem == "pick.parquet row 2 holds no readable image (of no known format)"
     with (tmp_path / "set" / "problems.csv").open() as stream:
         told = [(row["file"], row["row"], row["problem"].partition(" (")[0]) for row in csv.DictReader(stream)]

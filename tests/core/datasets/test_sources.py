@@ -64,6 +64,15 @@ def test_row_groups_that_are_finished_are_not_read(tmp_path: Path, monkeypatch: 
     assert read == [1, 2]
 
 
+def test_the_tables_of_a_folder_come_before_those_below_and_parquet_before_text(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for kind in ("parquet", "csv"):
+        written(tmp_path / "below", kind)
+    assert [source.path.name for source in find_sources([tmp_path], None, {})] == ["metadata.parquet"]
+    written(tmp_path, "csv")
+    assert [source.path for source in find_sources([tmp_path], None, {})] == [tmp_path / "metadata.csv"]
+
+
 def test_columns_of_other_names(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("picture,stars,words\na.png,4.5,a cat\n")
