@@ -38,7 +38,8 @@ class Facts:
     doubtful_pairs: list[Row]  # empty when all pairs are equally clear
     crossings: list[Row]  # pairs on which people and a proxy disagree
     crossing_counts: list[Row]  # one row per round and proxy
-    raters: list[Row]  # people, from judgements
+    raters: list[Row]  # people, and data sets with their judgements, from judgements
+    data_sets: list[str]  # their names
     preferred: list[HumanWinRate]  # from people's blind comparisons of held-out images
     files: list[Row]  # one row per table: where its Parquet files are
 
@@ -100,6 +101,7 @@ def gather(folder: Path, examples: int = 6) -> Facts:
             crossings=crossings,
             crossing_counts=counts,
             raters=_rows(connection, _RATERS),
+            data_sets=[name for (name,) in connection.sql(_DATA_SETS).fetchall()],
             preferred=human_win_rates(folder),
             files=[_files(connection, folder, table) for table in SCHEMAS],
         )
@@ -116,6 +118,8 @@ SELECT u.round, count(*) AS num_updates, avg(u.loss) AS loss, avg(u.margin_befor
        avg(u.clip_fraction) AS clip_fraction, avg(u.grad_norm) AS grad_norm, avg(u.drowned) AS drowned
 FROM updates u LEFT JOIN rounds r ON r.round = u.round WHERE u.num_pairs > 0 GROUP BY u.round ORDER BY u.round
 """
+
+_DATA_SETS = "SELECT DISTINCT rater FROM judgements WHERE starts_with(source, 'data set ') ORDER BY rater"
 
 _RATERS = f"""
 {questions("rater_kind != 'proxy'")}, rows AS (
