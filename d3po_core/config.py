@@ -107,6 +107,15 @@ class SampleConfig(_Section):
         1.0, gt=0, le=1, description="With dataset: share of a round's groups that come from it; the rest are sampled"
     )
 
+    @model_validator(mode="after")
+    def _share_is_used(self) -> Self:
+        if self.dataset is None and self.dataset_share != 1:
+            raise ValueError(
+                f"sample.dataset_share is {self.dataset_share} but sample.dataset is not set; name a data set, or "
+                "leave the share out"
+            )
+        return self
+
     @property
     def imported_groups(self) -> int:
         """Return the number of groups that a round draws from the data set."""

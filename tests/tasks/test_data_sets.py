@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from starlette.testclient import TestClient
 
 from d3po.tasks.evaluating import _evaluate
 from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.publishing import _row, note_published
 from d3po.tasks.sampling import _draw_left_out, _sample
 from d3po.tasks.training import _train
+from d3po_core.browser.app import create_app
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
 from d3po_core.datasets.checks import check_dataset
@@ -26,6 +28,7 @@ from d3po_core.datasets.sources import find_sources
 from d3po_core.datasets.stored import open_dataset
 from d3po_core.errors import D3POError
 from d3po_core.evaluation.guard import judge_checkpoint
+from d3po_core.export.preferences import export_preferences
 from d3po_core.models.loaded import loaded_policy
 from d3po_core.people.questions import count_judgements
 from d3po_core.planning.preflight import check_learning
@@ -197,6 +200,27 @@ def test_the_report_shows_such_rounds(made: CampaignConfig, campaign: Path) -> N
     assert "judged by brightness, with the judgements of the data set mine." in page
 
 
+def test_an_export_says_which_pairs_came_with_a_data_set(campaign: Path, tmp_path: Path) -> None:
+    count = export_preferences(campaign, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "data").iterdir()
+    rows = pq.read_table(file, columns=["group_id", "model_0"]).to_pylist()
+    own = [row for row in rows if row["group_id"] in ("r2-g0", "r2-g1", "r2-g2")]
+    assert {row["model_0"] for row in own} == {"checkpoints/round=1"}
+    assert {row["model_0"] for row in rows if row not in own} == {"data set"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{count - len(own)} pairs came with a data set, which judged them too." in card
+    assert "People voted on\n0 of the pairs" in card
+
+
+def test_the_browser_says_that_nobody_drew_such_an_image(campaign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_DATA", str(campaign.parents[1]))
+    client = TestClient(create_app("s" * 43), base_url="http://127.0.0.1")
+    client.get(f"/enter?key={'s' * 43}")
+    assert "nobody: from a data set" in client.get("/c/mine/story/r1-g0-m0").text
+    assert "checkpoints/round=1" in client.get("/c/mine/story/r2-g0-m0").text
+    assert client.get("/c/mine/story/r2-e0").status_code == 200
+
+
 def test_a_killed_sampling_goes_on_and_files_that_a_mirror_left_out_come_again(tmp_path: Path) -> None:
     config = settings(tmp_path, data_set(tmp_path, pairs(90, images=20)), sample={"groups_per_round": 70})
     open_campaign(config)
@@ -275,6 +299,11 @@ def test_what_makes_no_sense_is_refused_before_anything_is_done(
         checked(config)
     assert "\n" not in str(caught.value)
     assert not config.folder.exists()
+
+
+def test_a_share_of_no_data_set_is_refused() -> None:
+    with pytest.raises(D3POError, match=r"sample.dataset_share is 0.5 but sample.dataset is not set; name a data set"):
+        load_config({"sample": {"dataset_share": 0.5}}, "test")
 
 
 def test_held_out_prompts_and_foreign_vaes_and_names_of_scorers_are_refused(
