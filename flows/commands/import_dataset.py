@@ -45,7 +45,7 @@ def import_dataset(
     with loading():
         from tqdm import tqdm
 
-        from d3po_core.datasets.importing import PROBLEMS
+        from d3po_core.datasets.grouping import PROBLEMS
         from d3po_core.datasets.importing import import_dataset as import_all
     with tqdm(unit=" rows", desc=f"data set {name}", disable=None) as bar:
         found = import_all(dataset_folder(name), config, sources, bar.update)

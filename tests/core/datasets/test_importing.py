@@ -16,7 +16,8 @@ import torch
 
 from d3po_core.config import CampaignConfig, ModelConfig, SampleConfig
 from d3po_core.datasets import importing, shards
-from d3po_core.datasets.importing import MOST_IN_GROUP, Imported, import_dataset
+from d3po_core.datasets.grouping import MOST_IN_GROUP
+from d3po_core.datasets.importing import Imported, import_dataset
 from d3po_core.datasets.sources import Source, find_sources
 from d3po_core.datasets.stored import Dataset, Group, open_dataset
 from d3po_core.errors import D3POError
@@ -148,7 +149,7 @@ def files_below(folder: Path) -> dict[str, str]:
 def test_a_killed_import_goes_on_without_doing_a_shard_again(tmp_path: Path) -> None:
     table = write_parquet(tmp_path / "pick.parquet", pairs(300, images=280), row_group=130)
     imported(tmp_path / "whole", table)
-    begun = tmp_path / "killed"
+    begun = tmp_path / "killed [once]"
 
     class Killed(MeanEncoder):
         def __call__(self, images: np.ndarray) -> torch.Tensor:
@@ -161,6 +162,7 @@ def test_a_killed_import_goes_on_without_doing_a_shard_again(tmp_path: Path) -> 
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     done = files_below(begun)
+    (begun / "shards" / ".0000-000000256.parquet.1.tmp").write_text("half")
     assert not (begun / "dataset.json").exists()
     with pytest.raises(D3POError, match="its import is not finished; type the same d3po import-dataset again"):
         open_dataset(f"{begun}")
