@@ -139,6 +139,12 @@ class SampleConfig(_Section):
         description="Prompts longer than a text encoder reads: error: stop before the round; truncate: warn, the rest "
         "is not read; chunk: read them window by window (Stable Diffusion 1, 2 and XL)",
     )
+    dataset: str | None = Field(
+        None, description="Name or folder of a data set (d3po import-dataset) that groups come from; sampled by default"
+    )
+    dataset_share: float = Field(
+        1.0, gt=0, le=1, description="With dataset: share of a round's groups that come from it; the rest are sampled"
+    )
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -157,15 +163,34 @@ class SampleConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _share_is_used(self) -> Self:
+        if self.dataset is None and self.dataset_share != 1:
+            raise ValueError(
+                f"sample.dataset_share is {self.dataset_share} but sample.dataset is not set; name a data set, or "
+                "leave the share out"
+            )
+        return self
+
     @property
     def image_sizes(self) -> tuple[Size | None, ...]:
         """Return the sizes of which each group has one; None is the network's native size."""
         return self.sizes or (given(self.height, self.width, "sample"),)
 
     @property
+    def imported_groups(self) -> int:
+        """Return the number of groups that a round draws from the data set."""
+        return max(1, round(self.dataset_share * self.groups_per_round)) if self.dataset else 0
+
+    @property
+    def sampled_groups(self) -> int:
+        """Return the number of groups that a round samples."""
+        return self.groups_per_round - self.imported_groups
+
+    @property
     def images_per_round(self) -> int:
         """Return the number of images sampled for training per round."""
-        return self.groups_per_round * self.group_size
+        return self.sampled_groups * self.group_size
 
 
 class PeopleConfig(_Section):
@@ -483,7 +508,8 @@ FIXED_FIELDS = (
 # Fields that came later, by section: while they have their defaults, a configuration keeps the digest it had before.
 LATER_FIELDS = {
     "model": ("start_from", "start_as"),
-    "sample": ("height", "width", "sizes", "negative_prompt", "long_prompts"), "evaluate": ("height", "width"),
+    "sample": ("height", "width", "sizes", "negative_prompt", "long_prompts", "dataset", "dataset_share"),
+    "evaluate": ("height", "width"),
 }  # fmt: skip
 
 # Fields whose relative values start at the project folder; so do those of scoring.models.

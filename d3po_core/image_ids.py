@@ -1,4 +1,4 @@
-"""Make the ids of a campaign's images, and patterns to parse them.
+"""Make the ids of a campaign's images, patterns to parse them, and names of files of imported images.
 
 ``r<round>-g<group>-m<member>`` is an image of a round, ``r<round>-e<index>`` a held-out image.
 """
@@ -6,6 +6,10 @@
 GROUP = r"r[0-9]+-g[0-9]+"
 MEMBER = r"-m[0-9]+"
 SAMPLE = GROUP + MEMBER
+# Files of latents whose images come from a data set, so that nothing led to them.
+IMPORTED_FILE = "dataset-"
+# The file of judgements that came with such images, without its ending.
+IMPORTED_JUDGEMENTS = "dataset"
 # The regex group n is the round's number, with few enough digits for a 64-bit integer.
 ROUND_OF_SAMPLE = rf"^r(?P<n>[0-9]{{1,9}})-g[0-9]+{MEMBER}$"
 
@@ -33,6 +37,11 @@ def group_of(sample: str) -> str:
 def number_of(group: str) -> int:
     """Return the number of a group in its round."""
     return int(group.rpartition("-g")[2])
+
+
+def is_imported(trajectory_path: str) -> bool:
+    """Return whether an image comes from a data set, by the file of its latent: it has no trajectory."""
+    return trajectory_path.rpartition("/")[2].startswith(IMPORTED_FILE)
 
 
 def round_of(image: str) -> int:

@@ -21,7 +21,10 @@ class Record(BaseModel):
 
 
 class SampleRecord(Record):
-    """Images of a round are on disk; records how many prompts it drew from and their digest, as they may change."""
+    """Images of a round are on disk; records how many prompts it drew from and their digest, as they may change.
+
+    Without a checkpoint and prompts if it is round 1 or all images come from a data set.
+    """
 
     num_samples: int
     checkpoint: str | None

@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +14,8 @@ from d3po.tasks.scoring import score_round, scored_early
 from d3po.tasks.stage import STAGE_OPTIONS, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
+from d3po_core.datasets.rounds import imported_judgements
+from d3po_core.image_ids import IMPORTED_JUDGEMENTS, is_imported
 from d3po_core.people.raters import earlier_gold, people_votes
 from d3po_core.preferences.deciding import decide
 from d3po_core.preferences.deriving import derive_preferences
@@ -19,6 +23,7 @@ from d3po_core.preferences.gold import gold_scores, left_out
 from d3po_core.preferences.rewarding import image_labels
 from d3po_core.records import DeriveRecord, JudgeRecord, LabelRecord
 from d3po_core.sampling.job import round_shards
+from d3po_core.store.images import dissimilarity, load_pngs
 from d3po_core.store.stages import finish_stage, read_record
 from d3po_core.store.tables import connect, partition, table_from_rows, write_table
 
@@ -42,7 +47,8 @@ def derive_pairs(config: CampaignConfig, round_number: int) -> DeriveRecord:
 
 
 def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
-    samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
+    images = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read().to_pylist()
+    samples = [image for image in images if not is_imported(image["trajectory_path"])]
     total = len(samples) * len(set(config.judge.scorers))
     shards = round_shards(config, round_number)
     early = scored_early(config, shards)
@@ -53,6 +59,7 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
         {"group_id": sample["group_id"], "dissimilarity": dissimilarity}
         for sample, dissimilarity in zip(samples[:: config.sample.group_size], dissimilarities, strict=True)
     ]
+    groups += _imported_groups(config, [image for image in images if is_imported(image["trajectory_path"])])
     now = datetime.now(UTC)
     rows = [
         {
@@ -63,9 +70,22 @@ def _judge(config: CampaignConfig, round_number: int) -> JudgeRecord:
         for sample, score in zip(samples, scores[name], strict=True)
     ]  # fmt: skip
     write_table(config.folder, "judgements", round_number, table_from_rows("judgements", rows), name="proxy")
+    if said := imported_judgements(config, round_number, now):
+        write_table(config.folder, "judgements", round_number, table_from_rows("judgements", said), IMPORTED_JUDGEMENTS)
     write_table(config.folder, "groups", round_number, table_from_rows("groups", groups))
-    means = {name: float(np.mean(values)) for name, values in scores.items()}
+    means = {name: float(np.mean(values)) for name, values in scores.items() if values}
     return JudgeRecord(num_judgements=len(rows), mean_scores=means)
+
+
+def _imported_groups(config: CampaignConfig, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of ``groups`` for images of a data set; a single image differs from nothing."""
+    paths: dict[str, list[Path]] = {}
+    for image in images:
+        paths.setdefault(image["group_id"], []).append(config.folder / image["image_path"])
+    return [
+        {"group_id": group, "dissimilarity": dissimilarity(load_pngs(files)) if len(files) > 1 else 0.0}
+        for group, files in paths.items()
+    ]
 
 
 def _proxies_decide(config: CampaignConfig, round_number: int) -> bool:

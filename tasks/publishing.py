@@ -15,6 +15,7 @@ from d3po.tasks.showing import show_rounds
 from d3po.tasks.stage import STAGE_OPTIONS
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
+from d3po_core.datasets.checks import check_dataset
 from d3po_core.devices import check_processes
 from d3po_core.models.loading import check_model, storage_notes
 from d3po_core.models.prompt_length import check_length
@@ -71,6 +72,7 @@ def check_campaign(config: CampaignConfig) -> list[str]:
     training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     held_out = load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts")
     check_held_out(training, held_out)
+    check_dataset(config, held_out)
     load_scorers(config, (*config.judge.scorers, *config.evaluation_scorers))
     check_space(config)
     notes = [*storage_notes(config.model), *prompt_notes(training, "sample.prompts")]
@@ -86,8 +88,9 @@ def plan_rounds(config: CampaignConfig, rounds: int, run_id: str) -> list[int]:
         D3POError: the configuration does not fit the campaign.
     """
     open_campaign(config)
-    training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
-    get_run_logger().info("%s", prompts_shown(training, "sample.prompts"))
+    if config.sample.sampled_groups:
+        training = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
+        get_run_logger().info("%s", prompts_shown(training, "sample.prompts"))
     for change in freeze(config, _held_out(config), _evaluated(config)):
         get_run_logger().warning("accepted: %s", change)
     numbers = rounds_to_do(config.folder, rounds, run_id)

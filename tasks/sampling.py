@@ -9,6 +9,7 @@ from d3po.tasks.scoring import scored_meanwhile
 from d3po.tasks.stage import STAGE_OPTIONS, model_turn, progress
 from d3po.tasks.tracking import delivery
 from d3po_core.config import CampaignConfig
+from d3po_core.datasets.rounds import write_imported
 from d3po_core.errors import D3POError
 from d3po_core.models.memory import plan_in_words
 from d3po_core.processes.engine import run_job
@@ -27,7 +28,7 @@ SHEET_IMAGES = 64
 
 @task(name="sample", **STAGE_OPTIONS)
 def sample_images(config: CampaignConfig, round_number: int) -> SampleRecord:
-    """Sample the round's groups with the previous round's checkpoint."""
+    """Sample the round's groups with the previous round's checkpoint, and take those of a data set."""
     record = finish_stage(config.folder, round_number, "sample", SampleRecord, lambda: _sample(config, round_number))
     _draw_left_out(config, round_number)
     mirroring.deliver(config)
@@ -37,11 +38,14 @@ def sample_images(config: CampaignConfig, round_number: int) -> SampleRecord:
 
 def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
     shards = _sample_shards(config, round_number)
+    paths = [*(shard.rows_path for shard in shards), *write_imported(config, round_number)]
     if plan := plan_in_words(config):
         run_logger().info(plan)
-    table = joined("samples", [pq.ParquetFile(shard.rows_path).read() for shard in shards])
+    table = joined("samples", [pq.ParquetFile(path).read() for path in paths])
     write_table(config.folder, "samples", round_number, table)
     contact_sheet = _contact_sheet(config, round_number, table["image_path"].to_pylist()[:SHEET_IMAGES])
+    if not shards:
+        return SampleRecord(num_samples=len(table), checkpoint=None, contact_sheet=contact_sheet)
     prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
     return SampleRecord(
         num_samples=len(table),
@@ -55,6 +59,8 @@ def _sample(config: CampaignConfig, round_number: int) -> SampleRecord:
 def _sample_shards(config: CampaignConfig, round_number: int) -> list[Shard]:
     """Sample the missing shards of a round; return all of them."""
     shards = round_shards(config, round_number)
+    if not shards:  # all groups come from a data set
+        return shards
     total = config.sample.images_per_round
     done = sum(len(shard.members) for shard in shards if shard.rows_path.exists())
     with (
@@ -80,6 +86,7 @@ def _draw_left_out(config: CampaignConfig, round_number: int) -> None:
         return
     run_logger().info("round %d: %d files were not in the mirror; its images are drawn again", round_number, len(gone))
     _sample_shards(config, round_number)
+    write_imported(config, round_number)
     samples = pq.ParquetFile(partition(config.folder, "samples", round_number) / "part.parquet").read()
     _contact_sheet(config, round_number, samples["image_path"].to_pylist()[:SHEET_IMAGES])
     for folder in folders:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from d3po_core.errors import D3POError
 from d3po_core.export.cards import card
+from d3po_core.image_ids import IMPORTED_FILE
 from d3po_core.queries.views import connect_views
 from d3po_core.seeds import derive_seed
 from d3po_core.store.files import new_folder
@@ -36,6 +37,15 @@ COLUMNS: dict[str, pa.DataType] = {
     "proxies_for": _int, "proxies_against": _int, "height": _int, "width": _int,
 }  # fmt: skip
 _HUB_NAMES = {pa.binary(): "binary", _text: "string", _real: "float64", _int: "int64", _bool: "bool"}
+
+
+_PAIRS = f"""
+SELECT pairs.*, brought.group_id IS NOT NULL AS imported FROM pairs
+LEFT JOIN (
+    SELECT DISTINCT round, group_id FROM samples WHERE contains(trajectory_path, '/{IMPORTED_FILE}')
+) brought ON brought.round = pairs.round AND brought.group_id = pairs.group_id
+ORDER BY pairs.round, pair_id
+"""
 
 
 def export_preferences(campaign: Path, output: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -69,7 +79,7 @@ def export_preferences(campaign: Path, output: Path, shard_bytes: int = SHARD_BY
 
 
 def _pairs(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    return connection.sql("SELECT * FROM pairs ORDER BY round, pair_id").to_arrow_table().to_pylist()
+    return connection.sql(_PAIRS).to_arrow_table().to_pylist()
 
 
 def _row(campaign: Path, index: int, pair: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def _row(campaign: Path, index: int, pair: dict[str, Any]) -> dict[str, Any]:
     # The order is random so that a trainer cannot learn from it, but the same at every export.
     if derive_seed(pair["pair_id"], "side") % 2:
         sides.reverse()
-    model = pair["checkpoint"] or "base"
+    model = "data set" if pair["imported"] else pair["checkpoint"] or "base"
     row = {
         "caption": pair["prompt"], "are_different": True, "has_label": True, "best_image_uid": pair["winner_id"],
         "model_0": model, "model_1": model, "ranking_id": index,
@@ -145,9 +155,11 @@ def _card(name: str, pairs: list[dict[str, Any]], num_bytes: int, download: int)
         ],
         "dataset_info": [info("default", "binary"), info("images", "image")],
     }
-    people = sum(pair["people_for"] + pair["people_against"] + pair["people_tied"] > 0 for pair in pairs)
+    own = [pair for pair in pairs if not pair["imported"]]
+    people = sum(pair["people_for"] + pair["people_against"] + pair["people_tied"] > 0 for pair in own)
+    brought = f" {len(pairs) - len(own)} pairs came with a data set, which judged them too." if own != pairs else ""
     return card(header, _BODY.format(
-        name=name, pairs=len(pairs), groups=len({pair["group_id"] for pair in pairs}), people=people,
+        name=name, pairs=len(pairs), groups=len({pair["group_id"] for pair in pairs}), people=people, brought=brought,
         prompts=len({pair["prompt"] for pair in pairs}), first=pairs[0]["round"], last=pairs[-1]["round"],
     ))  # fmt: skip
 
@@ -157,7 +169,7 @@ _BODY = """
 
 {pairs} pairs of images in {groups} groups, of {prompts} prompts, from rounds {first} to {last}. People voted on
 {people} of the pairs; proxy scorers, which are programs, decided the others. Both images of a pair were drawn by the
-same checkpoint from one prompt. Ties are left out.
+same checkpoint from one prompt.{brought} Ties are left out.
 
 ```python
 from datasets import load_dataset
@@ -172,7 +184,7 @@ pairs = load_dataset("FOLDER", "images", split="train")  # images decoded, to lo
 | `label_0`, `label_1` | 1.0 for the preferred image, 0.0 for the other; which stands first is random |
 | `caption` | the prompt |
 | `image_0_uid`, `image_1_uid`, `best_image_uid` | ids of the images, and of the preferred one |
-| `model_0`, `model_1` | the checkpoint that drew both |
+| `model_0`, `model_1` | the checkpoint that drew both, or `data set` if they came from one |
 | `weight`, `agreement` | weight of the pair in training, and share of its raters that agree: above 0, at most 1 |
 | `num_raters` | raters who voted on the pair |
 | `people_for`, `people_against`, `proxies_for`, `proxies_against` | votes for and against the preferred image |

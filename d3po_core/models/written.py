@@ -50,7 +50,8 @@ def written_bytes(config: CampaignConfig, latent: tuple[int, ...], per_side: int
     held_out = _pixel_bytes(latent, per_side, config.held_out_size)
     evaluation = config.evaluate.images_per_prompt * config.evaluate.max_prompts * held_out
     # Weights and two moments in single precision, both in the checkpoint and in the progress that it replaces.
-    return config.sample.images_per_round * (trajectory + sampled) + evaluation + 2 * 3 * 4 * trained
+    imported = 2 * config.sample.imported_groups * (trajectory // (config.sample.num_steps + 1) + sampled)
+    return config.sample.images_per_round * (trajectory + sampled) + imported + evaluation + 2 * 3 * 4 * trained
 
 
 def latent_at(latent: tuple[int, ...], per_side: int, size: Size | None) -> tuple[int, ...]:

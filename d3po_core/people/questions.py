@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import IMPORTED_JUDGEMENTS
 from d3po_core.people.journal import FILE_PREFIX, JOURNAL_FILE, Journal, read_entries, sampling_of
 from d3po_core.people.tally import Deck, Progress, Question, Tally
 from d3po_core.store.stages import stage_path
@@ -199,8 +200,9 @@ def _who_answered(question: Question, said: dict[str, list[set[str]]]) -> frozen
 
 
 def _brought_in(campaign: Path, round_number: int) -> list[dict[str, Any]]:
-    """Rows of a round that did not come from the labelling page."""
+    """Rows of a round that came neither from the labelling page nor with the images of a data set."""
     files = sorted(partition(campaign, "judgements", round_number).glob("*.parquet"))
+    files = [path for path in files if path.stem != IMPORTED_JUDGEMENTS]
     return [row for path in files if not path.name.startswith(FILE_PREFIX) for row in read_rows(path)]
 
 

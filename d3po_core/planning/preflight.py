@@ -26,6 +26,7 @@ def problems(config: CampaignConfig) -> Iterator[D3POError]:
         check_prompts,
         check_scorers,
         check_learning,
+        check_data_set,
         check_model_path,
         check_sizes,
         check_texts,
@@ -71,11 +72,21 @@ def check_scorers(config: CampaignConfig) -> None:
 
 def check_learning(config: CampaignConfig) -> None:
     """Check that the objective exists and fits the other settings; D3POError if not."""
-    if config.train == TrainConfig() and config.judge.rewards == "auto":  # needs no check, and torch a second to import
+    usual = config.train == TrainConfig() and config.judge.rewards == "auto" and not config.sample.dataset
+    if usual:  # needs no check, and torch a second to import
         return
     from d3po_core.training.objectives import check_objective
 
     check_objective(config)
+
+
+def check_data_set(config: CampaignConfig) -> None:
+    """Check that the data set of ``sample.dataset`` fits the campaign; D3POError if not."""
+    if config.sample.dataset is None:  # torch takes a second to import
+        return
+    from d3po_core.datasets.checks import check_dataset
+
+    check_dataset(config, load_prompts(config.evaluate.prompts, config.evaluate.prompt_column, "evaluate.prompts"))
 
 
 def check_model_path(config: CampaignConfig) -> None:

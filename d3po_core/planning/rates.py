@@ -55,9 +55,9 @@ class Rate:
         passes = sample.num_steps * (2 if sample.guidance_scale > 1 else 1)
         cost = passes / (self.steps * (2 if self.guided else 1))
         guidance = cost * self.steps / sample.num_steps
-        rows = work.images * sample.num_steps * (train.epochs + train.measured_share / 3)
+        rows = work.trained_images * sample.num_steps * (train.epochs + train.measured_share / 3)
         if train.reference == "base":
-            rows += work.images * sample.num_steps / 3
+            rows += work.trained_images * sample.num_steps / 3
         drift = min(config.evaluate.drift_images, work.held_out_images)
         return {
             "sample": cost * work.images / self.images_per_second,

@@ -65,7 +65,13 @@ def _own_rounds(config: CampaignConfig, work: Work) -> Timing:
 
 def _ratios(past: CampaignConfig, config: CampaignConfig, work: Work) -> dict[str, float]:
     """How much more work each stage has than in a past round; the held-out images never change."""
-    images = work.images / past.sample.images_per_round
-    pairs = work.pairs_judged / round_work(past, 0).pairs_judged
-    passes = images * config.train.epochs / past.train.epochs
+    before = round_work(past, 0)
+    images, pairs, trained = (
+        now / then if then else 1.0
+        for now, then in (
+            (work.images, before.images), (work.pairs_judged, before.pairs_judged),
+            (work.trained_images, before.trained_images),
+        )
+    )  # fmt: skip
+    passes = trained * config.train.epochs / past.train.epochs
     return {"sample": images, "judge": images, "derive": pairs, "train": passes, "evaluate": 1.0, "publish": 1.0}

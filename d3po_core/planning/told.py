@@ -22,10 +22,11 @@ def sections(plan: Plan) -> list[tuple[str, str]]:
     work = plan.work
     judges = ", ".join(plan.scorers) or "people"
     stages = [
-        ("sample", f"{work.images:,} images: {work.groups:,} groups of {work.images // work.groups}, "
-                   f"{plan.prompts:,} prompts to draw from"),
+        *([("data set", f"{work.imported:,} groups, with their judgements")] if work.imported else []),
+        *([("sample", f"{work.images:,} images: {work.groups:,} groups of {work.images // work.groups}, "
+                      f"{plan.prompts:,} prompts to draw from")] if work.groups else []),
         ("size", _sizes(plan)),
-        ("judge", f"{work.pairs_judged:,} pairs, by {judges}"),
+        *([("judge", f"{work.pairs_judged:,} pairs, by {judges}")] if work.groups else []),
         *([("label", "people judge; the run sleeps meanwhile")] if "label" in work.stages else []),
         ("train", f"up to {work.pairs:,} pairs and {work.updates:,} updates; pairs that tie teach nothing"),
         ("evaluate", f"{work.held_out_images:,} held-out images of {plan.held_out_prompts:,} prompts"),
@@ -62,7 +63,8 @@ def _rounds(plan: Plan) -> str:
 
 def _counts(plan: Plan) -> str:
     work = plan.work
-    return (f"{work.images:,} images, up to {work.pairs:,} pairs, up to {work.updates:,} updates, "
+    imported = f"{work.imported:,} groups of a data set, " if work.imported else ""
+    return (f"{imported}{work.images:,} images, up to {work.pairs:,} pairs, up to {work.updates:,} updates, "
             f"{work.held_out_images:,} held-out images per round")  # fmt: skip
 
 

@@ -15,7 +15,8 @@ class Work:
     """A round's counts. Pairs and updates are the most that can be: ties teach nothing, and leave groups out.
 
     Attributes:
-        groups: groups of images, each of one prompt.
+        groups: groups of images that are sampled, each of one prompt.
+        imported: groups of a data set; each counts as a pair.
         images: images that are sampled.
         pairs_judged: pairs of images that are compared; as many end as a pair or a tie if programs judge.
         pairs: pairs to train on, at most.
@@ -25,6 +26,7 @@ class Work:
     """
 
     groups: int
+    imported: int
     images: int
     pairs_judged: int
     pairs: int
@@ -32,16 +34,23 @@ class Work:
     held_out_images: int
     stages: tuple[str, ...]
 
+    @property
+    def trained_images(self) -> int:
+        """Return the images that training passes over."""
+        return self.images + 2 * self.imported
+
 
 def round_work(config: CampaignConfig, held_out_prompts: int) -> Work:
     """Return what a round after round 0 does; ``held_out_prompts`` is how many its file has."""
     sample = config.sample
-    compared = sample.groups_per_round * math.comb(sample.group_size, 2)
+    compared = sample.sampled_groups * math.comb(sample.group_size, 2)
+    used = compared if config.judge.pairs == "all" else sample.sampled_groups
     return Work(
-        groups=sample.groups_per_round,
+        groups=sample.sampled_groups,
+        imported=sample.imported_groups,
         images=sample.images_per_round,
         pairs_judged=compared,
-        pairs=compared if config.judge.pairs == "all" else sample.groups_per_round,
+        pairs=used + sample.imported_groups,
         updates=count_updates(sample.groups_per_round, config.train),
         held_out_images=min(held_out_prompts, config.evaluate.max_prompts) * config.evaluate.images_per_prompt,
         stages=STAGES if config.judge.labeller == "proxy" else STAGES_WITH_PEOPLE,

@@ -38,8 +38,9 @@ class Facts:
     doubtful_pairs: list[Row]  # empty when all pairs are equally clear
     crossings: list[Row]  # pairs on which people and a proxy disagree
     crossing_counts: list[Row]  # one row per round and proxy
-    raters: list[Row]  # people, from judgements
+    raters: list[Row]  # people, and data sets with their judgements, from judgements
     sizes: list[Row]  # of the images, sampled or held out; none in campaigns of earlier versions
+    data_sets: list[str]  # their names
     preferred: list[HumanWinRate]  # from people's blind comparisons of held-out images
     files: list[Row]  # one row per table: where its Parquet files are
 
@@ -102,6 +103,7 @@ def gather(folder: Path, examples: int = 6) -> Facts:
             crossing_counts=counts,
             raters=_rows(connection, _RATERS),
             sizes=_rows(connection, _SIZES),
+            data_sets=[name for (name,) in connection.sql(_DATA_SETS).fetchall()],
             preferred=human_win_rates(folder),
             files=[_files(connection, folder, table) for table in SCHEMAS],
         )
@@ -124,6 +126,8 @@ SELECT held_out, height, width FROM (
     SELECT false AS held_out, height, width FROM samples UNION ALL SELECT true, height, width FROM evaluations
 ) WHERE height IS NOT NULL GROUP BY ALL ORDER BY held_out, height, width
 """
+
+_DATA_SETS = "SELECT DISTINCT rater FROM judgements WHERE starts_with(source, 'data set ') ORDER BY rater"
 
 _RATERS = f"""
 {questions("rater_kind != 'proxy'")}, rows AS (

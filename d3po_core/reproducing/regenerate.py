@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from d3po_core.errors import D3POError
-from d3po_core.image_ids import number_of
+from d3po_core.image_ids import is_imported, number_of
 from d3po_core.models.checkpoint import RECORD_FILE, computed_on, load_round
 from d3po_core.models.policy import Policy
 from d3po_core.queries.lookup import find_image
@@ -126,10 +126,15 @@ def batch_of(campaign: Path, sample_id: str) -> Batch:
     """Return the batch that an image was drawn in.
 
     Raises:
-        D3POError: there is no such image, or the tables do not match its seeds.
+        D3POError: there is no such image, it comes from a data set, or the tables do not match its seeds.
     """
     with connect(campaign) as connection:
         image, held_out = find_image(connection, campaign, sample_id)
+    if not held_out and is_imported(image["trajectory_path"]):
+        raise D3POError(
+            f"sample {sample_id!r} comes from a data set, so no model can draw it again; its file is "
+            f"{campaign / image['image_path']}"
+        )
     if not held_out:
         return training_batches(campaign, image["round"])[image["trajectory_path"]]
     return next(batch for batch in held_out_batches(campaign, image["round"]) if sample_id in batch.sample_ids)
@@ -141,7 +146,7 @@ def checkpoint_round(checkpoint: str | None) -> int:
 
 
 def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
-    """Return the batches of a round's images, by trajectory file.
+    """Return the batches of a round's sampled images, by trajectory file.
 
     Raises:
         D3POError: a stored seed is not the one that the image's place in the round gives.
@@ -157,7 +162,8 @@ def training_batches(campaign: Path, round_number: int) -> dict[str, Batch]:
         seen[prompt] += 1
     batches: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        batches.setdefault(row["trajectory_path"], []).append(row)
+        if not is_imported(row["trajectory_path"]):
+            batches.setdefault(row["trajectory_path"], []).append(row)
 
     def seed(row: dict[str, Any]) -> ImageSeed:
         shared = config.sample.share_initial_latent

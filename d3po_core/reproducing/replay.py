@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from d3po_core.errors import D3POError, NonFiniteLossError
+from d3po_core.image_ids import is_imported
 from d3po_core.models.checkpoint import OPTIMIZER_FILE, RECORD_FILE, computed_on, load_round
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import weights_file, weights_sha256
@@ -136,9 +137,11 @@ def check_replayable(campaign: Path, round_number: int) -> None:
 
 
 def _start(campaign: Path, round_number: int) -> int:
-    """Return the round whose checkpoint drew the images and started the training."""
-    rows = read_rows(partition(campaign, "samples", round_number) / "part.parquet")
-    return checkpoint_round(rows[0]["checkpoint"])
+    """Return the round whose checkpoint started the training, and drew the images that were sampled."""
+    image = read_rows(partition(campaign, "samples", round_number) / "part.parquet")[0]
+    if not is_imported(image["trajectory_path"]):
+        return checkpoint_round(image["checkpoint"])
+    return checkpoint_round(read_rows(partition(campaign, "rounds", round_number) / "part.parquet")[0]["checkpoint_in"])
 
 
 class _Resampled:
@@ -150,7 +153,7 @@ class _Resampled:
         self.compared = self.identical = 0
 
     def load_shard(self, path: str) -> ShardTensors:
-        if (self.campaign / path).exists():
+        if (self.campaign / path).exists() or is_imported(path):
             require_files(self.campaign, [path])
             return load_file(self.campaign / path)
         batch = training_batches(self.campaign, self.round_number)[path]

@@ -76,7 +76,7 @@ def round_members(config: CampaignConfig, round_number: int) -> list[list[Member
     group's size, without the member.
     """
     prompts = load_prompts(config.sample.prompts, config.sample.prompt_column, "sample.prompts")
-    drawn = draw_prompts(prompts, config.sample.groups_per_round, config.seed, round_number)
+    drawn = draw_prompts(prompts, config.sample.sampled_groups, config.seed, round_number)
     groups = []
     for index, (prompt, occurrence) in enumerate(drawn):
         group = group_id(round_number, index)

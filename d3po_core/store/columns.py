@@ -60,9 +60,9 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
     "samples": ("an image of a round", {
         "member": "place of the image in its group, from 0",
         "split": "train or eval",
-        "trajectory_path": "file with the image's latents, relative to the campaign's folder",
+        "trajectory_path": "file with the image's latents, relative to the campaign's folder; dataset-*: of a data set",
         "trajectory_row": "row of the image in that file",
-        "checkpoint": "checkpoint that drew the image; null for the base model",
+        "checkpoint": "checkpoint that drew the image; null for the base model, and for images of a data set",
     }),
     "groups": ("a group of a round", {"dissimilarity": "how different its images look"}),
     "judgements": ("one judgement by a rater", {
@@ -70,7 +70,7 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
         "other_id": "second image of a choice; null otherwise",
         "value": "score, rating or rank; for a choice, above 0 for the first image and below 0 for the second; "
         "null for a skip or an answer taken back",
-        "source": "origin of the judgement: a scorer, the page or an imported file",
+        "source": "origin of the judgement: a scorer, the page, an imported file or a data set",
         "seconds": "seconds the answer took; null if unknown",
     }),
     "preferences": ("a pair to train on", {}),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import is_imported
 from d3po_core.store.at_hand import bring
 
 # How to repair a damaged file, by the folder it lies in.
@@ -188,7 +189,8 @@ def _not_begun(campaign: Path, name: str) -> bool:
 def _pruned(path: Path) -> bool:
     if (path.parent / LEFT_OUT).exists():
         return True
-    return path.parent.parent.name == "trajectories" and not any(path.parent.glob("*.safetensors"))
+    sampled = path.parent.parent.name == "trajectories" and not is_imported(path.name)
+    return sampled and all(is_imported(other.name) for other in path.parent.glob("*.safetensors"))
 
 
 def _files_of(campaign: Path, round_number: int) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Free disk space by deleting what a finished round can make again from the rest.
 
-This drops trajectories, which a replay samples anew, staging, and half-written files. Tables, images, checkpoints with
+This drops trajectories, which a replay samples anew, staging, and half-written files. Latents of a data set's images
+stay, since nothing can make them again. Tables, images, checkpoints with
 their optimizer states, and stage records stay: you can still compare rounds, regenerate images and replay training.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import is_imported
 from d3po_core.store.files import disk_errors
 from d3po_core.store.integrity import require_whole
 from d3po_core.store.stages import finished_numbers
@@ -87,7 +89,7 @@ def _droppable(parts: tuple[str, ...], names: set[str]) -> bool:
     if not inner:
         return False
     if kind in DROPPED:
-        return inner[0] in names
+        return inner[0] in names and not (kind == "trajectories" and is_imported(inner[-1]))
     if kind == "checkpoints":  # progress of a killed training, and a checkpoint that was being written
         return any(inner[0].startswith((f"{name}-update=", f".{name}.tmp", f".{name}-update=")) for name in names)
     # People's answers arrive without the campaign's lock, so a temporary file there may still be in use.

@@ -38,6 +38,7 @@ class TrainingSet:
         groups: pairs as (winner, loser, weight), indices into N, and labels of single images.
         noise_seeds: N seeds of the steps' noise; they recover the sampling policy's means.
         size: their height and width in pixels; None if an earlier version drew them, at the network's native size.
+        imported: images of a data set, which have no trajectory; only their last latent counts.
     """
 
     prompts: list[str]
@@ -46,6 +47,7 @@ class TrainingSet:
     groups: list[PairedGroup]
     noise_seeds: list[int]
     size: Size | None = None
+    imported: frozenset[int] = frozenset()
 
     @cached_property
     def noise_NTCHW(self) -> torch.Tensor:

@@ -178,13 +178,14 @@ def measure_learned(
 ) -> Seen | None:  # fmt: skip
     """Return the trained policy's metrics on the round's pairs, or None if nothing is measured.
 
-    Every group with a pair passes once more at a share of its steps (``train.measured_share``). All steps count alike;
-    the seed decides which steps a group gets. A pass costs a third of training on it. Metrics are those of D3PO on the
-    stored steps whatever was learned, so that objectives can be compared. Arguments as in ``train_updates``.
+    Every sampled group with a pair passes once more at a share of its steps (``train.measured_share``); groups of a
+    data set have no steps to measure. All steps count alike; the seed decides which steps a group gets. A pass costs a
+    third of training on it. Metrics are those of D3PO on the stored steps whatever was learned, so that objectives can
+    be compared. Arguments as in ``train_updates``.
     """
     work: list[tuple[Lesson, list[Cell]]] = []
     for steps, part in [(schedule, data), *more]:
-        groups = [group for group in part.groups if group.pairs]
+        groups = [group for group in part.groups if group.pairs and not part.imported.intersection(group.images)]
         cells = measured_cells(groups, trainable_steps(steps), config.measured_share, seed)
         if cells:
             rows_R2 = torch.tensor([(image, step) for group, step in cells for image in group.images])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from d3po_core.config import CampaignConfig
 from d3po_core.denoising.ddim import Schedule
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import is_imported
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import derive_seed
 from d3po_core.sizes import Size
@@ -72,11 +73,11 @@ def _set_of(
         images_of[sample["group_id"]].append(i)
     shards = {path: load_shard(path) for path in dict.fromkeys(sample["trajectory_path"] for sample in used)}
     rows = [(shards[sample["trajectory_path"]], sample["trajectory_row"]) for sample in used]
-    empty = torch.empty(0)
+    latents_NTCHW, log_probs_NT = _stacked(rows)
     return TrainingSet(
         prompts=[sample["prompt"] for sample in used],
-        latents_NTCHW=torch.stack([shard["latents"][row] for shard, row in rows]) if rows else empty,
-        log_probs_NT=torch.stack([shard["log_probs"][row] for shard, row in rows]) if rows else empty,
+        latents_NTCHW=latents_NTCHW,
+        log_probs_NT=log_probs_NT,
         groups=[
             PairedGroup(
                 tuple(images),
@@ -87,7 +88,19 @@ def _set_of(
         ],
         noise_seeds=[sample["seed"] for sample in used],
         size=size,
+        imported=frozenset(i for i, sample in enumerate(used) if is_imported(sample["trajectory_path"])),
     )
+
+
+def _stacked(rows: list[tuple[ShardTensors, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latents and log_probs of all rows; an image without a trajectory stands still at x_0, with zeros."""
+    if not rows:
+        return torch.empty(0), torch.empty(0)
+    latents = [shard["latents"][row] for shard, row in rows]
+    longest = max(map(len, latents))
+    latents = [latent if len(latent) == longest else latent.expand(longest, *latent.shape[1:]) for latent in latents]
+    log_probs = [shard["log_probs"][row] if "log_probs" in shard else torch.zeros(longest - 1) for shard, row in rows]
+    return torch.stack(latents), torch.stack(log_probs)
 
 
 def labelled_samples(campaign: Path, round_number: int, labels: Labels) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ def show(
     campaign: ReadCampaignOption = "shapes",
 ) -> None:
     """Show where an image came from: prompt, seed, checkpoint and run; and its judgements and pairs."""
+    from d3po_core.image_ids import is_imported
     from d3po_core.mirror.reading import campaign_at
     from d3po_core.queries.lookup import image_story
     from d3po_core.store.at_hand import source_of
@@ -53,13 +54,15 @@ def show(
         f"seed        {image['seed']}",
         *([f"size        {image['height']} x {image['width']} pixels (height x width)"] if image["height"] else []),
         f"image       {folder / image['image_path']}{_absent(folder, image['image_path'])}",
-        f"checkpoint  {image['checkpoint'] or '(base model)'}",
     ]
+    if story.held_out or not is_imported(image["trajectory_path"]):
+        lines.append(f"checkpoint  {image['checkpoint'] or '(base model)'}")
     if not story.held_out:
         path = image["trajectory_path"]
         pruned = not source_of(folder) and not (folder / path).exists()
         there = " (pruned; a replay samples it anew)" if pruned else ""
-        lines.append(f"trajectory  {path}, row {image['trajectory_row']}{there}")
+        what = "data set    latent in" if is_imported(path) else "trajectory "
+        lines.append(f"{what} {path}, row {image['trajectory_row']}{there}")
     lines += [
         f"run         MLflow {run.get('mlflow_run_id') or 'unknown'}, git {(run.get('git_commit') or 'unknown')[:10]}"
         if run else "run         round not finished",

@@ -16,6 +16,7 @@ from d3po.flows.commands.ask import check, query, show
 from d3po.flows.commands.browse import browse
 from d3po.flows.commands.doctor import doctor
 from d3po.flows.commands.export import export_lora, export_preferences
+from d3po.flows.commands.import_dataset import import_dataset
 from d3po.flows.commands.init import init
 from d3po.flows.commands.invite import invite, revoke
 from d3po.flows.commands.judgement_files import export_sheet, import_judgements
@@ -33,7 +34,7 @@ from d3po_core.errors import D3POError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Before a run": (plan, doctor),
+    "Before a run": (plan, doctor, import_dataset),
     "People judge": (label, invite, revoke, import_judgements, export_sheet, raters),
     "Look": (query, show, browse, compare, report, check),
     "Another machine": (pull, push),

@@ -39,6 +39,8 @@ class Family(Protocol):
     TEXT_WINDOWS: ClassVar[Mapping[str, int]]
     """By tokenizer, the tokens of a prompt that the pipeline reads; by default as many as the tokenizer says."""
 
+    ELEMENT: ClassVar[int]
+    """Width of an element of a stored latent, in elements of the VAE's."""
     TEXT_STATES: ClassVar[str]
     """The entry of an embedding that the network's cross-attention reads."""
     READS_TEXT_BY_ATTENTION_ALONE: ClassVar[bool]
@@ -159,4 +161,8 @@ class Family(Protocol):
 
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
         """Decode final latents to images ``[B, 3, height, width]``, nominally in [-1, 1]."""
+        ...
+
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the latents that decode to images in [-1, 1]: the mean of the VAE's posterior."""
         ...

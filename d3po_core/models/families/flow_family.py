@@ -91,6 +91,11 @@ class FlowFamily(StableDiffusion):
         return default_noise_level(scheduler, num_steps, cls.levels(scheduler.config, num_steps, latent_shape))
 
     @staticmethod
+    def scaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return the VAE's latents in the scale of the network; undoes ``unscaled``."""
+        return (latent_BCHW - config.shift_factor) * config.scaling_factor
+
+    @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
         """Return latents in the scale that the VAE decodes."""
         return latent_BCHW / config.scaling_factor + config.shift_factor

@@ -80,11 +80,20 @@ class Flux2Klein(FlowFamily):
 
     def decode(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the VAE's images of latents with its mean and deviation, put together from their patches."""
-        vae, norm = self.pipeline.vae, self.pipeline.vae.bn
-        deviation_C11, mean_C11 = (
-            value_C[:, None, None].float()
-            for value_C in ((norm.running_var + vae.config.batch_norm_eps).sqrt(), norm.running_mean)
-        )
+        vae, (deviation_C11, mean_C11) = self.pipeline.vae, self._norm()
         patches = (latent_BCHW * deviation_C11 + mean_C11).unflatten(1, (-1, 2, 2))  # B C 2 2 H W
         latent_BCHW = patches.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
         return vae.decode(latent_BCHW.to(vae.dtype)).sample
+
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the VAE's posterior as patches, without its mean and deviation."""
+        vae, (deviation_C11, mean_C11) = self.pipeline.vae, self._norm()
+        latent_BCHW = vae.encode(image_BCHW.to(vae.dtype)).latent_dist.mode().float()
+        patches = latent_BCHW.unflatten(-1, (-1, 2)).unflatten(2, (-1, 2))  # B C H 2 W 2
+        return (patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3) - mean_C11) / deviation_C11
+
+    def _norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return deviation and mean of the VAE's patches per channel, ``[C, 1, 1]``."""
+        vae, norm = self.pipeline.vae, self.pipeline.vae.bn
+        deviation_C = (norm.running_var + vae.config.batch_norm_eps).sqrt()
+        return deviation_C[:, None, None].float(), norm.running_mean[:, None, None].float()

@@ -77,6 +77,20 @@ class QwenImage(FlowFamily):
         vae = self.pipeline.vae
         return vae.decode(self.unscaled(latent_BCHW, vae.config)[:, :, None].to(vae.dtype)).sample[:, :, 0]
 
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the posterior of a film of one frame, in the scale of the network."""
+        vae = self.pipeline.vae
+        mean_BCHW = vae.encode(image_BCHW[:, :, None].to(vae.dtype)).latent_dist.mode()[:, :, 0]
+        return self.scaled(mean_BCHW.float(), vae.config)
+
+    @staticmethod
+    def scaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return the VAE's latents in the scale of the network; undoes ``unscaled``."""
+        mean_C11, std_C11 = (
+            latent_BCHW.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
+        )
+        return (latent_BCHW - mean_C11) / std_C11
+
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
         """Return latents in the scale that the VAE decodes."""

@@ -75,6 +75,16 @@ pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=steps.get("flow
         timestep_B = t_B * self.pipeline.transformer.config.timestep_scale
         return network(latent_BCHW, timestep=timestep_B, **embeddings).sample
 
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the VAE's latents, which are no distribution, in the scale of the network."""
+        vae = self.pipeline.vae
+        return self.scaled(vae.encode(image_BCHW.to(vae.dtype)).latent.float(), vae.config)
+
+    @staticmethod
+    def scaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return the VAE's latents in the scale of the network; undoes ``unscaled``."""
+        return latent_BCHW * config.scaling_factor
+
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
         """Return latents in the scale that the VAE decodes."""

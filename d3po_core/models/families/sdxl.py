@@ -83,6 +83,16 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         return network(latent_BCHW, t_B, encoder_hidden_states=text_BLD, added_cond_kwargs=added).sample
 
     @staticmethod
+    def scaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return the VAE's latents in the scale of the network; undoes ``unscaled``."""
+        if config.latents_mean is None:
+            return latent_BCHW * config.scaling_factor
+        mean_C11, std_C11 = (
+            latent_BCHW.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
+        )
+        return (latent_BCHW - mean_C11) * config.scaling_factor / std_C11
+
+    @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
         """Return latents in the scale that the VAE decodes, with its mean and deviation per channel if it has any."""
         if config.latents_mean is None:

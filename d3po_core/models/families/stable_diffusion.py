@@ -159,6 +159,17 @@ pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config{chain
         vae = self.pipeline.vae
         return vae.decode(self.unscaled(latent_BCHW, vae.config).to(vae.dtype)).sample
 
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the VAE's posterior, in the scale of the network."""
+        vae = self.pipeline.vae
+        mean_BCHW = vae.encode(image_BCHW.to(vae.dtype)).latent_dist.mode()
+        return self.scaled(mean_BCHW.float(), vae.config)
+
+    @staticmethod
+    def scaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return the VAE's latents in the scale of the network; undoes ``unscaled``."""
+        return latent_BCHW * config.scaling_factor
+
     @staticmethod
     def unscaled(latent_BCHW: torch.Tensor, config: Any) -> torch.Tensor:
         """Return latents in the scale that the VAE decodes, from the configuration fields that the pipeline reads."""

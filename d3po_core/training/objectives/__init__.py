@@ -74,6 +74,12 @@ def check_objective(config: CampaignConfig) -> None:
             f"train.steps_per_image is {train.steps_per_image} but an image has {trained} steps (sample.num_steps); "
             "give at most as many"
         )
+    if config.sample.dataset and objective.source != "fresh_noise":
+        fitting = [name for name, kind in OBJECTIVES.items() if kind.source == "fresh_noise"]
+        raise D3POError(
+            f"train.objective is {train.objective!r}, which learns from trajectories, and images of sample.dataset "
+            f"{config.sample.dataset!r} have none; set it to one of {', '.join(fitting)}"
+        )
     if config.judge.rewards == "scores" and config.judge.labeller == "human" and objective.takes() != "pairs":
         raise D3POError(
             f"{train.objective} learns from a number per image, judge.rewards is 'scores', but with judge.labeller "

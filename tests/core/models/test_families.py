@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -14,6 +15,7 @@ from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
 from d3po_core.errors import D3POError
 from d3po_core.export.kohya import KOHYA_FILE, write_for_others
 from d3po_core.models.families import FAMILIES
+from d3po_core.models.families.sdxl import StableDiffusionXL
 from d3po_core.models.loaded import load_policy
 from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
@@ -23,6 +25,7 @@ from d3po_core.training.lesson import TrainingSet
 from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.packing import PairedGroup
 from d3po_core.training.trainer import train_updates
+from tests.core.models.encoding_check import check_encoding
 from tests.core.models.tiny_models import NAMES, tiny_model
 from tests.core.sampling.drawing import image_seed, stir_lora
 
@@ -232,6 +235,20 @@ def test_images_of_a_latent_are_the_vaes(name: str, policy_of: Loader, folders: 
         image = vae.decode(latent / vae.config.scaling_factor + shift).sample
     expected = (image.clamp(-1, 1) + 1) / 2 * 255
     assert (torch.from_numpy(policy.decode(latent)).permute(0, 3, 1, 2) - expected).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoded_image_is_decoded_from_the_vaes_own_latents(name: str, policy_of: Loader) -> None:
+    family = policy_of(name).family
+    check_encoding(family, family.latent_shape[-1] * family.pipeline.vae_scale_factor)
+
+
+def test_latents_with_a_mean_and_a_deviation_are_those_of_the_vae_again() -> None:
+    config = SimpleNamespace(latents_mean=[0.5, -1.0], latents_std=[2.0, 0.25], scaling_factor=0.13)
+    latent = gaussian(0, 1, 2, 3, 3)
+    family = StableDiffusionXL
+    assert torch.allclose(family.scaled(latent, config)[0, 0], (latent[0, 0] - 0.5) / 2 * 0.13)
+    torch.testing.assert_close(family.unscaled(family.scaled(latent, config), config), latent)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])

@@ -24,6 +24,7 @@ from d3po_core.models.policy import Policy
 from d3po_core.models.weights import LORA_FILE
 from d3po_core.sampling.rollout import replay_steps, sample_trajectories
 from d3po_core.seeds import gaussian
+from tests.core.models.encoding_check import check_encoding
 from tests.core.models.tiny_flow_models import FLOW_NAMES, side_of, tiny_flow_model
 from tests.core.sampling.drawing import image_seed, stir_lora
 
@@ -308,6 +309,11 @@ def test_an_images_size_gives_its_latents_shape(name: str, policy_of: Callable[.
         assert family.decode(gaussian(0, 1, *shape)).shape == (1, 3, side, 2 * side)
     with pytest.raises(D3POError, match=f"{side + 1} x {side} pixels does not fit .*; expected multiples of"):
         family.latent_shape_at(side + 1, side)
+
+
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_an_encoded_image_is_decoded_from_the_vaes_own_latents(name: str, policy_of: Callable[..., Policy]) -> None:
+    check_encoding(policy_of(name).family, 2 * side_of(name))
 
 
 def test_weights_in_shards_and_variants_load_as_whole_ones(

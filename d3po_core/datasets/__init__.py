@@ -1,0 +1,1 @@
+"""Preferences that already exist: read, encode and store them once; rounds then draw groups from them."""
