@@ -316,6 +316,9 @@ def test_held_out_prompts_and_foreign_vaes_and_names_of_scorers_are_refused(
     named = settings(tmp_path, str(made.sample.dataset), judge={"scorers": ["mine"]})
     with pytest.raises(D3POError, match="has the name of a scorer"):
         check_dataset(named, [])
+    sized = settings(tmp_path, str(made.sample.dataset), sample={"height": 32, "width": 64})
+    with pytest.raises(D3POError, match=r"at the network's native size, and the campaign draws 32 x 64 pixels"):
+        check_dataset(sized, [])
     monkeypatch.setattr("d3po_core.datasets.checks.vae_sha256", lambda model: "another")
     with pytest.raises(D3POError, match="was encoded by the VAE of 'data/shapes/model', which is not that of"):
         check_dataset(config, [])
