@@ -68,8 +68,8 @@ def _arguments() -> argparse.Namespace:
         "--processes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4], help="how many (1,2,4)"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where (cuda)")
-    parser.add_argument("--batch", type=int, default=64, help="images, or image-steps of training, at once (64)")
-    parser.add_argument("--shards", type=int, default=8, help="batches of images to sample (8)")
+    parser.add_argument("--batch", type=int, default=32, help="images, or image-steps of training, at once (32)")
+    parser.add_argument("--shards", type=int, default=16, help="batches of images to sample (16)")
     parser.add_argument("--groups", type=int, default=64, help="groups of two to train on (64)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
     parser.add_argument("--repeats", type=int, default=2, help="turns that are counted (2)")
