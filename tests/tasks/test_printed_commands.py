@@ -12,7 +12,7 @@ from tests.flows.test_printed_commands import arguments_of, printed
 # These start servers, run rounds, change the campaign, or need a model and a GPU: they have tests of their own.
 NOT_HERE = (
     "init", "plan", "doctor", "invite", "revoke", "run", "submit", "campaigns", "up", "down", "status", "label",
-    "import", "discard-round", "replay", "mirror", "pull", "push",
+    "import", "import-dataset", "discard-round", "replay", "mirror", "pull", "push",
 )  # fmt: skip
 # Names of the documents' campaign, and what they are called in this one.
 HERE = {"shapes": "tiny", "mine": "tiny", "bright": "tiny", "c": "tiny", "r3-g4-m1": "r2-g4-m1"}
