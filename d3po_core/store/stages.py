@@ -122,11 +122,18 @@ def policy_files(campaign: Path, round_number: int, start: int) -> list[str]:
 
 def finished_numbers(campaign: Path) -> list[int]:
     """Return the numbers of the finished rounds, in order: those with a row in ``rounds``; 0 is the base."""
-    rows = {name for name in _round_folders(campaign / "rounds") if _has_table(f"{campaign}/rounds/{name}")}
     # Count a round whose listed row is gone, so that its reader gets an error.
     stages = f"{campaign}/stages"
     noted = {name for name in _round_folders(campaign / "stages") if os.path.exists(f"{stages}/{name}/publish.files")}
+    others = {*_round_folders(campaign / "rounds")} - noted
+    rows = {name for name in others if _has_table(f"{campaign}/rounds/{name}")}
     return sorted(int(name.removeprefix("round=")) for name in rows | noted)
+
+
+def begun_numbers(campaign: Path) -> list[int]:
+    """Return the numbers of the rounds that have a stage or a row in ``rounds``, in order."""
+    found = {*_round_folders(campaign / "stages"), *_round_folders(campaign / "rounds")}
+    return sorted(int(name.removeprefix("round=")) for name in found)
 
 
 def _round_folders(table: Path) -> list[str]:

@@ -33,7 +33,7 @@ from d3po_core.people.blind import collect_comparisons, comparison_path, compari
 from d3po_core.people.human_win_rate import HumanWinRate, human_win_rates
 from d3po_core.report.write import REPORT_FILE
 from d3po_core.store.campaign import round_config
-from d3po_core.store.stages import finished_numbers, stage_path
+from d3po_core.store.stages import begun_numbers, finished_numbers, stage_path
 from d3po_core.store.tables import partition
 from d3po_core.urls import masked
 
@@ -114,7 +114,7 @@ def _told_path(campaign: Path, rate: HumanWinRate) -> Path:
 
 def _deliver_stages(config: CampaignConfig) -> None:
     folder = config.folder  # looked up once: each lookup costs, and this looks at many files
-    if _is_left_alone() or not any(_finished(folder, number) for number in _rounds_begun(folder)):
+    if _is_left_alone() or not any(_finished(folder, number) for number in begun_numbers(folder)):
         return
     waiting = _waiting(folder, Path.exists)
     try:
@@ -205,18 +205,13 @@ def _waiting(campaign: Path, is_marked: Callable[[Path], bool]) -> list[tuple[in
     Stages are delivered in order. So nothing waits before a round that is published and all marked.
     """
     waiting: list[tuple[int, int]] = []
-    for number in reversed(_rounds_begun(campaign)):
+    for number in reversed(begun_numbers(campaign)):
         orders = _finished(campaign, number)
         unmarked = [order for order in orders if not is_marked(mark_path(campaign, number, STAGES[order]))]
         waiting = [(number, order) for order in unmarked] + waiting
         if not unmarked and STAGES.index("publish") in orders:
             break
     return waiting
-
-
-def _rounds_begun(campaign: Path) -> list[int]:
-    found = {path.name for table in ("stages", "rounds") for path in campaign.glob(f"{table}/round=*")}
-    return sorted(int(name.removeprefix("round=")) for name in found)
 
 
 def _finished(campaign: Path, round_number: int) -> list[int]:

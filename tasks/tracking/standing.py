@@ -23,6 +23,7 @@ class Standing:
         against_base: on the same held-out images; None for the base, and if they share no images.
         against_champion: the same; None for the champion itself.
         people: how often people prefer it to the base, seen blind; None if nobody was asked.
+        is_recent: whether texts compare it with the champion, which changes; those of an early round stay as they are.
     """
 
     record: RoundRecord
@@ -30,6 +31,7 @@ class Standing:
     against_base: Comparison | None
     against_champion: Comparison | None
     people: HumanWinRate | None
+    is_recent: bool = True
 
     @property
     def is_champion(self) -> bool:
@@ -37,13 +39,16 @@ class Standing:
         return self.record.round == self.champion
 
 
-def standings(campaign: Path, rates: list[HumanWinRate], asked: Collection[int]) -> list[Standing]:
+def standings(
+    campaign: Path, rates: list[HumanWinRate], asked: Collection[int], recent: Collection[int]
+) -> list[Standing]:
     """Return the standing of the asked rounds, the base and the champion, in order.
 
     Args:
         campaign: the campaign's folder, with at least one finished round.
         rates: what people preferred in blind comparisons.
         asked: finished rounds.
+        recent: those whose texts tell of the champion.
     """
     base, champion = finished_numbers(campaign)[0], round_named(campaign, "champion")
     numbers = sorted({base, champion, *asked})
@@ -54,6 +59,7 @@ def standings(campaign: Path, rates: list[HumanWinRate], asked: Collection[int])
             record, champion,
             against_base=against_base.get(record.round), against_champion=against_champion.get(record.round),
             people=human_win_rate(rates, record.round, base) if record.round != base else None,
+            is_recent=record.round in recent,
         )
         for record in records
     ]  # fmt: skip

@@ -27,7 +27,7 @@ def _stands(standing: Standing) -> str:
     if standing.is_champion:
         return " champion"
     change = standing.against_champion
-    words = [f"{change.difference.mean:+.3f} to champion"] if change else []
+    words = [f"{change.difference.mean:+.3f} to champion"] if change and standing.is_recent else []
     words += [standing.record.verdict] if standing.record.verdict not in (None, "ok") else []
     return f" {', '.join(words)}" if words else ""
 
@@ -41,11 +41,11 @@ def about_round(standing: Standing, config: CampaignConfig, label: str) -> str:
     """Description of a round's run and of its model's version, without the lines that load it."""
     record = standing.record
     other = called(standing.champion) if standing.champion else "the base"
-    place = "the champion" if standing.is_champion else f"the champion is {other}"
+    place = "; the champion" if standing.is_champion else f"; the champion is {other}" if standing.is_recent else ""
     lines = [
-        f"{record.score} {record.eval_scorer}, {called(record.round)} of campaign `{label}`; {place}.", "",
+        f"{record.score} {record.eval_scorer}, {called(record.round)} of campaign `{label}`{place}.", "",
         *_compared("the base", standing.against_base),
-        *([] if standing.champion == 0 else _compared("the champion", standing.against_champion)),
+        *(_compared("the champion", standing.against_champion) if standing.champion and standing.is_recent else []),
         *_by_people(standing),
     ]  # fmt: skip
     if record.verdict:

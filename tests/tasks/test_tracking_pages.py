@@ -92,6 +92,22 @@ def test_a_new_champion_changes_the_names_of_earlier_rounds(own: CampaignConfig,
     assert "the champion is round 2." in earlier.data.tags["mlflow.note.content"]
 
 
+def test_a_round_that_is_no_longer_recent_gets_a_last_text_without_the_champion(
+    own: CampaignConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "RECENT", 1)
+    as_champion(own.folder, 2)
+    held = shutil.move(own.folder / "rounds/round=2", tmp_path / "round 2 is not finished")
+    delivery.deliver(own)
+    assert "champion" in everything()["1"].data.tags["mlflow.note.content"]
+    shutil.move(held, own.folder / "rounds/round=2")
+    delivery.deliver(own)
+    early = everything()["1"]
+    assert early.info.run_name == f"round 1: {means(own.folder)[1]:.3f} [too few to tell] · tiny"
+    assert "champion" not in early.data.tags["mlflow.note.content"].partition("```")[0]
+    assert "the champion is round 2." in everything()["0"].data.tags["mlflow.note.content"]  # the base is told again
+
+
 def test_texts_are_written_when_they_change_and_only_then(own: CampaignConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     delivery.deliver(own)
     written: list[str] = []
@@ -211,7 +227,7 @@ def record(number: int, **values: Any) -> RoundRecord:
 
 
 def test_a_refused_round_says_so_and_a_model_s_name_is_one_that_mlflow_takes(own: CampaignConfig) -> None:
-    first = standings(own.folder, [], finished_numbers(own.folder))[0]
+    first = standings(own.folder, [], finished_numbers(own.folder), finished_numbers(own.folder))[0]
     refused = type(first)(record(11, verdict="rejected"), 12, None, None, None)
     assert round_name(refused, "shapes") == "round 11: 0.743 [0.667, 0.812] rejected · shapes"
     name = model_name(record(12), "shapes")
