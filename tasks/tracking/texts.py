@@ -33,7 +33,7 @@ from d3po_core.store.stages import finished_numbers
 from d3po_core.urls import masked
 
 # Rewriting a round's texts takes MLflow a tenth of a second.
-RECENT = 50
+RECENT = 10
 
 
 def tell_texts(client: Client, config: CampaignConfig, campaign_run: str, rates: list[HumanWinRate]) -> None:
