@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -135,12 +135,25 @@ def _texts(
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         if path.suffix == ".csv":
-            csv.field_size_limit(sys.maxsize)
-            yield from csv.DictReader(stream)
+            yield from _csv_rows(stream)
         elif path.suffix == ".json":
             yield from map(_record, json.load(stream))
         else:
             yield from (_record(line) for line in stream if line.strip())
+
+
+def _csv_rows(stream: TextIO) -> Iterator[dict[str, Any]]:
+    """Yield rows whose fields may have any length; other readers of this process keep their limit."""
+    reader = csv.DictReader(stream)
+    while True:
+        before = csv.field_size_limit(sys.maxsize)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
 
 
 def _record(item: Any) -> dict[str, Any]:

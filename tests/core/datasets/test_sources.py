@@ -128,3 +128,13 @@ def test_what_is_no_image_says_why(tmp_path: Path) -> None:
     for data in (b"x", encoded(np.zeros((9, 9, 3), np.uint8))[:40]):
         with pytest.raises(RowError, match="holds no readable image"):
             fitted(data, 8, 8)
+
+
+def test_a_long_field_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    text = "x" * (limit + 1)
+    (tmp_path / "long.csv").write_text(f"image_w,image_l,caption\na.png,b.png,{text}\n")
+    (source,) = find_sources([tmp_path / "long.csv"], None, {})
+    ((_, (row,)),) = source.chunks(3, lambda first: False)
+    assert row["caption"] == text
+    assert csv.field_size_limit() == limit
