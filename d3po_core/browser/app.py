@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from d3po_core.browser.gallery import ORDERS, PAGE_SIZE, Filters, Gallery
 from d3po_core.browser.thumbnails import thumbnail
 from d3po_core.errors import D3POError
+from d3po_core.image_ids import is_imported
 from d3po_core.page.gate import Guard
 from d3po_core.paths import data_folder
 from d3po_core.queries.lookup import image_story
@@ -120,7 +121,9 @@ def _add_pages(app: FastAPI, shelf: _Shelf, secret: str) -> None:
         gallery = shelf.gallery(name)
         if gallery.image_path(sample_id) is None:
             raise HTTPException(404, f"There is no image {sample_id!r} in campaign {name!r}.")
-        return shelf.html("story.html", name=name, id=sample_id, story=image_story(gallery.campaign, sample_id))
+        found = image_story(gallery.campaign, sample_id)
+        imported = is_imported(found.image.get("trajectory_path", ""))
+        return shelf.html("story.html", name=name, id=sample_id, story=found, imported=imported)
 
 
 def _add_images(app: FastAPI, shelf: _Shelf, secret: str) -> None:

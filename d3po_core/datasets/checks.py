@@ -1,8 +1,9 @@
 """Check that a campaign can train on a data set, before anything is computed."""
 
 from d3po_core.config import CampaignConfig
-from d3po_core.datasets.stored import Dataset, one_size, open_dataset, vae_sha256
+from d3po_core.datasets.stored import one_size, open_dataset, vae_sha256
 from d3po_core.errors import D3POError
+from d3po_core.sampling.prompts import prompts_among
 from d3po_core.sizes import Size, in_words
 from d3po_core.training.objectives import make_objective
 
@@ -53,22 +54,12 @@ def check_dataset(config: CampaignConfig, held_out: list[str]) -> None:
             f"{_pixels(size)} (sample.height, sample.width); set them to the data set's, or import it for this size "
             "under another --name"
         )
-    _check_held_out(dataset, held_out)
-
-
-def _pixels(size: Size | None) -> str:
-    return f"{in_words(size)} pixels" if size else "the network's native size"
-
-
-def _check_held_out(dataset: Dataset, held_out: list[str]) -> None:
-    known = {_plain(prompt) for prompt in held_out}
-    both = [prompt for prompt in dataset.prompts() if _plain(prompt) in known]
-    if both:
+    if both := prompts_among(dataset.prompts(), held_out):
         raise D3POError(
             f"{len(both)} prompts of the data set {dataset.name!r} are in evaluate.prompts ({both[0]!r} first); "
             "evaluate on others, or the held-out score says nothing"
         )
 
 
-def _plain(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
+def _pixels(size: Size | None) -> str:
+    return f"{in_words(size)} pixels" if size else "the network's native size"

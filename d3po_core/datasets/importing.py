@@ -22,7 +22,7 @@ BEGUN = "import.json"
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import found.
+    """The counts of a finished import.
 
     Attributes:
         folder: the data set's folder.
@@ -65,14 +65,12 @@ def import_dataset(
     """
     try:
         with exclusive(folder / ".lock", wait=False):
+            _begin(folder, config, sources)
             if not (folder / FACTS).exists():
-                _begin(folder, config, sources)
                 dtype = getattr(torch, config.sample.latent_dtype)
                 make = make_encoder or (lambda: Encoder(config.model, one_size(config)))
                 _write_shards(folder, ShardWriter(folder, make, dtype, known_images(folder)), sources, tell)
                 write_groups(folder, config, sources)
-            else:
-                _begin(folder, config, sources)
     except BlockingIOError:
         raise D3POError(
             f"{folder}: another process imports this data set; wait for it, or use another --name"

@@ -8,6 +8,7 @@ it encodes it, later ones only name it.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,11 @@ class ShardWriter:
     make_encoder: Callable[[], Encoder]
     latent_dtype: torch.dtype
     known: set[str]
-    _loaded: list[Encoder] = field(default_factory=list)
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """Return the VAE, loaded once."""
-        if not self._loaded:
-            self._loaded.append(self.make_encoder())
-        return self._loaded[0]
+        return self.make_encoder()
 
     def write(self, source: Source, number: int, first: int, rows: list[dict[str, Any]]) -> None:
         """Make the shard of these rows.
@@ -139,7 +137,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a row says, with the bytes of its images' files by digest; or why it says nothing."""
+    """A row that was read, with the bytes of its image files by digest; or the problem that keeps it out."""
 
     entry: Entry | None = None
     digests: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a model card says of a base model that its lines cannot load as they are."""
+"""The sentences of a model card about a base model that the card's lines cannot load as it is."""
 
 from d3po_core.config import ModelConfig
 from d3po_core.models.families import Family

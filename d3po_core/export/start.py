@@ -1,4 +1,4 @@
-"""What an export says of the LoRA that a campaign went on from."""
+"""The lines of an export about the LoRA that its campaign went on from."""
 
 from pathlib import Path
 from typing import Any

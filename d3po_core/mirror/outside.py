@@ -1,4 +1,4 @@
-"""What lies outside stages: a campaign's settings and goals, comparisons, and what people said that no stage lists.
+"""Find the files that belong to no stage: settings, goals, comparisons, and judgements that no stage has listed yet.
 
 Rounds that the mirror has as a whole are looked at again only when somebody adds a file to one: people may judge, and
 report images of, a finished round. Blocks of the journal are read once.

@@ -1,4 +1,4 @@
-"""What a store is asked before it is trusted: its time, and whether it keeps what it was told to keep."""
+"""Test a store before it is trusted: ask for its time, and check that it refuses to overwrite an object."""
 
 import uuid
 from datetime import UTC, datetime

@@ -79,8 +79,7 @@ def keep_files(config: CampaignConfig, round_number: int, files: Files) -> None:
 
     paths = list(files)
     at_once(keep, paths[:-1])
-    for last in paths[-1:]:
-        keep(last)
+    at_once(keep, paths[-1:])
 
 
 def letter(config: CampaignConfig) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from d3po_core.errors import D3POError
@@ -124,13 +124,17 @@ def check_held_out(training: list[str], held_out: list[str]) -> None:
     Raises:
         D3POError: a prompt is in both lists, ignoring case and spaces.
     """
-    trained = {_plain(prompt) for prompt in training}
-    both = sorted(prompt for prompt in set(held_out) if _plain(prompt) in trained)
-    if both:
+    if both := sorted(prompts_among(set(held_out), training)):
         raise D3POError(
             f"{len(both)} prompts are in sample.prompts and in evaluate.prompts ({both[0]!r} first); "
             "take them out of one, or the held-out score says nothing"
         )
+
+
+def prompts_among(prompts: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return the prompts that are also among the others, ignoring case and spaces."""
+    known = {_plain(prompt) for prompt in others}
+    return [prompt for prompt in prompts if _plain(prompt) in known]
 
 
 def _plain(prompt: str) -> str:

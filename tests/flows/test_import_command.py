@@ -1,17 +1,18 @@
 """``d3po import`` and ``d3po export-sheet`` as commands, and the flow of the same options."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from d3po.flows.commands import judgement_files as import_command
 from d3po_core.config import CampaignConfig
 from d3po_core.errors import D3POError
 from d3po_core.store.tables import connect
 from tests.core.sampled import sampled_campaign
+from tests.flows.typing_commands import typed
 
 app = typer.Typer()
 app.command("import")(import_command.import_judgements)
@@ -24,12 +25,7 @@ def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CampaignConfig:
     return sampled_campaign(tmp_path / "runs", images=True)
 
 
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, D3POError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+run = partial(typed, app)
 
 
 def num_judgements(campaign: CampaignConfig) -> int:

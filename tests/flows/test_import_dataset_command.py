@@ -1,11 +1,11 @@
 """``d3po import-dataset`` as a command: what it prints, where it puts the data set, what it refuses."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from d3po.flows.commands.import_dataset import import_dataset
 from d3po_core.config import ModelConfig
@@ -13,6 +13,7 @@ from d3po_core.datasets import importing
 from d3po_core.datasets.stored import open_dataset, vae_sha256
 from d3po_core.errors import D3POError
 from tests.core.datasets.tables import MeanEncoder, pairs, picture, write_parquet
+from tests.flows.typing_commands import typed
 
 app = typer.Typer()
 app.command("import-dataset")(import_dataset)
@@ -24,12 +25,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "Encoder", lambda model, size: MeanEncoder())
 
 
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, D3POError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+run = partial(typed, app)
 
 
 def test_it_says_what_was_imported_and_what_to_type_next(tmp_path: Path) -> None:

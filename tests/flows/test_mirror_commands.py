@@ -1,14 +1,15 @@
 """The commands on a mirror: what they print, and that they leave Prefect's settings alone."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from d3po.flows.commands.line import app
 from d3po_core.errors import D3POError
 from tests.core.mirror.campaigns import Machine
+from tests.flows import typing_commands
 
 
 @pytest.fixture
@@ -22,11 +23,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def typed(*words: str) -> str:
-    result = CliRunner().invoke(app, words)
-    if result.exception:
-        raise result.exception
-    return result.output
+typed = partial(typing_commands.typed, app)
 
 
 def test_pushed_campaign_is_pulled_elsewhere(there: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

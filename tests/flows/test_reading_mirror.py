@@ -2,11 +2,11 @@
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import d3po
 from d3po.flows.commands.line import app
@@ -22,6 +22,7 @@ from d3po_core.store.stages import finish_stage
 from tests.core.little_campaign import LittleCampaign
 from tests.core.mirror.campaigns import RECORD
 from tests.core.mirror.conftest import s3, s3_address  # noqa: F401
+from tests.flows import typing_commands
 
 PROMPTS = [f"a thing of kind {i}" for i in range(4)]
 
@@ -84,11 +85,7 @@ def there(tmp_path: Path, folder_mirror: str, fetched: list[str]) -> Mirrored:
     return mirrored
 
 
-def typed(*words: str) -> str:
-    result = CliRunner().invoke(app, words)
-    if result.exception:
-        raise result.exception
-    return result.output
+typed = partial(typing_commands.typed, app)
 
 
 def files(fetched: list[str]) -> set[str]:

@@ -46,26 +46,34 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of a campaign in a folder, with files of prompts there."""
+    for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+    values: dict[str, Any] = json.loads(json.dumps(SETTINGS)) | {"runs_dir": str(folder / "runs")}
+    values["sample"]["prompts"] = str(folder / "train.txt")
+    values["evaluate"]["prompts"] = str(folder / "held_out.txt")
+    return values
+
+
+def evaluate_and_publish(config: CampaignConfig, number: int) -> None:
+    """Finish a round: its held-out images, and its row of ``rounds``."""
+    record = finish_stage(config.folder, number, "evaluate", EvaluateRecord, lambda: _evaluate(config, number))
+    write_table(config.folder, "rounds", number, table_from_rows("rounds", [round_row(config, number, record)]))
+
+
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A finished campaign of two rounds; its files of prompts are gone since."""
     folder = tmp_path_factory.mktemp("data")
-    for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-    values = json.loads(json.dumps(SETTINGS)) | {"runs_dir": str(folder / "runs")}
-    values["sample"]["prompts"] = str(folder / "train.txt")
-    values["evaluate"]["prompts"] = str(folder / "held_out.txt")
-    config = load_config(values, "test")
+    config = load_config(settings_in(folder), "test")
     open_campaign(config)
     for number in range(3):
         begin_round(config, number)
         if number:
             for work in (_sample, _judge, _derive, _train):
                 work(config, number)
-        record = finish_stage(
-            config.folder, number, "evaluate", EvaluateRecord, lambda number=number: _evaluate(config, number)
-        )
-        write_table(config.folder, "rounds", number, table_from_rows("rounds", [round_row(config, number, record)]))
+        evaluate_and_publish(config, number)
         if number < 2:  # the last one is as a kill, or an earlier version, left it
             note_published(config.folder, number)
     for name in ("train", "held_out"):

@@ -33,8 +33,7 @@ from d3po_core.store.campaign import begin_round, open_campaign
 from d3po_core.store.tables import partition, read_rows
 from d3po_core.training.job import TRAIN, train_checkpoint
 from tests.tasks import rank_ends, rank_jobs
-from tests.tasks.conftest import HELD_OUT, SETTINGS
-from tests.tasks.conftest import TRAIN as PROMPTS
+from tests.tasks.conftest import settings_in
 
 NOT_TOLD: Callable[[int], None] = lambda count: None  # noqa: E731
 
@@ -43,11 +42,7 @@ NOT_TOLD: Callable[[int], None] = lambda count: None  # noqa: E731
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A campaign whose first round one process has sampled and judged."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name, prompts in (("train", PROMPTS), ("held_out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-    values = json.loads(json.dumps(SETTINGS)) | {"runs_dir": str(folder / "runs")}
-    values["sample"]["prompts"] = str(folder / "train.txt")
-    values["evaluate"]["prompts"] = str(folder / "held_out.txt")
+    values = settings_in(folder)
     values["train"] |= {"updates_per_round": 4, "save_every_seconds": 0}
     config = load_config(values, "test")
     open_campaign(config)

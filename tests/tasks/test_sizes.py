@@ -1,6 +1,5 @@
 """A campaign whose groups have several sizes and whose guidance leads away from a text: its stages, and all again."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,19 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from d3po.flows.commands.line import app
-from d3po.tasks.evaluating import _evaluate
 from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.sampling import _sample
 from d3po.tasks.training import _train
 from d3po_core.config import CampaignConfig
 from d3po_core.config_values import load_config
 from d3po_core.models.loaded import loaded_policy
-from d3po_core.records import EvaluateRecord
 from d3po_core.reproducing.regenerate import regenerate, training_batches
 from d3po_core.reproducing.replay import replay_round
 from d3po_core.sampling.job import round_shards
 from d3po_core.store.campaign import begin_round, open_campaign
-from d3po_core.store.stages import checkpoint_path, finish_stage
-from d3po_core.store.tables import SCHEMAS, joined, partition, read_rows, table_from_rows, write_table
-from tests.tasks.conftest import HELD_OUT, SETTINGS, TRAIN, round_row
+from d3po_core.store.stages import checkpoint_path
+from d3po_core.store.tables import SCHEMAS, joined, partition, read_rows
+from tests.tasks.conftest import evaluate_and_publish, settings_in
 
 SIZES = [(64, 96), (96, 64), (64, 64)]
 
@@ -36,14 +33,9 @@ SIZES = [(64, 96), (96, 64), (64, 64)]
 def sized(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
     """A finished round, whose sampling and training were killed and went on."""
     folder = tmp_path_factory.mktemp("sized")
-    for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-    values: dict[str, Any] = json.loads(json.dumps(SETTINGS)) | {"runs_dir": str(folder / "runs"), "campaign": "sized"}
-    values["sample"] |= {
-        "prompts": str(folder / "train.txt"), "sizes": SIZES, "guidance_scale": 2.0,
-        "negative_prompt": "a black circle",
-    }  # fmt: skip
-    values["evaluate"] |= {"prompts": str(folder / "held_out.txt"), "height": 32, "width": 64}
+    values = settings_in(folder) | {"campaign": "sized"}
+    values["sample"] |= {"sizes": SIZES, "guidance_scale": 2.0, "negative_prompt": "a black circle"}
+    values["evaluate"] |= {"height": 32, "width": 64}
     config = load_config(values, "test")
     open_campaign(config)
     for number in range(2):
@@ -54,10 +46,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> CampaignConfig:
                 path.unlink()
             for work in (_sample, _judge, _derive, _train):
                 work(config, number)
-        record = finish_stage(
-            config.folder, number, "evaluate", EvaluateRecord, lambda number=number: _evaluate(config, number)
-        )
-        write_table(config.folder, "rounds", number, table_from_rows("rounds", [round_row(config, number, record)]))
+        evaluate_and_publish(config, number)
     return config
 
 

@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from d3po.loading import load_pipeline
-from d3po.tasks.evaluating import _evaluate
 from d3po.tasks.judging import _derive, _judge
 from d3po.tasks.sampling import _sample
 from d3po.tasks.training import _train
@@ -24,16 +23,13 @@ from d3po_core.models.policy import Policy
 from d3po_core.models.weights import loading_line
 from d3po_core.paths import resolve_path
 from d3po_core.processes.parcel import letter, model_places, read_letter
-from d3po_core.records import EvaluateRecord
 from d3po_core.reproducing.frozen import freeze
 from d3po_core.reproducing.regenerate import regenerate
 from d3po_core.reproducing.replay import replay_round
 from d3po_core.seeds import gaussian
 from d3po_core.store.campaign import begin_round, check_fits, open_campaign
-from d3po_core.store.stages import finish_stage
-from d3po_core.store.tables import table_from_rows, write_table
 from tests.core.sampling.drawing import stir_lora
-from tests.tasks.conftest import HELD_OUT, TRAIN, round_row
+from tests.tasks.conftest import HELD_OUT, TRAIN, evaluate_and_publish, settings_in
 
 WAYS = ("continue", "merge")
 
@@ -61,16 +57,11 @@ def started(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 def run(start_as: str, start: Path, folder: Path) -> CampaignConfig:
-    for name, prompts in (("train", TRAIN), ("held_out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-    values: dict[str, Any] = {
-        "campaign": start_as, "seed": 5, "runs_dir": str(folder / "runs"),
-        "model": {"device": "cpu", "lora_rank": 4, "start_from": str(start), "start_as": start_as},
-        "sample": {"groups_per_round": 2, "group_size": 2, "num_steps": 2, "prompts": str(folder / "train.txt")},
-        "judge": {"scorers": ["brightness"]},
-        "train": {"updates_per_round": 2, "micro_batch": 16, "learning_rate": 1e-2, "reference": "base"},
-        "evaluate": {"images_per_prompt": 1, "scorers": ["brightness"], "prompts": str(folder / "held_out.txt")},
-    }  # fmt: skip
+    values = settings_in(folder) | {"campaign": start_as}
+    values["model"] |= {"start_from": str(start), "start_as": start_as}
+    values["sample"] |= {"groups_per_round": 2, "group_size": 2, "num_steps": 2}
+    values["train"]["reference"] = "base"
+    values["evaluate"]["images_per_prompt"] = 1
     config = load_config(values, "test")
     open_campaign(config)
     freeze(config, HELD_OUT)
@@ -79,10 +70,7 @@ def run(start_as: str, start: Path, folder: Path) -> CampaignConfig:
         if number:
             for work in (_sample, _judge, _derive, _train):
                 work(config, number)
-        record = finish_stage(
-            config.folder, number, "evaluate", EvaluateRecord, lambda number=number: _evaluate(config, number)
-        )
-        write_table(config.folder, "rounds", number, table_from_rows("rounds", [round_row(config, number, record)]))
+        evaluate_and_publish(config, number)
     return config
 
 

@@ -21,6 +21,17 @@ from d3po_core.store.stages import finish_stage
 RECORD = LabelRecord(ended="complete", groups_needed=1, groups_done=1, num_judgements=1, num_raters=1, waited_seconds=0)
 
 
+def refuses_to_overwrite(url: str) -> Objects:
+    """Check that a store keeps the first of two objects of one name; give its objects."""
+    objects = open_objects(url, "c")
+    assert objects.create("lease/1.json", b"one")
+    assert not objects.create("lease/1.json", b"two")
+    assert objects.get("lease/1.json") == b"one"
+    assert objects.get("lease/2.json") is None
+    assert [entry.name for entry in objects.listed("lease/")] == ["lease/1.json"]
+    return objects
+
+
 class Machine:
     """A folder on its own machine, with a mirror."""
 

@@ -19,7 +19,7 @@ import pytest
 from d3po_core.errors import D3POError
 from d3po_core.mirror.lease import LeaseHeldError
 from d3po_core.mirror.objects import open_objects
-from tests.core.mirror.campaigns import Machine
+from tests.core.mirror.campaigns import Machine, refuses_to_overwrite
 from tests.core.mirror.fake_gcs import FakeGcs
 
 AZURITE = "AZURITE_BLOB_STORAGE_URL"
@@ -65,14 +65,9 @@ def cloud(request: pytest.FixtureRequest) -> str:
 
 
 def test_stores_refuse_to_write_a_name_twice(cloud: str) -> None:
-    objects = open_objects(cloud, "c")
-    assert objects.create("lease/1.json", b"one")
-    assert not objects.create("lease/1.json", b"two")
-    assert objects.get("lease/1.json") == b"one"
-    assert objects.get("lease/2.json") is None
+    objects = refuses_to_overwrite(cloud)
     assert objects.size("lease/1.json") == 3
     assert objects.modified("lease/1.json") is not None
-    assert [entry.name for entry in objects.listed("lease/")] == ["lease/1.json"]
     for _ in range(2):
         objects.delete("lease/1.json")
     assert objects.listed("") == []

@@ -16,7 +16,7 @@ from d3po_core.mirror.putting import forget_round, is_mirrored
 from d3po_core.mirror.state import DivergedError
 from d3po_core.people.journal import raw_rows
 from d3po_core.store.integrity import damages
-from tests.core.mirror.campaigns import Machine
+from tests.core.mirror.campaigns import Machine, refuses_to_overwrite
 
 
 @pytest.fixture
@@ -30,12 +30,7 @@ def two(tmp_path: Path, folder_mirror: str) -> tuple[Machine, Machine]:
 
 
 def test_stores_refuse_to_write_a_name_twice(mirror: str) -> None:
-    objects = open_objects(mirror, "c")
-    assert objects.create("lease/1.json", b"one")
-    assert not objects.create("lease/1.json", b"two")
-    assert objects.get("lease/1.json") == b"one"
-    assert objects.get("lease/2.json") is None
-    assert [entry.name for entry in objects.listed("lease/")] == ["lease/1.json"]
+    refuses_to_overwrite(mirror)
 
 
 def test_large_file_goes_up_in_parts_and_comes_back(mirror: str, tmp_path: Path) -> None:

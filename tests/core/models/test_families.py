@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from d3po_core.config import ModelConfig, SampleConfig, TrainConfig
@@ -26,7 +26,7 @@ from d3po_core.training.optimizer import make_optimizer
 from d3po_core.training.packing import PairedGroup
 from d3po_core.training.trainer import train_updates
 from tests.core.models.encoding_check import check_encoding
-from tests.core.models.tiny_models import NAMES, tiny_model
+from tests.core.models.tiny_models import NAMES, pipeline_of, tiny_model
 from tests.core.sampling.drawing import image_seed, stir_lora
 
 PROMPTS = ["a red circle on a gray background", "a blue cross on a white background"]
@@ -56,13 +56,6 @@ def policy_of(folders: dict[str, Path]) -> Loader:
         return loaded[key]
 
     return policy
-
-
-def pipeline_of(folder: Path) -> Any:
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
-    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def plain_output(name: str, pipeline: Any, latent: torch.Tensor, t: torch.Tensor, prompt: str) -> torch.Tensor:

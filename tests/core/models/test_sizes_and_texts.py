@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from d3po_core.config import ModelConfig
 from d3po_core.denoising.ddim import step_mean
@@ -19,7 +18,7 @@ from d3po_core.planning.model_facts import facts_of
 from d3po_core.sampling.rollout import replay_steps, sample_trajectories
 from d3po_core.seeds import ImageSeed, gaussian
 from tests.core.models.tiny_flow_models import FLOW_NAMES, tiny_flow_model
-from tests.core.models.tiny_models import NAMES, tiny_model
+from tests.core.models.tiny_models import NAMES, pipeline_of, tiny_model
 from tests.core.sampling.drawing import stir_lora
 
 PROMPTS = ["a red circle on a gray background", "a blue cross"]
@@ -59,13 +58,6 @@ def policy_of(folder_of: Callable[[str], Path]) -> PolicyOf:
         return loaded[key]
 
     return policy
-
-
-def pipeline_of(folder: Path) -> Any:
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
-    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def latents(policy: Policy) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -105,3 +106,11 @@ def _sd3() -> StableDiffusion3Pipeline:
         tokenizer=tokenizer(), tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
+
+
+def pipeline_of(folder: Path) -> Any:
+    """Diffusers' own pipeline of a small model."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
