@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from d3po_core.config import ModelConfig
 from d3po_core.config_values import load_config
-from d3po_core.denoising.ddim import step_mean
 from d3po_core.errors import D3POError
 from d3po_core.models.families import FAMILIES
 from d3po_core.models.loaded import load_policy
@@ -26,7 +25,7 @@ from d3po_core.sampling.rollout import replay_steps, sample_trajectories
 from d3po_core.seeds import gaussian
 from tests.core.models.encoding_check import check_encoding
 from tests.core.models.tiny_flow_models import FLOW_NAMES, side_of, tiny_flow_model
-from tests.core.sampling.drawing import image_seed, stir_lora
+from tests.core.sampling.drawing import drawn_without_noise, image_seed, stir_lora
 
 PROMPTS = ["a red circle on a gray background", "a blue cross"]
 STEPS = 3
@@ -97,15 +96,8 @@ def policy_of(folder_of: Callable[[str], Path]) -> Callable[..., Policy]:
 
 
 def deterministic(policy: Policy, latent: torch.Tensor, prompts: list[str], guidance: float) -> torch.Tensor:
-    """Our steps with hardly any noise level, and none of it drawn: Euler's."""
-    schedule = policy.schedule(STEPS, 1e-5)
-    conditioning = policy.encode(prompts, guidance)
-    for step in range(STEPS):
-        rows = torch.full((len(prompts),), step)
-        with torch.no_grad():
-            output = policy.predict(latent, schedule.timesteps_T[rows], conditioning)
-        latent = step_mean(schedule, rows, latent, output)
-    return latent
+    """Our steps, Euler's."""
+    return drawn_without_noise(policy, latent, prompts, guidance, STEPS)
 
 
 @pytest.mark.parametrize("name", FLOW_NAMES)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from d3po_core.config import ModelConfig
-from d3po_core.denoising.ddim import step_mean
 from d3po_core.errors import D3POError
 from d3po_core.models.asked import Asked
 from d3po_core.models.loaded import load_policy
@@ -19,7 +18,7 @@ from d3po_core.sampling.rollout import replay_steps, sample_trajectories
 from d3po_core.seeds import ImageSeed, gaussian
 from tests.core.models.tiny_flow_models import FLOW_NAMES, tiny_flow_model
 from tests.core.models.tiny_models import NAMES, pipeline_of, tiny_model
-from tests.core.sampling.drawing import stir_lora
+from tests.core.sampling.drawing import drawn_without_noise, stir_lora
 
 PROMPTS = ["a red circle on a gray background", "a blue cross"]
 NEGATIVE = "a yellow square on a black background"
@@ -65,15 +64,8 @@ def latents(policy: Policy) -> torch.Tensor:
 
 
 def drawn(policy: Policy, guidance: float) -> torch.Tensor:
-    """Our final latents with hardly any noise, and none of it drawn."""
-    schedule, latent = policy.schedule(STEPS, 1e-5, SIZE), latents(policy)
-    conditioning = policy.encode(PROMPTS, guidance)
-    for step in range(STEPS):
-        rows = torch.full((len(PROMPTS),), step)
-        with torch.no_grad():
-            output = policy.predict(latent, schedule.timesteps_T[rows], conditioning)
-        latent = step_mean(schedule, rows, latent, output)
-    return latent
+    """Our final latents at the other size."""
+    return drawn_without_noise(policy, latents(policy), PROMPTS, guidance, STEPS, SIZE)
 
 
 def laid_out(name: str, pipeline: Any, latent: torch.Tensor) -> torch.Tensor:

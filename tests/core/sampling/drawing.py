@@ -2,8 +2,10 @@
 
 import torch
 
+from d3po_core.denoising.ddim import step_mean
 from d3po_core.models.policy import Policy
 from d3po_core.seeds import ImageSeed, derive_seed, gaussian
+from d3po_core.sizes import Size
 
 
 def image_seed(prompt: str, member: int, campaign: int = 0, round_number: int = 1) -> ImageSeed:
@@ -18,3 +20,16 @@ def stir_lora(policy: Policy, seed: int, size: float = 0.02) -> None:
         for name, parameter in policy.weights.parameters():
             parameter.add_(size * gaussian(derive_seed(seed, name), *parameter.shape))
     policy.weights.changed()
+
+
+def drawn_without_noise(
+    policy: Policy, latent: torch.Tensor, prompts: list[str], guidance: float, num_steps: int, size: Size | None = None
+) -> torch.Tensor:
+    """Final latents by our steps with hardly any noise, and none of it drawn: a flow's are Euler's."""
+    schedule, conditioning = policy.schedule(num_steps, 1e-5, size), policy.encode(prompts, guidance)
+    for step in range(num_steps):
+        rows = torch.full((len(prompts),), step)
+        with torch.no_grad():
+            output = policy.predict(latent, schedule.timesteps_T[rows], conditioning)
+        latent = step_mean(schedule, rows, latent, output)
+    return latent
